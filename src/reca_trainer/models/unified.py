@@ -1,0 +1,186 @@
+"""The contract between `RecATrainer` and a model family.
+
+A family is a `UnifiedModel` (a `PreTrainedModel`, so loading, saving, quantisation, PEFT, FSDP and the Hub come with it)
+and a `UnifiedProcessor`. The trainer knows these two classes and nothing about any family.
+
+A batch is a plain dict. Its keys mean the same in every family:
+
+| key | shape | meaning |
+|---|---|---|
+| `task` | str | `"reconstruct"`, `"generate"` or `"caption"` |
+| `condition_pixel_values` | `[B, 3, h, w]` float | image for the understanding encoder, as that encoder wants it normalised |
+| `pixel_values` | `[B, 3, H, W]` float in [-1, 1] | image to generate |
+| `input_ids`, `attention_mask` | `[B, T]` int64 | instruction (reconstruct), prompt (generate), question and answer (caption) |
+| `labels` | `[B, T]` int64 | caption targets, -100 where nothing is supervised |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import PreTrainedModel, ProcessorMixin
+from transformers.utils import ModelOutput
+
+TASKS = ("reconstruct", "caption", "generate")
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+@dataclass
+class UnifiedOutput(ModelOutput):
+    """What one task's forward pass returns.
+
+    Args:
+        loss (`torch.Tensor`): scalar float32, the mean over the batch's supervised tokens.
+        per_sample_loss (`torch.Tensor`): `[B]` float32, the same mean taken sample by sample, detached.
+        prediction (`torch.Tensor`): what the generator predicted (velocity, noise or logits), family-shaped.
+        target (`torch.Tensor`): what it was compared with.
+        understanding_embeds (`torch.Tensor`): `[B, S, D]`, the dense prompt of a reconstruction.
+    """
+
+    loss: torch.Tensor | None = None
+    per_sample_loss: torch.Tensor | None = None
+    prediction: torch.Tensor | None = None
+    target: torch.Tensor | None = None
+    understanding_embeds: torch.Tensor | None = None
+
+
+class UnifiedModel(PreTrainedModel):
+    """A model that understands and generates images, as RecA sees it.
+
+    A family sets the attributes below and implements `forward`, `sample_corruption`, `generate_images` and
+    `generate_text`.
+
+    Attributes:
+        shares_weights: whether understanding and generation run through the same weights. If so RecA trains them with
+            an image-to-text loss beside the reconstruction loss (paper, section 3); if not, understanding is frozen.
+        lora_target_modules: regular expression that fully matches the names of the generator's linear layers.
+        lora_modules_to_save: names of small generator layers trained in full beside the LoRA adapters.
+    """
+
+    shares_weights: bool = False
+    lora_target_modules: str = ""
+    lora_modules_to_save: tuple[str, ...] = ()
+    main_input_name = "pixel_values"
+
+    @property
+    def generation_modules(self) -> list[str]:
+        """Names of the submodules (or parameters) that RecA trains."""
+        raise NotImplementedError
+
+    @property
+    def understanding_modules(self) -> list[str]:
+        """Names of the submodules that only understanding uses: frozen and in eval mode during RecA."""
+        raise NotImplementedError
+
+    def forward(self, task: str, corruption: dict[str, torch.Tensor] | None = None, **batch: Any) -> UnifiedOutput:
+        """Compute one task's loss. All compute of a training step happens in here, so that DDP, FSDP and ZeRO see it.
+
+        Args:
+            task: one of `TASKS`.
+            corruption: the random draws of the generation loss, from `sample_corruption`; drawn here if `None`.
+            batch: the tensors of the batch, see the module docstring.
+        """
+        raise NotImplementedError
+
+    def sample_corruption(self, batch: dict[str, Any], generator: Generators = None) -> dict[str, torch.Tensor]:
+        """Draw everything random in the generation loss of `batch` (timesteps and noise, or masks and orders).
+
+        With a list of generators, one per sample, a sample's draws do not depend on the batch it is in: that is what
+        makes runs on different numbers of processes comparable. Tensors come back on the CPU, in float32 where they
+        are floating point. Tasks without randomness give an empty dict.
+        """
+        raise NotImplementedError
+
+    def count_supervised(self, batch: dict[str, Any], corruption: dict[str, torch.Tensor]) -> int:
+        """Number of targets that `loss` averages over, known before the forward pass.
+
+        The trainer weights micro-batches by it, so that accumulated or distributed batches give the loss of one large
+        batch. A boolean `mask` in `corruption` marks the supervised positions; without one every noised element counts.
+        """
+        if "labels" in batch:
+            return int((batch["labels"][:, 1:] != -100).sum())
+        if "mask" in corruption:
+            return int(corruption["mask"].sum())
+        return corruption["noise"].numel() if "noise" in corruption else batch["pixel_values"].numel()
+
+    def generate_images(
+        self,
+        processor: UnifiedProcessor,
+        text: list[str] | None = None,
+        images: list[Image.Image] | None = None,
+        *,
+        task: str = "generate",
+        generator: Generators = None,
+        **sampling: Any,
+    ) -> list[Image.Image]:
+        """Generate one image per prompt (`task="generate"`), per image from its understanding embeddings
+        (`task="reconstruct"`, `text` is then the instruction), or edit (`task="edit"`, where the family can).
+
+        Args:
+            generator: one generator, or one per image.
+            sampling: `num_inference_steps`, `guidance_scale`, `height`, `width` and what else the family documents.
+        """
+        raise NotImplementedError
+
+    def generate_text(
+        self, processor: UnifiedProcessor, text: list[str], images: list[Image.Image] | None = None, **sampling: Any
+    ) -> list[str]:
+        """Answer each question in `text`, about the image at the same place in `images` if given."""
+        raise NotImplementedError
+
+    def freeze_understanding(self) -> None:
+        """Leave exactly `generation_modules` trainable, which is what RecA trains."""
+        self.requires_grad_(False)
+        for name in self.generation_modules:
+            parent, _, leaf = name.rpartition(".")
+            module = getattr(self.get_submodule(parent), leaf)
+            module.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> UnifiedModel:
+        """As `torch.nn.Module.train`, but frozen understanding modules stay in eval mode."""
+        super().train(mode)
+        for name in self.understanding_modules:
+            self.get_submodule(name).eval()
+        return self
+
+
+class UnifiedProcessor(ProcessorMixin):
+    """Turns PIL images and strings into one task's batch, and knows the resolutions its family trains at."""
+
+    def __call__(
+        self,
+        images: list[Image.Image] | None = None,
+        text: list[str] | None = None,
+        instruction: str | None = None,
+        task: str = "reconstruct",
+        size: tuple[int, int] | None = None,
+    ) -> dict[str, Any]:
+        """Build the batch of one task (see the module docstring for its keys).
+
+        Args:
+            images: RGB images, one per sample.
+            text: captions, one per sample (`generate`, `caption`).
+            instruction: what the model is asked for: the reconstruction template, or the question behind a caption. An
+                empty string is dropped from the sequence where the family allows that.
+            size: `(height, width)` of the target; by default what the family's own resize rule gives.
+        """
+        raise NotImplementedError
+
+    def target_sizes(self) -> list[tuple[int, int]]:
+        """The `(height, width)` buckets a target may be resized to; one entry for families that train on squares."""
+        raise NotImplementedError
+
+
+def per_sample(
+    draw: Callable[[torch.Generator | None], torch.Tensor], batch_size: int, generator: Generators
+) -> torch.Tensor:
+    """Stack `draw(generator)` over the samples of a batch: `[B, ...]`, each from its own generator if there are several."""
+    generators = generator if isinstance(generator, list) else [generator] * batch_size
+    if len(generators) != batch_size:
+        raise ValueError(f"Got {len(generators)} generators for a batch of {batch_size} samples; pass one per sample.")
+    return torch.stack([draw(one) for one in generators])

@@ -1,0 +1,43 @@
+"""Shared by all tests: where the reference cases are, and a process without network."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+class Golden:
+    """The reference cases of one family: `cases.json`, `cases.safetensors` and a tiny checkpoint.
+
+    `RECA_GOLDEN=<folder>` points the same tests at another folder of the same format.
+    """
+
+    def __init__(self, family: str):
+        self.folder = Path(os.environ.get("RECA_GOLDEN") or Path(__file__).parent / "golden" / family)
+        self.info = json.loads((self.folder / "cases.json").read_text())
+        self.checkpoint = self.folder / "checkpoint"
+        self._tensors = None
+
+    @property
+    def case_names(self) -> list[str]:
+        return list(self.info["cases"])
+
+    def case(self, name: str) -> tuple[dict, dict[str, torch.Tensor]]:
+        """The JSON of one case and its tensors, without the case's name in front."""
+        if self._tensors is None:
+            self._tensors = load_file(self.folder / "cases.safetensors")
+        prefix = f"{name}."
+        tensors = {key[len(prefix) :]: value for key, value in self._tensors.items() if key.startswith(prefix)}
+        return self.info["cases"][name], tensors
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
