@@ -115,7 +115,5 @@ def load_strict(
     if any(problems.values()):
         lines = [f"  {kind} ({len(keys)}): {', '.join(keys[:20])}{' …' if len(keys) > 20 else ''}"
                  for kind, keys in problems.items() if keys]  # fmt: skip
-        raise CheckpointError(
-            f"The weights in {source} do not fit {model_class.__name__}:\n" + "\n".join(lines)
-        )
+        raise CheckpointError(f"The weights in {source} do not fit {model_class.__name__}:\n" + "\n".join(lines))
     return model
