@@ -1,0 +1,397 @@
+"""OpenUni (https://arxiv.org/abs/2505.23661): InternVL3 understands, SANA generates, learnable queries join the two.
+
+    [ prompt, queries ] → language model → hidden states of the queries → connector → projector → SANA's condition
+
+For a reconstruction the prompt holds the image's understanding embeddings.
+InternVL3 and the autoencoder stay frozen; gradients reach the queries through the frozen language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaTransformer2DModel
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from transformers import InternVLForConditionalGeneration, initialization
+from transformers.models.siglip.modeling_siglip import SiglipEncoder
+
+from reca_trainer.models.openuni.configuration_openuni import OpenUniConfig
+from reca_trainer.models.openuni.processing_openuni import OpenUniProcessor
+from reca_trainer.models.unified import Generators, UnifiedModel, UnifiedOutput, per_sample
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+class OpenUniModel(UnifiedModel):
+    """OpenUni for training by reconstruction and for sampling.
+
+    Shapes: `B` samples, `T` prompt tokens, `S` understanding embeddings of an image, `Q` queries, `D` the width of the
+    language model, latents `[B, C, h, w]`.
+    """
+
+    config_class = OpenUniConfig
+    base_model_prefix = ""
+    shares_weights = False
+    lora_target_modules = (
+        r"connector\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
+        r"|transformer\.(.+\.)?(to_[qkv]|to_out\.0|linear(_[12])?|proj_out)"
+    )
+    lora_modules_to_save = ("projector",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+    _no_split_modules: ClassVar = [
+        "InternVLVisionLayer",
+        "Qwen2DecoderLayer",
+        "SiglipEncoderLayer",
+        "SanaTransformerBlock",
+    ]
+
+    def __init__(self, config: OpenUniConfig):
+        super().__init__(config)
+        width = config.internvl_config.text_config.hidden_size
+        if config.connector_config.hidden_size != width:
+            raise ValueError(
+                f"The connector is {config.connector_config.hidden_size} wide, InternVL's language model {width}: "
+                "they must be equal, since the connector reads the language model's hidden states."
+            )
+        self.internvl = InternVLForConditionalGeneration(config.internvl_config)
+        self.meta_queries = nn.Parameter(torch.empty(config.num_queries, width))
+        self.connector = SiglipEncoder(config.connector_config)
+        self.transformer = SanaTransformer2DModel.from_config(config.transformer_config)
+        self.projector = nn.Linear(width, self.transformer.config.caption_channels)
+        self.vae = AutoencoderDC.from_config(config.vae_config)
+        for module in (*self.transformer.modules(), *self.vae.modules()):
+            module._is_hf_initialized = True  # diffusers initialises its own layers
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is self:
+            initialization.normal_(self.meta_queries, std=self.meta_queries.shape[1] ** -0.5)
+        else:
+            super()._init_weights(module)
+
+    @property
+    def generation_modules(self) -> list[str]:
+        return ["meta_queries", "connector", "projector", "transformer"]
+
+    @property
+    def understanding_modules(self) -> list[str]:
+        return ["internvl", "vae"]
+
+    def train(self, mode: bool = True) -> OpenUniModel:
+        super().train(mode)
+        if self.transformer.gradient_checkpointing:
+            # Only layers in train mode are checkpointed, and gradients pass through these frozen ones to the queries.
+            self.internvl.model.language_model.train(mode)
+        return self
+
+    def forward(
+        self,
+        task: str,
+        corruption: dict[str, torch.Tensor] | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        condition_pixel_values: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        latents: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> UnifiedOutput:
+        """Loss of one task.
+
+        Args:
+            task: `"reconstruct"` (needs `condition_pixel_values`), `"generate"` or `"caption"` (needs `labels`).
+            corruption: see `sample_corruption`; drawn here if `None`.
+            input_ids, attention_mask: `[B, T]` int64, the prompt up to the token that opens the image.
+            condition_pixel_values: `[B, 3, s, s]` float, for InternVL's vision transformer.
+            pixel_values: `[B, 3, H, W]` float in [-1, 1].
+            latents: `[B, C, h, w]` float, `encode_images` of `pixel_values` if that was computed before.
+            labels: `[B, T]` int64, -100 where nothing is supervised.
+        """
+        if task == "caption":
+            return self._caption(input_ids, attention_mask, condition_pixel_values, labels)
+        if task == "reconstruct":
+            embeds = self.encode_condition(condition_pixel_values)
+        elif task == "generate":
+            embeds = None
+        else:
+            raise ValueError(f"OpenUni has no task {task!r}; it has reconstruct, generate and caption.")
+        latents = self.encode_images(pixel_values) if latents is None else latents.float()
+        corruption = self.sample_corruption({"latents": latents}) if corruption is None else corruption
+        return self._denoise(latents, self.encode_prompt(input_ids, attention_mask, embeds), corruption, embeds)
+
+    def _denoise(
+        self,
+        latents: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        corruption: dict[str, torch.Tensor],
+        understanding_embeds: torch.Tensor | None,
+    ) -> UnifiedOutput:
+        """Flow matching: with `x_σ = (1 - σ) x + σ n`, SANA predicts the velocity `n - x`; squared error."""
+        noise = corruption["noise"].to(latents)  # [B, C, h, w]
+        timestep, sigma = noise_levels(corruption["u"].to(latents.device))
+        sigma = sigma.view(-1, 1, 1, 1)
+        prediction = self._predict_velocity((1 - sigma) * latents + sigma * noise, timestep, prompt_embeds)
+        target = noise - latents
+        per_sample_loss = F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))  # [B]
+        return UnifiedOutput(
+            loss=per_sample_loss.mean(),
+            per_sample_loss=per_sample_loss.detach(),
+            prediction=prediction,
+            target=target,
+            understanding_embeds=understanding_embeds,
+        )
+
+    def _caption(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        condition_pixel_values: torch.Tensor | None,
+        labels: torch.Tensor,
+    ) -> UnifiedOutput:
+        """Next-token cross-entropy of the answer. Nothing that OpenUni generates with depends on it."""
+        embeds = None if condition_pixel_values is None else self.encode_condition(condition_pixel_values)
+        hidden = self._read(input_ids, attention_mask, embeds)[:, :-1]  # [B, T - 1, D]
+        logits = self.internvl.lm_head(hidden).float()
+        target = labels[:, 1:]
+        losses = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")  # [B, T - 1], 0 if unsupervised
+        count = (target != -100).sum(dim=1)
+        return UnifiedOutput(
+            loss=losses.sum() / count.sum(),
+            per_sample_loss=(losses.sum(dim=1) / count).detach(),
+            prediction=logits,
+            target=target,
+            understanding_embeds=embeds,
+        )
+
+    @torch.no_grad()
+    def encode_condition(self, condition_pixel_values: torch.Tensor) -> torch.Tensor:
+        """RecA's dense prompt: InternVL's embeddings of an image, as its language model reads them. `[B, S, D]`."""
+        return self.internvl.model.get_image_features(condition_pixel_values, return_dict=True).pooler_output
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Images `[B, 3, H, W]` in [-1, 1] → scaled latents `[B, C, h, w]` float32. The encoder is deterministic."""
+        latents = self.vae.encode(pixel_values.to(self.vae.dtype), return_dict=False)[0]
+        return latents.float() * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Scaled latents `[B, C, h, w]` → images `[B, 3, H, W]` float32, about [-1, 1]."""
+        latents = latents / self.vae.config.scaling_factor
+        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+
+    def encode_prompt(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        understanding_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What SANA is conditioned on: the queries' hidden states after connector and projector. `[B, Q, caption]`."""
+        hidden = self._read(input_ids, attention_mask, understanding_embeds, self.meta_queries)
+        hidden = hidden[:, -self.config.num_queries :]  # [B, Q, D]
+        return self.projector(self.connector(hidden).last_hidden_state)
+
+    def _read(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        understanding_embeds: torch.Tensor | None,
+        queries: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states of the language model over the prompt, and over `queries` behind it. `[B, T + Q, D]`."""
+        internvl = self.internvl.model
+        embeds = internvl.get_input_embeddings()(input_ids)  # [B, T, D]
+        if understanding_embeds is not None:
+            is_image = internvl.get_placeholder_mask(input_ids, embeds, understanding_embeds)
+            embeds = embeds.masked_scatter(is_image, understanding_embeds.to(embeds.dtype))
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if queries is not None:
+            queries = queries.to(embeds.dtype).expand(len(embeds), -1, -1)
+            embeds = torch.cat([embeds, queries], dim=1)
+            mask = torch.cat([mask, mask.new_ones(queries.shape[:2])], dim=1)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)  # padding takes no position
+        return internvl.language_model(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
+
+    def _predict_velocity(
+        self, latents: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor
+    ) -> torch.Tensor:
+        """SANA's velocity `[B, C, h, w]` in float32 at `timestep` `[B]` in 1..1000."""
+        dtype = self.transformer.patch_embed.proj.weight.dtype  # a convolution: never quantised
+        return self.transformer(
+            hidden_states=latents.to(dtype),
+            encoder_hidden_states=prompt_embeds.to(dtype),
+            timestep=timestep * self.transformer.config.timestep_scale,
+            return_dict=False,
+        )[0].float()
+
+    def sample_corruption(self, batch: dict[str, Any], generator: Generators = None) -> dict[str, torch.Tensor]:
+        """Draws of the flow-matching loss: `noise` `[B, C, h, w]` Gaussian, then `u` `[B]` uniform on [0, 1), which
+        `noise_levels` turns into timesteps. Nothing for captions."""
+        if "labels" in batch:
+            return {}
+        if batch.get("latents") is not None:
+            batch_size, *shape = batch["latents"].shape
+        else:
+            batch_size, _, height, width = batch["pixel_values"].shape
+            ratio = self.config.spatial_compression_ratio
+            shape = (self.transformer.config.in_channels, height // ratio, width // ratio)
+        noise = per_sample(lambda one: torch.randn(shape, generator=one), batch_size, generator)
+        return {"noise": noise, "u": per_sample(lambda one: torch.rand((), generator=one), batch_size, generator)}
+
+    @torch.no_grad()
+    def generate_images(
+        self,
+        processor: OpenUniProcessor,
+        text: list[str] | None = None,
+        images: list[Image.Image] | None = None,
+        *,
+        task: str = "generate",
+        generator: Generators = None,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 4.5,
+        negative_text: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        latents: torch.Tensor | None = None,
+    ) -> list[Image.Image]:
+        """Generate images from prompts, or from the understanding embeddings of `images` (`task="reconstruct"`).
+
+        Args:
+            text: prompts; for a reconstruction the instructions, by default a request for a detailed description.
+            generator: one generator, or one per image.
+            num_inference_steps: steps of DPM-Solver++.
+            guidance_scale: classifier-free guidance, off at 1 and below.
+            negative_text: what guidance leads away from: by default the prompt without a caption; for a
+                reconstruction an instruction about the same image, and no guidance without one.
+            height, width: of the images, in pixels; by default the size SANA was trained at.
+            latents: `[B, C, h, w]` float32, the initial noise if it is not to be drawn from `generator`.
+        """
+        height, width = height or processor.image_size, width or processor.image_size
+        if task == "reconstruct":
+            text = text or ["Describe the image in detail."] * len(images)
+            guidance_scale = 1.0 if negative_text is None else guidance_scale
+        elif task == "generate":
+            images = None
+        else:
+            raise ValueError(f"OpenUni cannot {task!r} images; it has the tasks generate and reconstruct.")
+        batch_size = len(text)
+        if guidance_scale > 1:
+            text = [*text, *[negative_text] * batch_size]
+            images = images and [*images, *images]
+        was_training = self.training
+        self.eval()
+        try:
+            batch = processor(images=images, text=text, task=task, size=(height, width))
+            prompt_embeds = self._encode_batch(batch)
+            if latents is None:
+                ratio = self.config.spatial_compression_ratio
+                shape = (batch_size, self.transformer.config.in_channels, height // ratio, width // ratio)
+                latents = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
+            pixels = self.decode_latents(
+                self.sample_latents(latents, prompt_embeds, num_inference_steps, guidance_scale)
+            )
+        finally:
+            self.train(was_training)
+        return processor.to_images(pixels)
+
+    def _encode_batch(self, batch: dict[str, Any]) -> torch.Tensor:
+        """`encode_prompt` of a processor's batch."""
+        condition = batch.get("condition_pixel_values")
+        return self.encode_prompt(
+            batch["input_ids"].to(self.device),
+            batch["attention_mask"].to(self.device),
+            None if condition is None else self.encode_condition(condition.to(self.device)),
+        )
+
+    @torch.no_grad()
+    def sample_latents(
+        self,
+        latents: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 4.5,
+        on_step: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
+        """Integrate SANA's velocity from noise to images with DPM-Solver++.
+
+        Args:
+            latents: `[B, C, h, w]`, the initial noise.
+            prompt_embeds: `[B, Q, caption]`, or with `guidance_scale > 1` `[2 B, Q, caption]`: the conditions, then as
+                many negative ones.
+            on_step: called after each step with its timestep and the latents then.
+
+        Returns:
+            `[B, C, h, w]` float32.
+        """
+        scheduler = DPMSolverMultistepScheduler.from_config(self.config.scheduler_config)
+        scheduler.set_timesteps(num_inference_steps, device=self.device)
+        latents = latents.to(self.device, torch.float32)
+        for timestep in scheduler.timesteps:
+            rows = latents if guidance_scale <= 1 else torch.cat([latents, latents])
+            velocity = self._predict_velocity(rows, timestep.expand(len(rows)), prompt_embeds)
+            if guidance_scale > 1:
+                velocity, negative = velocity.chunk(2)
+                velocity = negative + guidance_scale * (velocity - negative)
+            latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+            if on_step is not None:
+                on_step(timestep, latents)
+        return latents
+
+    @torch.no_grad()
+    def generate_text(
+        self,
+        processor: OpenUniProcessor,
+        text: list[str],
+        images: list[Image.Image] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        max_new_tokens: int = 256,
+        **sampling: Any,
+    ) -> list[str]:
+        """Answer questions, each about the image at its place in `images` if given.
+
+        Args:
+            generator: seeds the draws if `sampling` asks for them (`do_sample=True`).
+            sampling: as for transformers' `generate`; greedy by default.
+        """
+        batch = processor.question_batch(text, images)
+        condition = batch.get("condition_pixel_values")
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.random.fork_rng(enabled=generator is not None):
+                if generator is not None:
+                    torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+                tokens = self.internvl.generate(
+                    input_ids=batch["input_ids"].to(self.device),
+                    attention_mask=batch["attention_mask"].to(self.device),
+                    pixel_values=None if condition is None else condition.to(self.device),
+                    max_new_tokens=max_new_tokens,
+                    eos_token_id=processor.tokenizer.eos_token_id,
+                    pad_token_id=processor.tokenizer.pad_token_id,
+                    **{"do_sample": False, **sampling},
+                )
+        finally:
+            self.train(was_training)
+        answers = tokens[:, batch["input_ids"].shape[1] :]
+        return [answer.strip() for answer in processor.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
+def noise_levels(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uniform draws `[B]` on [0, 1) → timesteps in 1..1000 and `σ = timestep / 1000`, both `[B]` float32.
+
+    Uniform over the timesteps, without the shift that sampling uses: that is how OpenUni was trained. σ stays in
+    float32, since bfloat16 tells only half of the timesteps apart.
+    """
+    timestep = NUM_TRAIN_TIMESTEPS - (u.float() * NUM_TRAIN_TIMESTEPS).floor()
+    return timestep, timestep / NUM_TRAIN_TIMESTEPS
+
+
+__all__ = ["OpenUniModel"]
