@@ -19,19 +19,18 @@ def resized_size(
     both are possible, multiples of `stride`. The pixel cap multiplies both sides by the ratio of areas, as the original
     does (it over-shrinks; the cap is not reached at the resolutions used here)."""
 
-    def snap(scale: float) -> tuple[int, int]:
+    def snap(sides: tuple[int, int], scale: float) -> tuple[int, int]:
         # Two roundings, half to even, as the original: to a pixel, then to a multiple of the stride.
-        sides = (round(side * scale) for side in (width, height))
-        return tuple(max(stride, round(side / stride) * stride) for side in sides)
+        pixels = (round(side * scale) for side in sides)
+        return tuple(max(stride, round(side / stride) * stride) for side in pixels)
 
     scale = max(min(max_size / max(width, height), 1.0), min_size / min(width, height))
-    new = snap(scale)
-    if new[0] * new[1] > max_pixels:
-        scale *= max_pixels / (new[0] * new[1])
-        new = snap(scale)
-    if max(new) > max_size:
-        new = snap(scale * max_size / max(new))
-    return new
+    size = snap((width, height), scale)
+    if size[0] * size[1] > max_pixels:
+        size = snap(size, max_pixels / (size[0] * size[1]))
+    if max(size) > max_size:
+        size = snap(size, max_size / max(size))
+    return size
 
 
 class BagelProcessor(UnifiedProcessor):
