@@ -1,0 +1,241 @@
+"""Generates the images of a benchmark and finds them again on disk.
+
+The folder layout is GenEval's, for every benchmark: `<prompt id>/metadata.jsonl` holds the prompt and
+`<prompt id>/samples/00000.png`, `00001.png`, … its images. Each image depends on the seed, its prompt and its number
+only, so that a run may be interrupted, continued, extended by more images per prompt or spread over processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from PIL import Image, UnidentifiedImageError
+from tqdm.auto import tqdm
+
+from reca_trainer.models.unified import UnifiedModel, UnifiedProcessor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of a benchmark.
+
+    Args:
+        id: name of its folder, unique within the benchmark.
+        text: what the model is asked to draw.
+        metadata: what the benchmark needs to score it; written to and read from `metadata.jsonl`.
+    """
+
+    id: str
+    text: str
+    metadata: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self):
+        if not self.id or Path(self.id).name != self.id or self.id in (".", ".."):
+            raise ValueError(f"The prompt id {self.id!r} cannot be the name of a folder.")
+
+
+def generate(
+    model: UnifiedModel,
+    processor: UnifiedProcessor,
+    prompts: list[Prompt],
+    folder: str | Path,
+    images_per_prompt: int = 4,
+    batch_size: int = 1,
+    seed: int = 0,
+    sampling: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
+) -> None:
+    """Draw `images_per_prompt` images of each prompt into `folder`, leaving alone those already there.
+
+    Under `accelerate launch` the batches are dealt out to the processes. A batch is always made of the same prompts,
+    whatever is already there and however many processes run, so the images do not depend on either.
+
+    Args:
+        batch_size: images generated at once, each of another prompt.
+        seed: with the prompt's id and the image's number it determines an image.
+        sampling: passed to `generate_images`: `num_inference_steps`, `guidance_scale`, …
+        settings: what else identifies the run (the model, its adapter, …); kept with the images.
+
+    Raises:
+        ValueError: `folder` holds images of other prompts, of another seed or made with other settings.
+    """
+    folder, sampling, state = Path(folder), sampling or {}, PartialState()
+    if state.is_main_process:
+        _claim(folder, prompts, {**(settings or {}), "seed": seed, "sampling": sampling})
+    state.wait_for_everyone()
+
+    batches = [
+        (number, prompts[start : start + batch_size])
+        for number in range(images_per_prompt)
+        for start in range(0, len(prompts), batch_size)
+    ]
+    batches = batches[state.process_index :: state.num_processes]
+    with tqdm(
+        total=sum(len(batch) for _, batch in batches), desc="generate", unit="image", disable=not state.is_main_process
+    ) as progress:
+        for number, batch in batches:
+            paths = [image_path(folder, prompt.id, number) for prompt in batch]
+            if not all(path.exists() for path in paths):
+                generators = [torch.Generator().manual_seed(image_seed(seed, p.id, number)) for p in batch]
+                images = model.generate_images(
+                    processor, text=[prompt.text for prompt in batch], generator=generators, **sampling
+                )
+                for path, image in zip(paths, images, strict=True):
+                    if not path.exists():
+                        with replacing(path) as temporary:
+                            image.save(temporary, format="PNG")
+            progress.update(len(batch))
+    state.wait_for_everyone()
+
+
+def image_path(folder: Path, prompt_id: str, number: int) -> Path:
+    return folder / prompt_id / "samples" / f"{number:05}.png"
+
+
+def image_seed(seed: int, prompt_id: str, number: int) -> int:
+    """The seed of one image: independent of the list of prompts it is drawn with and of how many images there are."""
+    digest = hashlib.sha256(json.dumps([seed, prompt_id, number]).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _claim(folder: Path, prompts: list[Prompt], settings: dict[str, Any]) -> None:
+    """Write down what is drawn in `folder`, or make sure that it is what was drawn there before."""
+    record = folder / "generation.json"
+    if record.exists():
+        before = json.loads(record.read_text())
+        settings = json.loads(json.dumps(settings))
+        changed = [
+            f"{name} was {before.get(name)!r}, is {settings.get(name)!r}"
+            for name in sorted({*before, *settings})
+            if before.get(name) != settings.get(name)
+        ]
+        if changed:
+            raise ValueError(
+                f"{folder} holds images made otherwise ({'; '.join(changed)}). "
+                "Use another folder, or delete this one to start over."
+            )
+    for prompt in prompts:
+        line = json.dumps(prompt.metadata or {"prompt": prompt.text}, sort_keys=True, ensure_ascii=False) + "\n"
+        metadata = folder / prompt.id / "metadata.jsonl"
+        if metadata.exists() and metadata.read_text() != line:
+            raise ValueError(f"{metadata} describes another prompt than {prompt.text!r}; use another folder.")
+        (folder / prompt.id / "samples").mkdir(parents=True, exist_ok=True)
+        if not metadata.exists():
+            with replacing(metadata) as temporary:
+                temporary.write_text(line)
+    if not record.exists():
+        with replacing(record) as temporary:
+            temporary.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def read_metadata(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """The metadata of each prompt folder under `folder`, by folder name.
+
+    Raises:
+        ValueError: there is none, or a `metadata.jsonl` is not one JSON object; the message names it.
+    """
+    found = {}
+    for path in sorted(Path(folder).glob("*/metadata.jsonl")):
+        try:
+            metadata = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is not one JSON object on one line: {error}") from error
+        if not isinstance(metadata, dict) or "prompt" not in metadata:
+            raise ValueError(f"{path} lacks \"prompt\"; GenEval's layout keeps the prompt's description there.")
+        found[path.parent.name] = metadata
+    if not found:
+        raise ValueError(f"{folder} holds no <prompt>/metadata.jsonl: it is no folder of generated images.")
+    return found
+
+
+def find_images(folder: str | Path, prompt_id: str) -> list[Path]:
+    """The images of one prompt, in order of their names.
+
+    Raises:
+        ValueError: there is none.
+    """
+    samples = Path(folder) / prompt_id / "samples"
+    paths = sorted(path for path in samples.glob("*") if path.suffix in (".png", ".jpg", ".jpeg", ".webp"))
+    if not paths:
+        raise ValueError(f"{samples} holds no image; generate it first.")
+    return paths
+
+
+def open_image(path: Path) -> Image.Image:
+    """One image in RGB.
+
+    Raises:
+        ValueError: the file is truncated or no image; the message names it.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as an image ({error}); delete it to have it made again.") from error
+
+
+def score_images(
+    prompts: list[Prompt],
+    images_of: Callable[[Prompt], list[Path]],
+    score: Callable[[Prompt, list[Path]], list[dict[str, Any]]],
+    folder: str | Path,
+    scorer: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """Score all images, prompt by prompt, and return one row per image in the order of `prompts`.
+
+    Rows are kept in `folder`/scores, so that an interrupted run continues; `folder`/results.jsonl holds all of them in
+    the end. Under `accelerate launch` the prompts are dealt out to the processes, and every process returns all rows.
+
+    Args:
+        score: gives the rows of one prompt's images. Each needs `score` in [0, 1] and `parts`, the sums and weights
+            that go into the named scores of the report: `{name: [sum, weight]}`.
+        scorer: what the scores depend on besides the image (detector, judge, …). Rows of another scorer are redone.
+    """
+    folder, state = Path(folder), PartialState()
+    scorer = json.loads(json.dumps(scorer))
+    mine = prompts[state.process_index :: state.num_processes]
+    for prompt in tqdm(mine, desc="score", unit="prompt", disable=not state.is_main_process):
+        paths, kept = images_of(prompt), folder / "scores" / f"{prompt.id}.json"
+        state_of_images = [[path.name, path.stat().st_size] for path in paths]
+        if kept.exists():
+            before = json.loads(kept.read_text())
+            if before["scorer"] == scorer and before["images"] == state_of_images:
+                continue
+        rows = [
+            {"id": prompt.id, "filename": os.path.relpath(path, folder), "prompt": prompt.text, **row}
+            for path, row in zip(paths, score(prompt, paths), strict=True)
+        ]
+        with replacing(kept) as temporary:
+            temporary.write_text(json.dumps({"scorer": scorer, "images": state_of_images, "rows": rows}))
+    state.wait_for_everyone()
+    rows = [row for p in prompts for row in json.loads((folder / "scores" / f"{p.id}.json").read_text())["rows"]]
+    if state.is_main_process:
+        with replacing(folder / "results.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    state.wait_for_everyone()
+    return rows
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file that takes `path`'s place when all went well, so that `path` is never half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def batched(items: list[Any], size: int) -> Iterable[list[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))

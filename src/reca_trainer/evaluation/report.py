@@ -1,0 +1,133 @@
+"""From rows to scores with confidence intervals, alone and in pairs of models, and how they are written down.
+
+The images of one prompt resemble each other, so prompts are what is counted as independent, never images.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from reca_trainer.evaluation.generation import replacing
+
+Overall = Literal["mean of parts", "mean of images"]
+Z = 1.959964  # two-sided 95 %
+
+
+def summarize(rows: list[dict[str, Any]], overall: Overall) -> dict[str, Any]:
+    """Scores in [0, 1] with 95 % intervals: overall, and each part that the rows name.
+
+    A part's score is the sum of its `parts` entries over the sum of their weights. Its interval is Wilson's, for the
+    number of independent answers that explains how much the prompts differ (Korn and Graubard, 1998); where nothing
+    differs, each prompt counts as one answer. The interval of a mean of parts combines theirs (Zou and Donner, 2008).
+
+    Args:
+        rows: one per image, with `id` of the prompt, `score`, and `parts`: `{name: [sum, weight]}`.
+        overall: the mean of the parts' scores, whatever their sizes, or of the images' scores.
+    """
+    if not rows:
+        raise ValueError("There is nothing to summarize: no image was scored.")
+    parts = {name: _estimate(*_by_prompt(rows, name)) for name in _names(rows)}
+    if overall == "mean of parts":
+        total = _mean(list(parts.values()))
+    else:
+        total = _estimate(*_by_prompt(rows))
+    return {"overall": total, "parts": parts, "images": len(rows), "prompts": len({row["id"] for row in rows})}
+
+
+def compare_rows(
+    base: list[dict[str, Any]], other: list[dict[str, Any]], overall: Overall, resamples: int = 5000, seed: int = 0
+) -> dict[str, Any]:
+    """`other` minus `base` on the same prompts with the same seeds, with 95 % percentile bootstrap intervals over
+    prompts.
+
+    Raises:
+        ValueError: the two do not score the same images of the same prompts.
+    """
+    keys = [[(row["id"], Path(row["filename"]).name) for row in rows] for rows in (base, other)]
+    if sorted(keys[0]) != sorted(keys[1]):
+        missing = sorted(set(keys[0]) ^ set(keys[1]))[:3]
+        raise ValueError(f"Only runs over the same images can be compared; in one of the two only: {missing}.")
+    rng = np.random.default_rng(seed)
+
+    def difference(name: str | None) -> tuple[float, np.ndarray]:
+        (base_sums, weights), (sums, _) = _by_prompt(base, name), _by_prompt(other, name)
+        changes = sums - base_sums
+        drawn = rng.integers(len(changes), size=(resamples, len(changes)))
+        return changes.sum() / weights.sum(), changes[drawn].sum(1) / weights[drawn].sum(1)
+
+    parts = {name: difference(name) for name in _names(base)}
+    if overall == "mean of parts":
+        total = tuple(sum(both) / len(parts) for both in zip(*parts.values(), strict=True))
+    else:
+        total = difference(None)
+
+    def interval(change: float, resampled: np.ndarray) -> dict[str, float]:
+        low, high = np.percentile(resampled, [2.5, 97.5])
+        return {"difference": float(change), "low": float(low), "high": float(high)}
+
+    return {"overall": interval(*total), "parts": {name: interval(*part) for name, part in parts.items()}}
+
+
+def _names(rows: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row["parts"]))
+
+
+def _by_prompt(rows: list[dict[str, Any]], name: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Sums and weights of one part, or of the images' scores, per prompt that has any: two float arrays `[prompts]`."""
+    prompts: dict[str, list[float]] = {}
+    for row in rows:
+        value, weight = (row["score"], 1) if name is None else row["parts"].get(name, (0, 0))
+        if weight:
+            sums = prompts.setdefault(row["id"], [0.0, 0.0])
+            sums[0] += value
+            sums[1] += weight
+    ordered = np.array([prompts[key] for key in sorted(prompts)])
+    return ordered[:, 0], ordered[:, 1]
+
+
+def _estimate(sums: np.ndarray, weights: np.ndarray) -> dict[str, float]:
+    score, prompts = float(sums.sum() / weights.sum()), len(sums)
+    residuals = sums - score * weights
+    variance = float((residuals**2).sum() / weights.sum() ** 2 * prompts / max(prompts - 1, 1))
+    independent = score * (1 - score) / variance if variance > 1e-12 and prompts > 1 else prompts
+    spread = Z**2 / independent
+    center = (score + spread / 2) / (1 + spread)
+    half = math.sqrt(spread * score * (1 - score) + spread**2 / 4) / (1 + spread)
+    return {"score": score, "low": min(center - half, score), "high": max(center + half, score)}
+
+
+def _mean(parts: list[dict[str, float]]) -> dict[str, float]:
+    score = sum(part["score"] for part in parts) / len(parts)
+    below = math.sqrt(sum((part["score"] - part["low"]) ** 2 for part in parts)) / len(parts)
+    above = math.sqrt(sum((part["high"] - part["score"]) ** 2 for part in parts)) / len(parts)
+    return {"score": score, "low": score - below, "high": score + above}
+
+
+def write_report(folder: str | Path, report: dict[str, Any]) -> str:
+    """Write `report.json` and `report.md` into `folder` and return the latter.
+
+    Args:
+        report: `summarize`'s result with `title`, `overall_is`, `notes` (sentences a reader must see) and what made it.
+    """
+    folder = Path(folder)
+    rows = [("overall", report["overall"]), *report["parts"].items()]
+    lines = [f"### {report['title']}", "", "| | score | 95 % interval |", "|---|---|---|"]
+    lines += [
+        f"| {name} | {100 * e['score']:.2f} | {100 * e['low']:.1f} to {100 * e['high']:.1f} |" for name, e in rows
+    ]
+    lines += [
+        "",
+        f"{report['images']} images of {report['prompts']} prompts; overall is the {report['overall_is']}.",
+        "",
+    ]
+    lines += [f"{note}\n" for note in report["notes"]]
+    text = "\n".join(lines)
+    for name, content in (("report.json", json.dumps(report, indent=2) + "\n"), ("report.md", text)):
+        with replacing(folder / name) as temporary:
+            temporary.write_text(content)
+    return text
