@@ -1,0 +1,358 @@
+"""Janus and Janus-Pro on transformers' own implementation, whose weights, config and `generate` stay as they are.
+
+Reconstruction alignment of Janus is our derivation from the method: the paper has no Janus results and its authors
+list Janus-Pro as to do. The understanding embeddings of an image (SigLIP, aligner) stand where images stand in a user
+turn, the instruction follows, and the language model predicts the VQ tokens v_1 ... v_N of the same image after the
+token that begins an image:
+
+    L_RecA = -1/N sum_n log p(v_n | E(x), instruction, v_1 ... v_{n-1})        through `generation_head`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image
+from torch import nn
+from transformers import DynamicCache, JanusConfig
+
+from reca_trainer.models.janus.processing_janus import JanusProcessor
+from reca_trainer.models.unified import Generators, UnifiedModel, UnifiedOutput, per_sample
+
+
+class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForConditionalGeneration):
+    """transformers' Janus as a `UnifiedModel`, with no parameter added.
+
+    Without a `task` its `forward` is that of transformers, and so is `generate`.
+
+    Understanding and generation share the language model, so RecA trains it with an image-to-text loss beside the
+    reconstruction loss. The vision tower, its aligner and the VQ model are frozen. LoRA adapts the language model;
+    `generation_head`, `generation_aligner` or `model.aligner` are trained in full beside it when they are named in
+    `LoraConfig(modules_to_save=...)`.
+    """
+
+    shares_weights = True
+    lora_target_modules = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: JanusConfig):
+        super().__init__(config)
+        # Never sharded on its own: `encode_image` reads the codebook outside the quantizer's forward.
+        self._no_split_modules.discard("JanusVQVAEVectorQuantizer")
+
+    @property
+    def generation_modules(self) -> list[str]:
+        names = ["language_model", "generation_embeddings", "generation_aligner", "generation_head"]
+        return [*(f"model.{name}" for name in names), "lm_head"]
+
+    @property
+    def understanding_modules(self) -> list[str]:
+        return ["model.vision_model", "model.aligner"]
+
+    def train(self, mode: bool = True) -> JanusForConditionalGeneration:
+        super().train(mode)
+        self.model.vqmodel.eval()
+        return self
+
+    # `generate` reads off the signature of `forward` what to prepare (positions, masks, encoded images).
+    @functools.wraps(transformers.JanusForConditionalGeneration.forward, assigned=(), updated=())
+    def forward(self, task: str | None = None, corruption: dict[str, torch.Tensor] | None = None, **batch: Any):
+        """Compute one task's loss, or run transformers' forward if there is no `task`.
+
+        Args:
+            task: one of `TASKS`.
+            corruption: empty, a next-token loss draws nothing.
+            batch: what `JanusProcessor` returns for the task.
+
+        Returns:
+            `UnifiedOutput` with `prediction` the logits `[B, N, num_embeddings]` and `target` the image tokens
+            `[B, N]`, or for captions the logits `[L, vocab_size]` and tokens `[L]` of the supervised positions.
+        """
+        if task is None:
+            return transformers.JanusForConditionalGeneration.forward(self, **batch)
+        if task == "reconstruct":
+            return self._reconstruct(**batch)
+        if task == "generate":
+            return self._generate(**batch)
+        if task == "caption":
+            return self._caption(**batch)
+        raise ValueError(f"task is {task!r}; Janus knows reconstruct, generate and caption.")
+
+    def _reconstruct(
+        self, input_ids: torch.Tensor, condition_pixel_values: torch.Tensor, pixel_values: torch.Tensor
+    ) -> UnifiedOutput:
+        understanding_embeds = self.encode_understanding(condition_pixel_values)  # [B, S, D]
+        prompt = self.embed_prompt(input_ids, understanding_embeds)  # [B, T, D]
+        output = self._image_loss(prompt, self.encode_image(pixel_values))
+        output.understanding_embeds = understanding_embeds
+        return output
+
+    def _generate(
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> UnifiedOutput:
+        return self._image_loss(self.embed_prompt(input_ids), self.encode_image(pixel_values), attention_mask)
+
+    def _image_loss(
+        self, prompt: torch.Tensor, tokens: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> UnifiedOutput:
+        """Cross-entropy of the image tokens `[B, N]` after a prompt `[B, T, D]` that ends with begin-of-image."""
+        inputs = torch.cat([prompt, self.prepare_embeddings_for_image_generation(tokens[:, :-1])], dim=1)
+        if attention_mask is not None:
+            attention_mask = F.pad(attention_mask, (0, tokens.shape[1] - 1), value=1)
+        hidden = self._run_language_model(inputs, attention_mask)
+        logits = self.model.generation_head(hidden[:, prompt.shape[1] - 1 :])  # [B, N, num_embeddings]
+        losses = F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")  # [B, N]
+        return UnifiedOutput(
+            loss=losses.mean(), per_sample_loss=losses.detach().mean(dim=1), prediction=logits, target=tokens
+        )
+
+    def _caption(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        condition_pixel_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+    ) -> UnifiedOutput:
+        understanding_embeds = self.encode_understanding(condition_pixel_values)
+        hidden = self._run_language_model(self.embed_prompt(input_ids, understanding_embeds), attention_mask)
+        supervised = labels[:, 1:] != -100
+        target = labels[:, 1:][supervised]  # [L]
+        logits = self.lm_head(hidden[:, :-1][supervised])  # [L, vocab_size]; the other positions would fill the memory
+        losses = F.cross_entropy(logits.float(), target, reduction="none")
+        sums = losses.new_zeros(len(labels)).index_add(0, supervised.nonzero()[:, 0], losses.detach())
+        return UnifiedOutput(
+            loss=losses.mean(),
+            per_sample_loss=sums / supervised.sum(dim=1),
+            prediction=logits,
+            target=target,
+            understanding_embeds=understanding_embeds,
+        )
+
+    def encode_understanding(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Images `[B, 3, h, w]` as the vision tower wants them -> what the language model reads, `[B, S, D]`."""
+        return self.model.get_image_features(pixel_values, return_dict=True).pooler_output
+
+    @torch.no_grad()
+    def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Images `[B, 3, H, W]` in [-1, 1] -> VQ tokens `[B, N]` int64, row by row.
+
+        A latent becomes the code of the smallest angle to it: codes have unit length where the VQ model decodes them
+        (`get_codebook_entry`), as in the original Janus, while `JanusVQVAE.encode` of transformers compares the raw
+        codebook.
+
+        Raises:
+            ValueError: the images are not of the size that the model generates.
+        """
+        vq = self.model.vqmodel
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            latents = vq.quant_conv(vq.encoder(pixel_values.to(vq.quant_conv.weight.dtype)))  # [B, C, H/f, W/f]
+            side, (height, width) = vq.config.num_patches, latents.shape[-2:]
+            if (height, width) != (side, side):
+                raise ValueError(
+                    f"pixel_values of shape {tuple(pixel_values.shape)} give {height}x{width} image tokens; this Janus "
+                    f"generates {side}x{side}."
+                )
+            codes = torch.arange(vq.quantize.num_embeddings, device=pixel_values.device)
+            codebook = F.normalize(vq.quantize.embedding(codes).float(), dim=-1)  # [K, C]
+            directions = F.normalize(latents.flatten(2).transpose(1, 2).float(), dim=-1)  # [B, N, C]
+            return (directions @ codebook.T).argmax(dim=-1)
+
+    def embed_prompt(self, input_ids: torch.Tensor, understanding_embeds: torch.Tensor | None = None) -> torch.Tensor:
+        """Token embeddings `[B, T, D]`, with the understanding embeddings `[B, S, D]` in place of the placeholders."""
+        embeds = self.get_input_embeddings()(input_ids)
+        if understanding_embeds is None:
+            return embeds
+        understanding_embeds = understanding_embeds.to(embeds.dtype)
+        placeholders = self.model.get_placeholder_mask(input_ids, embeds, understanding_embeds)
+        return embeds.masked_scatter(placeholders, understanding_embeds)
+
+    def _run_language_model(
+        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, cache: DynamicCache | None = None
+    ) -> torch.Tensor:
+        """Hidden states `[B, T, D]`. With padding, positions count from a sample's first token."""
+        positions = None
+        if attention_mask is not None:
+            positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
+        return self.model.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+    def sample_corruption(self, batch: dict[str, Any], generator: Generators = None) -> dict[str, torch.Tensor]:
+        """Nothing: the loss of a next-token model has no random draws."""
+        return {}
+
+    def count_supervised(self, batch: dict[str, Any], corruption: dict[str, torch.Tensor]) -> int:
+        if "labels" in batch:
+            return super().count_supervised(batch, corruption)
+        return len(batch["pixel_values"]) * self.config.vq_config.num_patches**2
+
+    @torch.no_grad()
+    def generate_images(
+        self,
+        processor: JanusProcessor,
+        text: list[str] | None = None,
+        images: list[Image.Image] | None = None,
+        *,
+        task: str = "generate",
+        generator: Generators = None,
+        guidance_scale: float = 5.0,
+        temperature: float = 1.0,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+    ) -> list[Image.Image]:
+        """Generate one image per prompt, or per image from its understanding embeddings (`task="reconstruct"`).
+
+        Args:
+            text: prompts; for reconstruction the instructions, none by default.
+            images: for reconstruction, cropped to their central square.
+            generator: CPU generator, or one per image.
+            guidance_scale: s in `uncond + s (cond - uncond)` of the logits. The unconditional prompt has padding in
+                place of everything but the first token and begin-of-image. 1 turns guidance off.
+            temperature: divides the logits; 0 takes the likeliest token.
+            height, width, num_inference_steps: the model has one size and takes one step per image token; other
+                values are refused.
+
+        Raises:
+            ValueError: the task is unknown, its inputs are missing, or the model cannot do what is asked.
+        """
+        fixed = {"height": processor.target_sizes()[0][0], "width": processor.target_sizes()[0][1]}
+        fixed["num_inference_steps"] = self.config.vq_config.num_patches**2
+        asked = {"height": height, "width": width, "num_inference_steps": num_inference_steps}
+        for name, value in asked.items():
+            if value not in (None, fixed[name]):
+                raise ValueError(f"{name}={value}, but this Janus always has {name}={fixed[name]}.")
+        if task == "reconstruct" and images:
+            images = processor.crop(images)
+            inputs = processor.prompts(text or [""] * len(images), images, generation_mode="image").to(self.device)
+        elif task == "generate" and text:
+            inputs = processor.prompts(text, generation_mode="image").to(self.device)
+        else:
+            raise ValueError(f"task={task!r}: Janus generates from text, or reconstructs images; pass text or images.")
+        tokenizer, input_ids, mask = processor.tokenizer, inputs["input_ids"], inputs["attention_mask"]
+        with _evaluating(self):
+            understanding = self.encode_understanding(inputs["pixel_values"]) if task == "reconstruct" else None
+            prompt = self.embed_prompt(input_ids, understanding)
+            if guidance_scale != 1:
+                keep = input_ids == tokenizer.bos_token_id
+                keep[:, -1] = True
+                blank = self.embed_prompt(input_ids.where(keep, tokenizer.pad_token_id))
+                prompt, mask = torch.cat([prompt, blank]), mask.repeat(2, 1)
+            tokens = self._sample_tokens(
+                prompt,
+                mask,
+                head=self.model.generation_head,
+                embed=self.prepare_embeddings_for_image_generation,
+                max_tokens=fixed["num_inference_steps"],
+                guidance_scale=guidance_scale,
+                temperature=temperature,
+                generator=generator,
+            )
+            pixels = self.model.vqmodel.decode(tokens)  # [B, 3, H, W] in [-1, 1]
+        pixels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+        return [Image.fromarray(one) for one in pixels.cpu().numpy()]
+
+    @torch.no_grad()
+    def generate_text(
+        self,
+        processor: JanusProcessor,
+        text: list[str],
+        images: list[Image.Image] | None = None,
+        *,
+        generator: Generators = None,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+    ) -> list[str]:
+        """Answer each question in `text`, about the image at the same place in `images` if given.
+
+        Args:
+            generator: CPU generator, or one per question.
+            max_new_tokens: length at which an answer is cut.
+            temperature: divides the logits; 0 takes the likeliest token.
+        """
+        if images is not None:
+            images = [image.convert("RGB") for image in images]
+        inputs = processor.prompts(text, images).to(self.device)
+        with _evaluating(self):
+            understanding = None if images is None else self.encode_understanding(inputs["pixel_values"])
+            tokens = self._sample_tokens(
+                self.embed_prompt(inputs["input_ids"], understanding),
+                inputs["attention_mask"],
+                head=self.lm_head,
+                embed=self.get_input_embeddings(),
+                max_tokens=max_new_tokens,
+                temperature=temperature,
+                generator=generator,
+                stop=processor.tokenizer.eos_token_id,
+            )
+        return [answer.strip() for answer in processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def _sample_tokens(
+        self,
+        prompt: torch.Tensor,
+        attention_mask: torch.Tensor,
+        head: nn.Module,
+        embed: Callable[[torch.Tensor], torch.Tensor],
+        max_tokens: int,
+        generator: Generators,
+        temperature: float,
+        guidance_scale: float = 1.0,
+        stop: int | None = None,
+    ) -> torch.Tensor:
+        """Sample token after token: `[B, max_tokens]` int64, or shorter when all samples met `stop`.
+
+        The prompt is `[B, T, D]`; with guidance `[2B, T, D]`, first the conditional half, then the unconditional one.
+        Every sample draws its own uniform numbers up front, so what it becomes does not depend on its batch.
+        """
+        guided = guidance_scale != 1
+        batch_size = len(prompt) // 2 if guided else len(prompt)
+        uniform = per_sample(
+            lambda one: torch.rand(max_tokens, generator=one, dtype=torch.float64), batch_size, generator
+        )
+        uniform = uniform.to(prompt.device)
+        cache, inputs, tokens = DynamicCache(config=self.config.text_config), prompt, []
+        finished = torch.zeros(batch_size, dtype=torch.bool, device=prompt.device)
+        for step in range(max_tokens):
+            hidden = self._run_language_model(inputs, attention_mask, cache)
+            logits = head(hidden[:, -1]).float()
+            if guided:
+                conditional, unconditional = logits.chunk(2)
+                logits = unconditional + guidance_scale * (conditional - unconditional)
+            if temperature == 0:
+                token = logits.argmax(dim=-1)
+            else:
+                cumulative = (logits / temperature).softmax(dim=-1).double().cumsum(dim=-1)  # inverse-CDF sampling
+                token = torch.searchsorted(cumulative, uniform[:, step : step + 1] * cumulative[:, -1:]).squeeze(-1)
+            if stop is not None:
+                token = token.where(~finished, stop)
+                finished |= token == stop
+            tokens.append(token)
+            if stop is not None and finished.all():
+                break
+            inputs = embed(token[:, None])
+            if guided:
+                inputs = inputs.repeat(2, 1, 1)
+            attention_mask = F.pad(attention_mask, (0, 1), value=1)
+        return torch.stack(tokens, dim=1)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, and afterwards in the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

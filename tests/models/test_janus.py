@@ -1,0 +1,544 @@
+"""Janus against plain transformers: same weights, same generation, and losses recomputed token by token."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from reca_trainer.models import janus
+from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
+from reca_trainer.models.checkpoint import CheckpointError
+
+INSTRUCTION = "Say what the picture shows."
+
+
+def build(**overrides):
+    torch.manual_seed(0)
+    config = janus.tiny_config(image_size=32, hidden_size=64, num_hidden_layers=2)
+    for name, value in overrides.items():
+        setattr(config, name, value)
+    model = janus.Model(config).eval()
+    with torch.no_grad():  # codes of very different lengths, and predictions far from uniform
+        model.model.vqmodel.quantize.embedding.weight.mul_(torch.linspace(0.1, 10, 256)[:, None])
+        model.model.generation_head.vision_head.weight.mul_(20)
+        model.lm_head.weight.mul_(20)
+    return model
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return janus.tiny_processor(janus.tiny_config(image_size=32))
+
+
+@pytest.fixture
+def model():
+    return build()
+
+
+@pytest.fixture
+def plain(model):
+    """The same weights in transformers' own class."""
+    twin = transformers.JanusForConditionalGeneration(model.config).eval()
+    twin.load_state_dict(model.state_dict(), strict=True)
+    return twin
+
+
+def pictures(*sizes):
+    rng = np.random.default_rng(0)
+    coarse = [rng.integers(0, 255, (4, 4, 3), dtype=np.uint8) for _ in sizes]
+    return [Image.fromarray(one).resize(size) for one, size in zip(coarse, sizes, strict=True)]
+
+
+# The reference: one sample, one token, one full forward pass at a time, through transformers' modules.
+
+
+def naive_image_tokens(plain, pixels):
+    """The code whose direction is closest to each latent, row by row. `pixels` is `[3, H, W]`."""
+    vq = plain.model.vqmodel
+    latents = vq.quant_conv(vq.encoder(pixels[None]))[0]
+    codes = vq.quantize.embedding.weight
+    codes = codes / codes.norm(dim=1, keepdim=True)
+    tokens = []
+    for row in range(latents.shape[1]):
+        for column in range(latents.shape[2]):
+            latent = latents[:, row, column] / latents[:, row, column].norm()
+            tokens.append(int((codes - latent).square().sum(1).argmin()))
+    return tokens
+
+
+def naive_prompt(plain, ids, condition=None):
+    """Input embeddings of one sample, a list of `[D]`."""
+    embed = plain.get_input_embeddings().weight
+    features = []
+    if condition is not None:
+        features = list(plain.model.aligner(plain.model.vision_model(condition[None]).last_hidden_state)[0])
+    return [features.pop(0) if i == plain.config.image_token_id else embed[i] for i in ids]
+
+
+def naive_next(plain, sequence, head):
+    """Next-token logits after a list of embeddings."""
+    return head(plain.model.language_model(inputs_embeds=torch.stack(sequence)[None]).last_hidden_state[0, -1])
+
+
+def naive_image_embed(plain, token):
+    return plain.model.generation_aligner(plain.model.generation_embeddings.weight[token])
+
+
+def naive_image_loss(plain, ids, pixels, condition=None):
+    sequence, total = naive_prompt(plain, ids, condition), 0.0
+    tokens = naive_image_tokens(plain, pixels)
+    for token in tokens:
+        total -= naive_next(plain, sequence, plain.model.generation_head).log_softmax(-1)[token]
+        sequence.append(naive_image_embed(plain, token))
+    return total / len(tokens)
+
+
+def naive_generate(plain, prompt, blank=None, scale=1.0, uniform=None):
+    """Image tokens of one sample, guided by the prompt `blank` if given, drawn with `uniform` or the likeliest."""
+    tokens = []
+    for step in range(plain.config.vision_config.num_image_tokens):
+        logits = naive_next(plain, prompt, plain.model.generation_head)
+        if blank is not None:
+            without = naive_next(plain, blank, plain.model.generation_head)
+            logits = without + scale * (logits - without)
+        if uniform is None:
+            token = int(logits.argmax())
+        else:
+            token, mass = 0, 0.0
+            for token, p in enumerate(logits.double().softmax(-1).tolist()):
+                mass += p
+                if mass >= uniform[step]:
+                    break
+        tokens.append(token)
+        for sequence in [prompt] if blank is None else [prompt, blank]:
+            sequence.append(naive_image_embed(plain, token))
+    return tokens
+
+
+def decode(plain, tokens):
+    pixels = plain.model.vqmodel.decode(torch.tensor([tokens]))[0].clamp(-1, 1)
+    return ((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+
+
+def unpadded(row, mask):
+    return [i for i, seen in zip(row.tolist(), mask.tolist(), strict=True) if seen]
+
+
+# Losses
+
+
+@torch.no_grad()
+def test_image_tokens_are_the_nearest_unit_codes(model, plain, processor):
+    pixels = processor(images=pictures((32, 32), (50, 40)))["pixel_values"]
+    tokens = model.encode_image(pixels)
+    assert tokens.tolist() == [naive_image_tokens(plain, one) for one in pixels]
+    assert len(set(tokens.flatten().tolist())) > 5
+    # no other choice of code lies closer to the latents in what the decoder is given
+    vq = model.model.vqmodel
+    latents = F.normalize(vq.quant_conv(vq.encoder(pixels)), dim=1)
+    error = (vq.quantize.get_codebook_entry(tokens) - latents).square().sum(1)
+    raw = vq.encode(pixels, return_dict=True).image_tokens.view(tokens.shape)
+    assert (error <= (vq.quantize.get_codebook_entry(raw) - latents).square().sum(1) + 1e-6).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("instruction", [INSTRUCTION, ""])
+def test_reconstruction_loss_is_the_naive_one(model, plain, processor, instruction):
+    batch = processor(images=pictures((32, 32), (50, 40)), instruction=instruction, task="reconstruct")
+    output = model(**batch)
+    losses = torch.stack(
+        [
+            naive_image_loss(plain, ids.tolist(), pixels, condition)
+            for ids, pixels, condition in zip(
+                batch["input_ids"], batch["pixel_values"], batch["condition_pixel_values"], strict=True
+            )
+        ]
+    )
+    torch.testing.assert_close(output.per_sample_loss, losses, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.loss, losses.mean(), rtol=1e-5, atol=1e-5)
+    assert output.understanding_embeds.shape == (2, 16, 64)
+    assert output.prediction.shape == (2, 16, 256) and output.target.shape == (2, 16)
+
+
+@torch.no_grad()
+def test_generate_loss_is_the_naive_one_for_prompts_of_different_length(model, plain, processor):
+    batch = processor(images=pictures((32, 32), (32, 32)), text=["red", "a long blue thing"], task="generate")
+    losses = torch.stack(
+        [
+            naive_image_loss(plain, unpadded(ids, mask), pixels)
+            for ids, mask, pixels in zip(
+                batch["input_ids"], batch["attention_mask"], batch["pixel_values"], strict=True
+            )
+        ]
+    )
+    output = model(**batch)
+    torch.testing.assert_close(output.per_sample_loss, losses, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.loss, losses.mean(), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_caption_loss_is_the_naive_one(model, plain, processor):
+    captions = ["red", "a long blue thing"]
+    batch = processor(
+        images=pictures((32, 32), (50, 40)),
+        text=captions,
+        instruction=["What is it?", "And this one?"],
+        task="caption",
+    )
+    losses, counts = [], []
+    for row, (ids, mask, labels) in enumerate(
+        zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True)
+    ):
+        sequence = unpadded(ids, mask)
+        answer = [i for i in labels.tolist() if i != -100]
+        assert processor.tokenizer.decode(answer) == f" {captions[row]}{processor.tokenizer.eos_token}"
+        assert sequence[-len(answer) :] == answer
+        embeds = naive_prompt(plain, sequence, batch["condition_pixel_values"][row])
+        total = 0.0
+        for n, token in enumerate(answer):
+            before = embeds[: len(sequence) - len(answer) + n]
+            total -= naive_next(plain, before, plain.lm_head).log_softmax(-1)[token]
+        losses.append(total / len(answer))
+        counts.append(len(answer))
+    output = model(**batch)
+    torch.testing.assert_close(output.per_sample_loss, torch.stack(losses), rtol=1e-5, atol=1e-5)
+    total = sum(loss * count for loss, count in zip(losses, counts, strict=True))
+    torch.testing.assert_close(output.loss, total / sum(counts), rtol=1e-5, atol=1e-5)
+
+
+def test_count_supervised_is_the_number_of_targets(model, processor):
+    images, text = pictures((32, 32), (32, 32)), ["red", "a long blue thing"]
+    for task in ("reconstruct", "generate", "caption"):
+        batch = processor(images=images, text=None if task == "reconstruct" else text, task=task)
+        corruption = model.sample_corruption(batch, torch.Generator())
+        assert corruption == {}
+        assert model.count_supervised(batch, corruption) == model(**batch, corruption=corruption).target.numel()
+
+
+# Generation
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_guided_generation_is_the_naive_one(model, plain, processor, temperature):
+    text, seeds = ["red", "a long blue thing"], [3, 4]
+    generated = model.generate_images(
+        processor,
+        text,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        guidance_scale=3.0,
+        temperature=temperature,
+    )
+    inputs = processor.prompts(text, generation_mode="image")
+    tokenizer = processor.tokenizer
+    for row, image in enumerate(generated):
+        ids = unpadded(inputs["input_ids"][row], inputs["attention_mask"][row])
+        assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.boi_token_id
+        blank = [ids[0], *[tokenizer.pad_token_id] * (len(ids) - 2), ids[-1]]
+        uniform = torch.rand(16, dtype=torch.float64, generator=torch.Generator().manual_seed(seeds[row])).tolist()
+        tokens = naive_generate(
+            plain, naive_prompt(plain, ids), naive_prompt(plain, blank), 3.0, uniform if temperature else None
+        )
+        np.testing.assert_array_equal(np.asarray(image), decode(plain, tokens))
+
+
+@torch.no_grad()
+def test_reconstruction_from_embeddings_is_the_naive_one(model, plain, processor):
+    images = pictures((32, 32), (50, 40))
+    generated = model.generate_images(
+        processor, [INSTRUCTION] * 2, images, task="reconstruct", guidance_scale=2.0, temperature=0.0
+    )
+    batch = processor(images=images, instruction=INSTRUCTION)
+    for ids, condition, image in zip(
+        batch["input_ids"].tolist(), batch["condition_pixel_values"], generated, strict=True
+    ):
+        blank = [ids[0], *[processor.tokenizer.pad_token_id] * (len(ids) - 2), ids[-1]]
+        tokens = naive_generate(plain, naive_prompt(plain, ids, condition), naive_prompt(plain, blank), 2.0)
+        np.testing.assert_array_equal(np.asarray(image), decode(plain, tokens))
+
+
+def test_a_sample_does_not_depend_on_its_batch(model, processor):
+    def generate(*text):
+        generators = [torch.Generator().manual_seed(len(one)) for one in text]
+        return [np.asarray(image) for image in model.generate_images(processor, list(text), generator=generators)]
+
+    together = generate("red", "a long blue thing")
+    np.testing.assert_array_equal(together[0], generate("red")[0])
+    np.testing.assert_array_equal(together[1], generate("a long blue thing")[0])
+    assert (together[0] != together[1]).any()
+
+
+def test_text_generation_is_that_of_transformers(model, plain, processor):
+    images, questions = pictures((32, 32), (50, 40)), ["What is it?", "How many red things?"]
+    inputs = processor.prompts(questions, images)
+    ids = plain.generate(**inputs, do_sample=False, max_new_tokens=12)[:, inputs["input_ids"].shape[1] :]
+    answers = model.generate_text(processor, questions, images, max_new_tokens=12)
+    assert answers == [one.strip() for one in processor.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    torch.testing.assert_close(model.generate(**inputs, do_sample=False, max_new_tokens=12)[:, -ids.shape[1] :], ids)
+
+    def sample(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return model.generate_text(processor, questions, generator=generator, temperature=1.0, max_new_tokens=12)
+
+    assert sample(1) == sample(1) != sample(2)
+
+
+def test_generation_leaves_the_training_mode(model, processor):
+    model.train()
+    model.generate_images(processor, ["red"])
+    model.generate_text(processor, ["red"], max_new_tokens=2)
+    assert model.training and model.model.language_model.training
+    assert not model.model.vision_model.training and not model.model.vqmodel.training
+
+
+def test_generation_refuses_what_the_model_cannot_do(model, processor):
+    with pytest.raises(ValueError, match="height=64, but this Janus always has height=32"):
+        model.generate_images(processor, ["red"], height=64)
+    with pytest.raises(ValueError, match="num_inference_steps=16"):
+        model.generate_images(processor, ["red"], num_inference_steps=50)
+    with pytest.raises(ValueError, match="task='edit'"):
+        model.generate_images(processor, ["red"], pictures((32, 32)), task="edit")
+
+
+def test_what_it_learned_to_reconstruct_it_generates(model, processor):
+    images = pictures((32, 32), (32, 32))
+    batch = processor(images=images, instruction="Again.")
+    model.freeze_understanding()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    for _ in range(60):
+        output = model.train()(**batch)
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert output.loss < 0.1
+    generated = model.generate_images(
+        processor, ["Again."] * 2, images, task="reconstruct", guidance_scale=1.0, temperature=0.0
+    )
+    for image, tokens in zip(generated, model.encode_image(batch["pixel_values"]).tolist(), strict=True):
+        np.testing.assert_array_equal(np.asarray(image), decode(model, tokens))
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_loads_what_plain_transformers_saves(tmp_path, processor, tied):
+    plain = transformers.JanusForConditionalGeneration(build(tie_word_embeddings=tied).config)
+    plain.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    for model in (AutoUnifiedModel.from_pretrained(tmp_path), janus.Model.from_pretrained(tmp_path)):
+        assert type(model) is janus.Model
+        state = plain.state_dict()
+        assert model.state_dict().keys() == state.keys()
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert type(AutoUnifiedProcessor.from_pretrained(tmp_path)) is janus.Processor
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_plain_transformers_loads_and_generates_the_same_from_what_we_save(tmp_path, processor, tied):
+    model = build(tie_word_embeddings=tied)
+    janus.write_published(model, processor, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == "janus" and config["architectures"] == ["JanusForConditionalGeneration"]
+    plain = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
+    plain_processor = transformers.AutoProcessor.from_pretrained(tmp_path)
+    assert type(plain) is transformers.JanusForConditionalGeneration
+    assert type(plain_processor) is transformers.JanusProcessor
+
+    def chat(*content):
+        turn = [{"role": "user", "content": list(content)}]
+        return plain_processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+
+    prompt = chat({"type": "text", "text": "a red circle"})
+    inputs = plain_processor(text=prompt, generation_mode="image", return_tensors="pt")
+    tokens = plain.generate(**inputs, generation_mode="image", do_sample=False, guidance_scale=4.0)
+    image = model.generate_images(processor, ["a red circle"], guidance_scale=4.0, temperature=0.0)[0]
+    np.testing.assert_array_equal(np.asarray(image), decode(plain, tokens[0].tolist()))
+
+    picture = pictures((50, 40))[0]
+    inputs = plain_processor(
+        text=chat({"type": "image"}, {"type": "text", "text": "Why?"}), images=[picture], return_tensors="pt"
+    )
+    ids = plain.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+    answer = model.generate_text(processor, ["Why?"], [picture], max_new_tokens=8)[0]
+    assert answer == plain_processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def test_reload_keeps_weights_batches_and_generation_settings(tmp_path, model, processor):
+    janus.write_published(model, processor, tmp_path)
+    again, same = AutoUnifiedModel.from_pretrained(tmp_path), AutoUnifiedProcessor.from_pretrained(tmp_path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    assert again.generation_config.generation_kwargs == {"boi_token_id": processor.tokenizer.boi_token_id}
+    images = pictures((32, 32), (50, 40))
+    before, after = (one(images=images, instruction=INSTRUCTION) for one in (processor, same))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before if name != "task")
+
+
+@pytest.mark.parametrize("damage", ["missing", "unexpected", "wrongly shaped"])
+def test_reading_a_checkpoint_is_strict(tmp_path, model, processor, damage):
+    janus.write_published(model, processor, tmp_path)
+    weights, key = load_file(tmp_path / "model.safetensors"), "model.generation_head.proj_out.weight"
+    if damage == "missing":
+        del weights[key]
+    elif damage == "unexpected":
+        key = "model.generation_head.other"
+        weights[key] = torch.zeros(1)
+    else:
+        weights[key] = torch.zeros(3, 3)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"(?s){damage}.*{re.escape(key)}"):
+        AutoUnifiedModel.from_pretrained(tmp_path)
+
+
+# Training
+
+
+def every_task(processor):
+    images, text = pictures((32, 32), (50, 40)), ["red", "a long blue thing"]
+    yield processor(images=images, instruction=INSTRUCTION, task="reconstruct")
+    yield processor(images=images, text=text, task="generate")
+    yield processor(images=images, text=text, instruction="What is it?", task="caption")
+
+
+def test_reca_trains_the_generator_and_leaves_what_only_understands(model, processor):
+    model.freeze_understanding()
+    for batch in every_task(processor):
+        model(**batch).loss.backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    prefixes = ("model.language_model.", "model.generation_", "lm_head.")
+    assert trained == {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
+    assert not any(p.requires_grad for name, p in model.named_parameters() if not name.startswith(prefixes))
+
+
+def test_lora_touches_only_the_language_model(tmp_path, model, processor):
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    hit = {name for name, _ in model.named_modules() if re.fullmatch(model.lora_target_modules, name)}
+    assert hit == {name for name in linear if name.startswith("model.language_model.")}
+
+    config = LoraConfig(target_modules=model.lora_target_modules, r=4, init_lora_weights=False)
+    adapted = get_peft_model(model, config)
+    batches = list(every_task(processor))
+    for batch in batches:
+        adapted(**batch).loss.backward()
+    trained = {name for name, p in adapted.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert trained == {name for name, _ in adapted.named_parameters() if "lora_" in name}
+    assert len(trained) == 2 * len(hit)
+
+    adapted.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build(), tmp_path)
+    merged = PeftModel.from_pretrained(build(), tmp_path).merge_and_unload()
+    with torch.no_grad():
+        for batch in batches:
+            loss = adapted(**batch).loss
+            assert torch.equal(again(**batch).loss, loss)
+            torch.testing.assert_close(merged(**batch).loss, loss, rtol=1e-4, atol=1e-5)
+
+
+def test_heads_and_aligners_train_beside_lora_when_named(tmp_path, model, processor):
+    full = ["generation_head", "generation_aligner", "model.aligner"]
+    config = LoraConfig(target_modules=model.lora_target_modules, modules_to_save=full, r=4)
+    adapted = get_peft_model(model, config)
+    adapted(**next(every_task(processor))).loss.backward()
+    trained = {name for name, p in adapted.named_parameters() if p.grad is not None and "lora_" not in name}
+    assert {re.sub(r"base_model\.model\.(.*)\.modules_to_save\..*", r"\1", name) for name in trained} == {
+        "model.generation_head",
+        "model.generation_aligner",
+        "model.aligner",
+    }
+    adapted.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert all(any(name in key for key in saved) for name in full)
+
+
+def test_activation_checkpointing_changes_no_gradient(model, processor):
+    def gradients():
+        model.zero_grad()
+        for batch in every_task(processor):
+            model(**batch).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    model.freeze_understanding()
+    model.train()
+    plain = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert model.model.language_model.layers[0].gradient_checkpointing
+    checkpointed = gradients()
+    assert plain.keys() == checkpointed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_bfloat16_weights_give_nearly_the_same_losses(model, processor):
+    half = build().to(torch.bfloat16)
+    half.model.vqmodel.float()  # other image tokens would be other targets
+    for batch in every_task(processor):
+        output = half(**batch)
+        assert output.loss.dtype == output.per_sample_loss.dtype == torch.float32
+        torch.testing.assert_close(output.loss, model(**batch).loss, rtol=2e-2, atol=2e-2)
+
+
+# Batches
+
+
+def test_condition_and_target_show_the_same_square(processor):
+    wide = Image.new("RGB", (96, 32), "black")
+    wide.paste("white", (32, 0, 64, 32))
+    batch = processor(images=[wide])
+    torch.testing.assert_close(batch["pixel_values"], torch.ones(1, 3, 32, 32))
+    torch.testing.assert_close(batch["condition_pixel_values"], batch["pixel_values"])
+    captioned = processor(images=[wide], text=["a bar"], task="caption")["condition_pixel_values"]
+    assert captioned.min() < -0.9  # a caption is about the whole image
+
+
+def test_a_caption_follows_the_prompt_that_inference_sees(processor):
+    images = pictures((32, 32), (50, 40))
+    batch = processor(images=images, text=["red", "blue and red"], instruction="What is it?", task="caption")
+    prompts = processor.prompts(["What is it?"] * 2, images)
+    length = prompts["input_ids"].shape[1]
+    assert torch.equal(batch["input_ids"][:, :length], prompts["input_ids"])
+    assert torch.equal(batch["condition_pixel_values"], prompts["pixel_values"])
+    assert (batch["labels"][:, :length] == -100).all() and (batch["labels"][:, length] != -100).all()
+
+
+@pytest.mark.parametrize("token", ["<image_placeholder>", "<begin_of_image>", "<end_of_image>"])
+def test_text_cannot_pretend_to_be_an_image(processor, token):
+    for arguments in (
+        {"text": [f"a {token}"], "task": "generate"},
+        {"images": pictures((32, 32)), "text": [f"a {token}"], "task": "caption"},
+        {"images": pictures((32, 32)), "instruction": f"a {token}", "task": "reconstruct"},
+    ):
+        with pytest.raises(ValueError, match=f"contains {token}"):
+            processor(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"task": "edit"}, "task is 'edit'"),
+        ({"task": "reconstruct"}, "'reconstruct' needs images"),
+        ({"task": "generate"}, "'generate' needs text"),
+        ({"task": "caption", "images": pictures((32, 32))}, "'caption' needs text"),
+        ({"task": "caption", "images": pictures((32, 32)), "text": ["a", "b"]}, "1 images and 2 texts"),
+        ({"images": pictures((32, 32)), "size": (64, 64)}, r"size=\(64, 64\)"),
+    ],
+)
+def test_the_processor_says_what_is_wrong(processor, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        processor(**arguments)
+
+
+def test_images_of_another_size_are_refused(model, processor):
+    batch = processor(images=pictures((32, 32)))
+    batch["pixel_values"] = torch.zeros(1, 3, 64, 32)
+    with pytest.raises(ValueError, match="give 8x4 image tokens"):
+        model(**batch)
