@@ -1,0 +1,219 @@
+"""Decode, validate and orient images, and cut them to the shapes a batch is made of.
+
+Whatever is stored (palette, CMYK, 16 bits, alpha, an animation, a rotated photograph), training sees upright RGB. What
+cannot be read is an `ImageError` that says which image and why.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import stat
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# Raster formats whose decoders run inside Pillow; EPS, for one, would start another program on the file's contents.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "AVIF")
+
+# Twice the size Pillow warns of, half a gigabyte of RGB: anything larger is an attack sooner than a photograph.
+MAX_PIXELS = 178_956_970
+
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; the message names it and says why."""
+
+
+def decode_image(source: Any, name: str = "") -> Image.Image:
+    """Read an image as upright RGB.
+
+    Exif orientation is applied, transparency is laid on white, the first frame of an animation is taken, 16-bit values
+    are scaled to 8.
+
+    Args:
+        source: encoded bytes, a path, a binary file, a `PIL.Image.Image`, or the `{"bytes", "path"}` dict of a
+            `datasets.Image(decode=False)` column (bytes first, path if there are none).
+        name: what to call the image in errors; by default its path, if it has one.
+
+    Returns:
+        A fully loaded `PIL.Image.Image` of mode RGB that shares no file with `source`.
+
+    Raises:
+        ImageError: missing, not a regular file, not one of `FORMATS`, truncated, corrupt, or above `MAX_PIXELS`.
+    """
+    with _errors_named(name or _name(source)), _opened(source) as image:
+        image.load()
+        transpose = _UPRIGHT.get(_orientation(image))
+        rgb = _to_rgb(image)
+        if transpose is not None:
+            rgb = rgb.transpose(transpose)
+        return rgb.copy() if rgb is source else rgb
+
+
+def image_size(source: Any, name: str = "") -> tuple[int, int]:
+    """`(width, height)` in pixels of the upright image, from its header only.
+
+    Takes the same sources and raises the same `ImageError` as `decode_image`, except for damage behind the header.
+    """
+    with _errors_named(name or _name(source)), _opened(source) as image:
+        width, height = image.size
+        # Pillow reports a TIFF's size upright already.
+        sideways = image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)
+        return (height, width) if sideways else (width, height)
+
+
+def aspect_buckets(min_size: int, max_size: int, stride: int) -> list[tuple[int, int]]:
+    """Target shapes of about equal area, from `min_size`:`max_size` through square to `max_size`:`min_size`.
+
+    Neighbouring buckets differ in aspect ratio by the fourth root of `max_size / min_size` (19 % for 512 to 1024), so
+    cover and crop loses at most half of that; few buckets keep batches full.
+
+    Args:
+        min_size: shortest side in pixels, rounded up to a multiple of `stride`.
+        max_size: longest side in pixels, rounded down to a multiple of `stride`.
+        stride: what every side is a multiple of: the pixels of one latent token.
+
+    Returns:
+        `(height, width)` pairs, widest first.
+
+    Raises:
+        ValueError: no multiple of `stride` lies between the two sizes.
+    """
+    if stride < 1 or min_size < 1:
+        raise ValueError(f"Sizes and stride are positive numbers of pixels, got {min_size=}, {max_size=}, {stride=}.")
+    low, high = math.ceil(min_size / stride) * stride, max_size // stride * stride
+    if low > high:
+        raise ValueError(f"No multiple of stride {stride} lies between min_size {min_size} and max_size {max_size}.")
+    steps = 4
+    buckets = {}
+    for step in range(-steps, steps + 1):
+        ratio = (high / low) ** (step / steps)
+        sides = (math.sqrt(low * high * ratio), math.sqrt(low * high / ratio))
+        height, width = (min(max(round(side / stride) * stride, low), high) for side in sides)
+        buckets[height, width] = None
+    return list(buckets)
+
+
+def nearest_bucket(width: int, height: int, buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The `(height, width)` bucket whose aspect ratio is nearest in the logarithm; the larger one of two equals."""
+    if width < 1 or height < 1 or not buckets:
+        raise ValueError(f"Cannot choose among {len(buckets)} buckets for an image of {width}x{height} pixels.")
+    ratio = math.log(height / width)
+    return min(buckets, key=lambda bucket: (abs(math.log(bucket[0] / bucket[1]) - ratio), -bucket[0] * bucket[1]))
+
+
+def fit_to_size(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize to cover `size = (height, width)` and crop the centre, bicubic.
+
+    The crop comes first, so that a 20,000x3 strip does not become gigabytes on its way to a square.
+    """
+    height, width = size
+    if image.size == (width, height):
+        return image
+    return ImageOps.fit(image, (width, height), method=Image.Resampling.BICUBIC)
+
+
+@contextmanager
+def _errors_named(name: str) -> Iterator[None]:
+    """Turn whatever a decoder throws at damage (`OSError`, `SyntaxError`, `struct.error`, …) into `ImageError`."""
+    try:
+        yield
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from error
+    except Exception as error:
+        raise ImageError(f"{name}: cannot be read as an image ({type(error).__name__}: {error}).") from error
+
+
+@contextmanager
+def _opened(source: Any) -> Iterator[Image.Image]:
+    """The header of `source` as a lazy PIL image; files opened here are closed again."""
+    if isinstance(source, Mapping):
+        source = source.get("bytes") if source.get("bytes") is not None else source.get("path")
+    if source is None:
+        raise ImageError("there is no image here (neither bytes nor a path).")
+    if isinstance(source, Image.Image):
+        _check_size(source)
+        yield source
+        return
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        if not len(source):
+            raise ImageError("the file is empty (0 bytes).")
+        source = io.BytesIO(source)
+    elif isinstance(source, (str, os.PathLike)):
+        status = os.stat(source)
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device could wait for ever
+            raise ImageError("not a regular file.")
+        if not status.st_size:
+            raise ImageError("the file is empty (0 bytes).")
+        source = Path(source)
+    elif not hasattr(source, "read"):
+        raise ImageError(f"expected bytes, a path, a file or a PIL image, got {type(source).__name__}.")
+    Image.init()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of large images and odd metadata; both are dealt with here
+        image = Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])
+        try:
+            _check_size(image)
+            yield image
+        finally:
+            if isinstance(source, (io.BytesIO, Path)):
+                image.close()
+
+
+def _check_size(image: Image.Image) -> None:
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ImageError(f"the image has no pixels ({width}x{height}).")
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{width}x{height} pixels are more than the limit of {MAX_PIXELS:,} (decompression bomb?).")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        # Not `image.getexif()`: a PNG would be decoded whole to look for metadata behind its pixels.
+        return int(Image.Image.getexif(image).get(_ORIENTATION_TAG, 1))
+    except Exception:  # damaged metadata does not spoil the pixels
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB: transparency on white, integers above 8 bits as 16-bit grey, floats as [0, 1] or [0, 255]."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        image = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
+    elif image.mode == "F":
+        grey = np.nan_to_num(np.asarray(image), nan=0.0, posinf=255.0, neginf=0.0)
+        grey = grey * 255 if grey.max() <= 1 else grey
+        image = Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, rgba)
+    return image.convert("RGB")
+
+
+def _name(source: Any) -> str:
+    if isinstance(source, Mapping):
+        source = source.get("path") or source.get("bytes")
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"image of {len(source)} bytes"
+    return str(getattr(source, "filename", "") or getattr(source, "name", "") or type(source).__name__)
