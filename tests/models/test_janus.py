@@ -111,11 +111,11 @@ def naive_generate(plain, prompt, blank=None, scale=1.0, uniform=None):
         if uniform is None:
             token = int(logits.argmax())
         else:
-            token, mass = 0, 0.0
-            for token, p in enumerate(logits.double().softmax(-1).tolist()):
-                mass += p
-                if mass >= uniform[step]:
-                    break
+            token, mass = -1, 0.0
+            probabilities = logits.double().softmax(-1).tolist()
+            while mass < uniform[step]:
+                token += 1
+                mass += probabilities[token]
         tokens.append(token)
         for sequence in [prompt] if blank is None else [prompt, blank]:
             sequence.append(naive_image_embed(plain, token))
@@ -125,6 +125,12 @@ def naive_generate(plain, prompt, blank=None, scale=1.0, uniform=None):
 def decode(plain, tokens):
     pixels = plain.model.vqmodel.decode(torch.tensor([tokens]))[0].clamp(-1, 1)
     return ((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+
+
+def assert_same_picture(image, expected):
+    """Up to one grey level, which the rounding of a batched convolution may cost; another image token costs dozens."""
+    difference = np.abs(np.asarray(image).astype(int) - np.asarray(expected).astype(int))
+    assert difference.max() <= 1, f"pixels differ by up to {difference.max()}"
 
 
 def unpadded(row, mask):
@@ -146,6 +152,13 @@ def test_image_tokens_are_the_nearest_unit_codes(model, plain, processor):
     error = (vq.quantize.get_codebook_entry(tokens) - latents).square().sum(1)
     raw = vq.encode(pixels, return_dict=True).image_tokens.view(tokens.shape)
     assert (error <= (vq.quantize.get_codebook_entry(raw) - latents).square().sum(1) + 1e-6).all()
+
+
+def test_published_dimensions_give_576_tokens():
+    with torch.device("meta"):
+        model = janus.Model(janus.Config())
+        assert model.encode_image(torch.zeros(1, 3, 384, 384)).shape == (1, 576)
+        assert model.encode_understanding(torch.zeros(1, 3, 384, 384)).shape[:2] == (1, 576)
 
 
 @torch.no_grad()
@@ -246,7 +259,7 @@ def test_guided_generation_is_the_naive_one(model, plain, processor, temperature
         tokens = naive_generate(
             plain, naive_prompt(plain, ids), naive_prompt(plain, blank), 3.0, uniform if temperature else None
         )
-        np.testing.assert_array_equal(np.asarray(image), decode(plain, tokens))
+        assert_same_picture(image, decode(plain, tokens))
 
 
 @torch.no_grad()
@@ -261,18 +274,19 @@ def test_reconstruction_from_embeddings_is_the_naive_one(model, plain, processor
     ):
         blank = [ids[0], *[processor.tokenizer.pad_token_id] * (len(ids) - 2), ids[-1]]
         tokens = naive_generate(plain, naive_prompt(plain, ids, condition), naive_prompt(plain, blank), 2.0)
-        np.testing.assert_array_equal(np.asarray(image), decode(plain, tokens))
+        assert_same_picture(image, decode(plain, tokens))
 
 
 def test_a_sample_does_not_depend_on_its_batch(model, processor):
     def generate(*text):
         generators = [torch.Generator().manual_seed(len(one)) for one in text]
-        return [np.asarray(image) for image in model.generate_images(processor, list(text), generator=generators)]
+        return model.generate_images(processor, list(text), generator=generators)
 
     together = generate("red", "a long blue thing")
-    np.testing.assert_array_equal(together[0], generate("red")[0])
-    np.testing.assert_array_equal(together[1], generate("a long blue thing")[0])
-    assert (together[0] != together[1]).any()
+    assert_same_picture(together[0], generate("red")[0])
+    assert_same_picture(together[1], generate("a long blue thing")[0])
+    with pytest.raises(AssertionError, match="pixels differ"):
+        assert_same_picture(*together)
 
 
 def test_text_generation_is_that_of_transformers(model, plain, processor):
@@ -322,7 +336,7 @@ def test_what_it_learned_to_reconstruct_it_generates(model, processor):
         processor, ["Again."] * 2, images, task="reconstruct", guidance_scale=1.0, temperature=0.0
     )
     for image, tokens in zip(generated, model.encode_image(batch["pixel_values"]).tolist(), strict=True):
-        np.testing.assert_array_equal(np.asarray(image), decode(model, tokens))
+        assert_same_picture(image, decode(model, tokens))
 
 
 # Checkpoints
@@ -360,7 +374,7 @@ def test_plain_transformers_loads_and_generates_the_same_from_what_we_save(tmp_p
     inputs = plain_processor(text=prompt, generation_mode="image", return_tensors="pt")
     tokens = plain.generate(**inputs, generation_mode="image", do_sample=False, guidance_scale=4.0)
     image = model.generate_images(processor, ["a red circle"], guidance_scale=4.0, temperature=0.0)[0]
-    np.testing.assert_array_equal(np.asarray(image), decode(plain, tokens[0].tolist()))
+    assert_same_picture(image, decode(plain, tokens[0].tolist()))
 
     picture = pictures((50, 40))[0]
     inputs = plain_processor(

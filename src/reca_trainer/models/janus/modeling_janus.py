@@ -156,8 +156,8 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
             side, (height, width) = vq.config.num_patches, latents.shape[-2:]
             if (height, width) != (side, side):
                 raise ValueError(
-                    f"pixel_values of shape {tuple(pixel_values.shape)} give {height}x{width} image tokens; this Janus "
-                    f"generates {side}x{side}."
+                    f"pixel_values of shape {tuple(pixel_values.shape)} give {height}x{width} image tokens; this "
+                    f"Janus generates {side}x{side}."
                 )
             codes = torch.arange(vq.quantize.num_embeddings, device=pixel_values.device)
             codebook = F.normalize(vq.quantize.embedding(codes).float(), dim=-1)  # [K, C]
@@ -281,11 +281,9 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
             max_new_tokens: length at which an answer is cut.
             temperature: divides the logits; 0 takes the likeliest token.
         """
-        if images is not None:
-            images = [image.convert("RGB") for image in images]
-        inputs = processor.prompts(text, images).to(self.device)
+        inputs = processor.prompts(text, [image.convert("RGB") for image in images or []]).to(self.device)
         with _evaluating(self):
-            understanding = None if images is None else self.encode_understanding(inputs["pixel_values"])
+            understanding = self.encode_understanding(inputs["pixel_values"]) if images else None
             tokens = self._sample_tokens(
                 self.embed_prompt(inputs["input_ids"], understanding),
                 inputs["attention_mask"],

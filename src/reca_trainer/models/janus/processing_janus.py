@@ -91,7 +91,7 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
         return transformers.JanusProcessor.__call__(
             self,
             text=self.apply_chat_template(turns, add_generation_prompt=True, tokenize=False),
-            images=images,
+            images=images or None,
             generation_mode=generation_mode,
             padding=True,
             padding_side="left",
