@@ -157,8 +157,10 @@ def test_image_tokens_are_the_nearest_unit_codes(model, plain, processor):
 def test_published_dimensions_give_576_tokens():
     with torch.device("meta"):
         model = janus.Model(janus.Config())
-        assert model.encode_image(torch.zeros(1, 3, 384, 384)).shape == (1, 576)
-        assert model.encode_understanding(torch.zeros(1, 3, 384, 384)).shape[:2] == (1, 576)
+        images = torch.zeros(2, 3, 384, 384)
+        assert model.model.vqmodel.encoder(images).shape[-2:] == (24, 24)
+        assert model.encode_understanding(images).shape == (2, 576, 2048)
+        assert model.count_supervised({"pixel_values": images}, {}) == 2 * 576
 
 
 @torch.no_grad()
