@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from reca_trainer.models.unified import UnifiedModel, UnifiedProcessor
@@ -168,19 +167,6 @@ def find_images(folder: str | Path, prompt_id: str) -> list[Path]:
     if not paths:
         raise ValueError(f"{samples} holds no image; generate it first.")
     return paths
-
-
-def open_image(path: Path) -> Image.Image:
-    """One image in RGB.
-
-    Raises:
-        ValueError: the file is truncated or no image; the message names it.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as an image ({error}); delete it to have it made again.") from error
 
 
 def score_images(

@@ -24,9 +24,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from reca_trainer.evaluation.generation import Prompt, batched, open_image
+from reca_trainer.evaluation.generation import Prompt, batched
+from reca_trainer.images import decode_image
 
-CLASSES = (
+CLASSES = (  # noqa: SIM905 (80 lines otherwise)
     "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "
     "parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, "
     "handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, "
@@ -432,7 +433,7 @@ class GenEval:
         threshold = min(self.rules.threshold, self.rules.counting_threshold)
         rows = []
         for batch in batched(paths, self.batch_size):
-            images = [open_image(path) for path in batch]
+            images = [decode_image(path) for path in batch]
             for image, found in zip(images, self.detector(images, threshold), strict=True):
                 rows.append(self._row(prompt, image, found))
         return rows

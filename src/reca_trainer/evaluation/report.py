@@ -32,10 +32,7 @@ def summarize(rows: list[dict[str, Any]], overall: Overall) -> dict[str, Any]:
     if not rows:
         raise ValueError("There is nothing to summarize: no image was scored.")
     parts = {name: _estimate(*_by_prompt(rows, name)) for name in _names(rows)}
-    if overall == "mean of parts":
-        total = _mean(list(parts.values()))
-    else:
-        total = _estimate(*_by_prompt(rows))
+    total = _mean(list(parts.values())) if overall == "mean of parts" else _estimate(*_by_prompt(rows))
     return {"overall": total, "parts": parts, "images": len(rows), "prompts": len({row["id"] for row in rows})}
 
 
