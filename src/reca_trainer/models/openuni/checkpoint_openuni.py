@@ -24,6 +24,7 @@ from reca_trainer.models.openuni.processing_openuni import OpenUniProcessor
 
 CHECKPOINT_NAME = "openuni_finetune.pth"
 CONFIG_NAME = "openuni_config.json"
+CONNECTOR_SETTINGS = ("num_attention_heads", "hidden_act", "layer_norm_eps")
 TRAINED = ("meta_queries", "connector.", "projector.", "transformer.")
 FROZEN = ("lmm.", "vae.")
 
@@ -105,13 +106,8 @@ def read_published_processor(
 ) -> OpenUniProcessor:
     """The processor of a published checkpoint; arguments as for `read_published`."""
     parts = _Parts(Path(folder), checkpoint, internvl, sana, vae)
-    config = parts.config()
-    return OpenUniProcessor(
-        Qwen2Tokenizer.from_pretrained(parts.internvl),
-        image_size=config.image_size,
-        condition_size=config.condition_size,
-        num_image_tokens=config.num_image_tokens,
-    )
+    sizes = {"image_size": parts.settings["image_size"]} if "image_size" in parts.settings else {}
+    return OpenUniProcessor.from_config(parts.config(), Qwen2Tokenizer.from_pretrained(parts.internvl), **sizes)
 
 
 def write_published(model: OpenUniModel, processor: OpenUniProcessor, folder: str | Path) -> None:
@@ -121,8 +117,9 @@ def write_published(model: OpenUniModel, processor: OpenUniProcessor, folder: st
     folder.mkdir(parents=True, exist_ok=True)
     trained = {key: value.cpu() for key, value in model.state_dict().items() if key.startswith(TRAINED)}
     torch.save({key: value.contiguous() for key, value in trained.items()}, folder / CHECKPOINT_NAME)
-    connector = {key: getattr(model.config.connector_config, key) for key in ("num_attention_heads", "layer_norm_eps")}
-    (folder / CONFIG_NAME).write_text(json.dumps({"connector": connector}, indent=2))
+    connector = {key: getattr(model.config.connector_config, key) for key in CONNECTOR_SETTINGS}
+    settings = {"num_queries": model.config.num_queries, "connector": connector, "image_size": processor.image_size}
+    (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2))
     model.internvl.save_pretrained(folder / "internvl3-hf")
     processor.tokenizer.save_pretrained(folder / "internvl3-hf")
     model.transformer.save_config(folder / "sana" / "transformer")
@@ -145,10 +142,14 @@ class _Parts:
         self.folder = folder
         self.checkpoint = folder / (checkpoint or _choose_checkpoint(folder))
         self.trained = open_weights(folder, self.checkpoint.name)
-        shapes = {key: tuple(tensor[...].shape) for key, tensor in self.trained.items() if key == "meta_queries"}
-        if "meta_queries" not in shapes:
-            raise CheckpointError(f"{self.checkpoint} is no OpenUni checkpoint: it holds no meta_queries.")
-        self.num_queries, self.width = shapes["meta_queries"]
+        missing = {"meta_queries", "connector.layers.0.mlp.fc1.bias"} - set(self.trained)
+        if missing:
+            raise CheckpointError(
+                f"{self.checkpoint} is no OpenUni checkpoint: it lacks {', '.join(sorted(missing))}."
+            )
+        self.num_queries, self.width = self.trained["meta_queries"][...].shape
+        path = folder / CONFIG_NAME  # not published, but written here: what the shapes in the file do not say
+        self.settings = json.loads(path.read_text()) if path.is_file() else {}
         self.sana_is_frozen = not any(key.startswith("transformer.") for key in self.trained)
         default_internvl, default_sana = PARTS.get(self.width, (None, None))
         if "_1024_" in self.checkpoint.name or any(key.endswith(".norm_q.weight") for key in self.trained):
@@ -177,21 +178,17 @@ class _Parts:
 
     def config(self) -> OpenUniConfig:
         """The configuration, from the parts' own and from the shapes in the checkpoint."""
-        path = self.folder / CONFIG_NAME
-        connector = json.loads(path.read_text()).get("connector", {}) if path.is_file() else {}
+        connector = self.settings.get("connector", {})
         layers = {key.split(".")[2] for key in self.trained if key.startswith("connector.layers.")}
-        first_mlp = self.trained.get("connector.layers.0.mlp.fc1.bias")
-        if first_mlp is None:
-            raise CheckpointError(f"{self.checkpoint} holds no connector.layers.0.mlp.fc1.bias.")
         return OpenUniConfig(
             internvl_config=_internvl_config(json.loads((self.internvl / "config.json").read_text()), self.internvl),
             connector_config={
                 "hidden_size": self.width,
-                "intermediate_size": len(first_mlp[...]),
+                "intermediate_size": len(self.trained["connector.layers.0.mlp.fc1.bias"][...]),
                 "num_hidden_layers": len(layers),
                 # The published connectors have heads of 64 channels; the file does not say.
                 "num_attention_heads": connector.get("num_attention_heads", max(1, self.width // 64)),
-                "hidden_act": "gelu_pytorch_tanh",
+                "hidden_act": connector.get("hidden_act", "gelu_pytorch_tanh"),
                 "layer_norm_eps": connector.get("layer_norm_eps", 1e-6),
             },
             transformer_config=json.loads((self.sana / "transformer" / "config.json").read_text()),

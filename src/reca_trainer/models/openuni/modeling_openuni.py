@@ -9,14 +9,14 @@ InternVL3 and the autoencoder stay frozen; gradients reach the queries through t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaTransformer2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import nn
-from torch.nn import functional as F
 from transformers import InternVLForConditionalGeneration, initialization
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
@@ -44,12 +44,8 @@ class OpenUniModel(UnifiedModel):
     lora_modules_to_save = ("projector",)
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
-    _no_split_modules: ClassVar = [
-        "InternVLVisionLayer",
-        "Qwen2DecoderLayer",
-        "SiglipEncoderLayer",
-        "SanaTransformerBlock",
-    ]
+    _no_split_modules = ("InternVLVisionLayer", "Qwen2DecoderLayer", "SiglipEncoderLayer", "SanaTransformerBlock")
+    _keep_in_fp32_modules_strict = ("vae",)  # published in float32, and never quantised
 
     def __init__(self, config: OpenUniConfig):
         super().__init__(config)
@@ -59,6 +55,8 @@ class OpenUniModel(UnifiedModel):
                 f"The connector is {config.connector_config.hidden_size} wide, InternVL's language model {width}: "
                 "they must be equal, since the connector reads the language model's hidden states."
             )
+        # The connector's layers stand outside a SigLIP model, which would have passed this on.
+        config.connector_config._attn_implementation = config._attn_implementation
         self.internvl = InternVLForConditionalGeneration(config.internvl_config)
         self.meta_queries = nn.Parameter(torch.empty(config.num_queries, width))
         self.connector = SiglipEncoder(config.connector_config)
@@ -277,18 +275,17 @@ class OpenUniModel(UnifiedModel):
         if task == "reconstruct":
             text = text or ["Describe the image in detail."] * len(images)
             guidance_scale = 1.0 if negative_text is None else guidance_scale
-        elif task == "generate":
-            images = None
-        else:
+        elif task != "generate":
             raise ValueError(f"OpenUni cannot {task!r} images; it has the tasks generate and reconstruct.")
         batch_size = len(text)
         if guidance_scale > 1:
             text = [*text, *[negative_text] * batch_size]
             images = images and [*images, *images]
+        requests = {"text": text} if task == "generate" else {"images": images, "instruction": text}
         was_training = self.training
         self.eval()
         try:
-            batch = processor(images=images, text=text, task=task, size=(height, width))
+            batch = processor(**requests, task=task, size=(height, width))
             prompt_embeds = self._encode_batch(batch)
             if latents is None:
                 ratio = self.config.spatial_compression_ratio
@@ -361,7 +358,7 @@ class OpenUniModel(UnifiedModel):
             generator: seeds the draws if `sampling` asks for them (`do_sample=True`).
             sampling: as for transformers' `generate`; greedy by default.
         """
-        batch = processor.question_batch(text, images)
+        batch = processor.ask(text, images)
         condition = batch.get("condition_pixel_values")
         was_training = self.training
         self.eval()
@@ -374,7 +371,7 @@ class OpenUniModel(UnifiedModel):
                     attention_mask=batch["attention_mask"].to(self.device),
                     pixel_values=None if condition is None else condition.to(self.device),
                     max_new_tokens=max_new_tokens,
-                    eos_token_id=processor.tokenizer.eos_token_id,
+                    eos_token_id=processor.tokenizer.convert_tokens_to_ids("<|im_end|>"),
                     pad_token_id=processor.tokenizer.pad_token_id,
                     **{"do_sample": False, **sampling},
                 )

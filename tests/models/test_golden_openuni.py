@@ -1,0 +1,287 @@
+"""OpenUni against the reference cases. What each case holds is described in its `description`.
+
+Padding sides differ from the original (here always left), so sequences are compared where their mask is one.
+"""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from PIL import Image
+from safetensors.torch import load_file
+
+from reca_trainer.models import openuni
+from reca_trainer.models.openuni.modeling_openuni import noise_levels
+from tests.conftest import Golden
+
+GOLDEN = Golden("openuni")
+TOLERANCE = GOLDEN.info["suggested_tolerance"]["other_implementation"]
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return load_file(GOLDEN.folder / "cases.safetensors")
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return openuni.read_published_processor(GOLDEN.checkpoint, checkpoint="openuni_finetune.pth")
+
+
+@pytest.fixture(params=["internvl3", "internvl3-hf"], scope="module")
+def load(request):
+    """Loads a checkpoint on top of InternVL3 in one of its two layouts."""
+    return lambda name: openuni.read_published(
+        GOLDEN.checkpoint, checkpoint=name, internvl=GOLDEN.checkpoint / request.param
+    )
+
+
+class Case:
+    """One case, and the tensors that a model computes on the way to its result."""
+
+    def __init__(self, name, tensors):
+        self.info = GOLDEN.info["cases"][name]
+        self.tensors = {key.split("/")[1]: value for key, value in tensors.items() if key.split("/")[0] == name}
+        self.seen = set()
+
+    def __getitem__(self, key):
+        return self.tensors[key]
+
+    def __contains__(self, key):
+        return key in self.tensors
+
+    def check(self, key, got, expected=None, **tolerance):
+        expected = self.tensors[key] if expected is None else expected
+        self.seen.add(key)
+        assert got.shape == expected.shape, key
+        if not got.is_floating_point():
+            assert torch.equal(got, expected.to(got.dtype)), key
+            return
+        tolerance = tolerance or TOLERANCE
+        torch.testing.assert_close(got.float(), expected, msg=lambda text: f"{key}: {text}", **tolerance)
+
+    def images(self):
+        """The recorded images after the recorded crops, which the original draws at random along the longer side."""
+        offsets = [draw for kind, draw in self.info["random_draws"] if kind == "randint"]
+        for index, offset in enumerate(offsets):
+            image = Image.fromarray(self[f"raw_image_{index}"].numpy())
+            side = min(image.size)
+            left, top = (offset, 0) if image.width > image.height else (0, offset)
+            yield image.crop((left, top, left + side, top + side))
+
+
+@pytest.fixture
+def record():
+    """Keeps the arguments and the output of a module's last call."""
+    handles, calls = [], {}
+
+    def watch(name, module):
+        def hook(_, args, kwargs, output):
+            calls[name] = (kwargs or args, getattr(output, "last_hidden_state", output))
+
+        handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+    yield watch, calls
+    for handle in handles:
+        handle.remove()
+
+
+def watch_condition(model, record):
+    """Follows a prompt from the language model to SANA."""
+    watch, calls = record
+    watch("vision", model.internvl.model.vision_tower)
+    watch("projector_in", model.internvl.model.multi_modal_projector)
+    watch("language", model.internvl.model.language_model)
+    watch("connector", model.connector)
+    watch("projector", model.projector)
+    watch("sana", model.transformer)
+    return calls
+
+
+def check_condition(case, calls, num_queries):
+    arguments, hidden = calls["language"]
+    mask, expected = arguments["attention_mask"].bool(), expected_mask(case, num_queries)
+    case.check("position_ids", arguments["position_ids"][mask], case["position_ids"][expected])
+    if "llm_last_hidden_state" in case:
+        case.check("llm_last_hidden_state", hidden[mask], case["llm_last_hidden_state"][expected])
+    if "inputs_embeds" in case:
+        case.check("inputs_embeds", arguments["inputs_embeds"][mask], case["inputs_embeds"][expected])
+    case.check("query_hidden_states", hidden[:, -num_queries:])
+    if "connector_out" in case:
+        case.check("connector_out", calls["connector"][1])
+    case.check("prompt_embeds", calls["projector"][1])
+
+
+def expected_mask(case, num_queries):
+    mask = case["attention_mask"].bool()
+    full = torch.cat([mask, mask.new_ones(len(mask), num_queries)], dim=1)
+    if "attention_mask_full" in case:
+        case.check("attention_mask_full", full)
+    return full
+
+
+def check_prompt(case, batch):
+    ids = batch["input_ids"][batch["attention_mask"].bool()]
+    case.check("input_ids", ids, case["input_ids"][case["attention_mask"].bool()])
+    case.check("attention_mask", batch["attention_mask"].sum(1), case["attention_mask"].sum(1))
+
+
+def check_pixels(case, pixel_values):
+    case.check("resized_uint8", pixel_values, 2 * (case["resized_uint8"] / 255) - 1, rtol=0, atol=0)
+
+
+def check_tokens(case, load, processor, record):
+    prompts = case.info["strings"]
+    image = Image.new("RGB", (processor.image_size,) * 2)
+    instruction = prompts["reconstruct"].split("</img>\n")[1].split("<|im_end|>")[0]
+    caption = prompts["generation"].split("Generate an image: ")[1].split("<|im_end|>")[0]
+    batches = {
+        "generation": processor(text=[caption], task="generate"),
+        "cfg": processor(text=[None], task="generate"),
+        "reconstruct": processor(images=[image], instruction=instruction, task="reconstruct"),
+    }
+    for name, batch in batches.items():
+        case.check(f"{name}_ids", batch["input_ids"][0])
+        assert processor.tokenizer.decode(batch["input_ids"][0]) == prompts[name]
+
+
+def check_schedule(case, load, processor, record):
+    model = load("openuni_finetune.pth")
+    count = len(case["train_timesteps"])
+    timesteps, sigmas = noise_levels((torch.arange(count) + 0.5) / count)
+    case.check("train_timesteps", timesteps)
+    case.check("train_sigmas", sigmas)
+    for steps in (int(key.rsplit("_", 1)[1]) for key in case.tensors if key.startswith("sample_timesteps")):
+        scheduler = DPMSolverMultistepScheduler.from_config(model.config.scheduler_config)
+        scheduler.set_timesteps(steps)
+        case.check(f"sample_timesteps_{steps}", scheduler.timesteps)
+        case.check(f"sample_sigmas_{steps}", scheduler.sigmas)
+
+
+def check_training(case, load, processor, record):
+    info = case.info
+    model = load(info["weights"])
+    model.freeze_understanding()
+    model.transformer.requires_grad_(not info["freeze"]["transformer"])
+    model.train()
+    calls = watch_condition(model, record)
+    if "prompt_list" in info:
+        instructions = [info["prompt_list"][draw] for kind, draw in info["random_draws"] if kind == "choice"]
+        batch = processor(images=list(case.images()), instruction=instructions, task="reconstruct")
+        case.check("vit_pixel_values", batch["condition_pixel_values"])
+    else:
+        draws = [draw for kind, draw in info["random_draws"] if kind == "uniform"]
+        captions = [
+            text if draw >= info["unconditional"] else None for text, draw in zip(info["captions"], draws, strict=True)
+        ]
+        if "image_latents_0" in case:
+            # Captions are cut whenever they have a target; here that target needs no pixels.
+            images = [Image.new("RGB", (processor.image_size,) * 2)] * len(captions)
+            batch = processor(images=images, text=captions, task="generate")
+            del batch["pixel_values"]
+            batch["latents"] = torch.stack([case[f"image_latents_{index}"] for index in range(len(captions))])
+        else:
+            batch = processor(images=list(case.images()), text=captions, task="generate")
+    check_prompt(case, batch)
+    if "pixel_values" in batch:
+        check_pixels(case, batch["pixel_values"])
+
+    output = model(**batch, corruption={"noise": case["noise"], "u": case["u"]})
+    check_condition(case, calls, model.config.num_queries)
+    if "visual_embeds" in case:
+        case.check("vit_last_hidden_state", calls["vision"][1])
+        case.check("pixel_shuffled", calls["projector_in"][0][0])
+        case.check("visual_embeds", output.understanding_embeds)
+    sana = calls["sana"][0]
+    case.check("timesteps", sana["timestep"])
+    case.check("noisy_latents", sana["hidden_states"])
+    case.check("sigmas", noise_levels(case["u"])[1].view(-1, 1, 1, 1))
+    case.check("latents", case["noise"] - output.target)
+    case.check("model_pred", output.prediction)
+    case.check("target", output.target)
+    case.check("loss", output.loss.detach())
+    torch.testing.assert_close(output.per_sample_loss.mean(), output.loss.detach())
+    assert model.count_supervised(batch, {"noise": case["noise"]}) == case["noise"].numel()
+
+    output.loss.backward()
+    gradients = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
+    assert set(gradients) == set(info["trainable_parameters"])
+    for name, norm in info["grad_norms"].items():
+        # In exact arithmetic the gradients of key biases are zero; what is recorded for them is round-off.
+        assert gradients[name].norm().item() == pytest.approx(norm, rel=5e-3, abs=1e-6), name
+    for key in case.tensors:
+        if key.startswith("grad."):
+            case.check(key, gradients[key.removeprefix("grad.")])
+    total = torch.stack([value.norm() for value in gradients.values()]).norm().item()
+    assert total == pytest.approx(info["scalars"]["total_grad_norm"], rel=TOLERANCE["rtol"])
+
+
+def check_sampling(case, load, processor, record):
+    info = case.info
+    model = load(info["weights"]).eval()
+    calls = watch_condition(model, record)
+    if "raw_image" in case:
+        # The original stretches the picture to the output's size; with that done, the crop has nothing to cut off.
+        raw = Image.fromarray(case["raw_image"].numpy())
+        image = raw.resize((info["height"], info["width"]))
+        text, task = [info["prompt"], info["cfg_prompt"]], "reconstruct"
+        texts = [prompt for prompt in text for _ in range(info["samples"])]
+        batch = processor(images=[image] * len(texts), instruction=texts, task=task, size=image.size[::-1])
+        check_pixels(case, batch["pixel_values"][: len(case["resized_uint8"])])
+        visual_embeds = model.encode_condition(batch["condition_pixel_values"])
+        case.check("visual_embeds", visual_embeds[: len(case["visual_embeds"])])
+    else:
+        task = "generate"
+        texts = [*info["prompts"], *[None] * len(info["prompts"])]
+        batch = processor(text=texts, task=task)
+        visual_embeds = None
+    check_prompt(case, batch)
+    with torch.no_grad():
+        prompt_embeds = model.encode_prompt(batch["input_ids"], batch["attention_mask"], visual_embeds)
+    check_condition(case, calls, model.config.num_queries)
+
+    noise, scale, steps = case["initial_noise"], info["cfg_scale"], info["num_steps"]
+    trace = []
+    final = model.sample_latents(
+        noise,
+        prompt_embeds if scale > 1 else prompt_embeds[: len(noise)],
+        steps,
+        scale,
+        on_step=lambda timestep, latents: trace.append((timestep, latents)),
+    )
+    case.check("timesteps", torch.stack([timestep for timestep, _ in trace]))
+    case.check("step_latents", torch.stack([latents for _, latents in trace]))
+    case.check("final_latents", final)
+    case.check("image", model.decode_latents(final))
+
+    if task == "generate":
+        images = model.generate_images(
+            processor,
+            text=info["prompts"],
+            num_inference_steps=steps,
+            guidance_scale=scale,
+            height=info["height"],
+            width=info["width"],
+            latents=noise,
+        )
+        levels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
+        expected = case["image_uint8"] if "image_uint8" in case else (127.5 * case["image"] + 128).clamp(0, 255).byte()
+        case.seen.add("image_uint8")
+        assert (levels.int() - expected.int()).abs().max() <= 1  # a rounding boundary may fall between the two
+        assert (levels != expected).float().mean() < 1e-3
+
+
+def dispatch(case):
+    if "strings" in case.info:
+        return check_tokens
+    if "train_shift" in case.info:
+        return check_schedule
+    return check_training if "trainable_parameters" in case.info else check_sampling
+
+
+@pytest.mark.parametrize("name", GOLDEN.case_names)
+def test_golden_openuni(name, tensors, load, processor, record):
+    case = Case(name, tensors)
+    dispatch(case)(case, load, processor, record)
+    inputs = {key for key in case.tensors if key in case.info["inputs"]}
+    assert set(case.tensors) - inputs - case.seen == set(), "outputs that were not compared"
