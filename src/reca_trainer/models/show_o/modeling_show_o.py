@@ -1,0 +1,609 @@
+"""Show-o (arXiv 2408.12528): one Phi reads text causally and predicts masked image tokens in any order.
+
+What is unusual about this model:
+
+- One sequence, one vocabulary, one output layer for text and MAGVIT-v2 image tokens. Understanding and generation share
+  every weight of the language model.
+- Attention is causal over text and full within an image ("omni-attention"); what exactly counts as the image differs
+  between tasks and variants, see `ShowOModel.attend`.
+- Phi's query and key norms are on, whatever Phi's own configuration says.
+- The CLIP variant reads CLIP embeddings of an image, the plain variant its MAGVIT-v2 tokens. Reconstruction in the CLIP
+  variant sends no gradient into its inputs: the projector and the embeddings learn from image-to-text alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D, UNetMidBlock2D, UpDecoderBlock2D
+from PIL import Image
+from torch import nn
+from transformers import CLIPVisionModel, DynamicCache, PhiForCausalLM
+
+from reca_trainer.models.show_o.configuration_show_o import CONDITION_TOKEN_ID, ShowOConfig
+from reca_trainer.models.show_o.processing_show_o import ShowOProcessor, resize_and_crop
+from reca_trainer.models.unified import Generators, UnifiedModel, UnifiedOutput, per_sample
+
+
+class MagvitV2Encoder(nn.Module):
+    """`[B, 3, H, W]` -> `[B, bits, h, w]`, whose signs are the tokens."""
+
+    def __init__(self, base_channels: int, latent_channels: int, multipliers: list[int], layers: list[int]):
+        super().__init__()
+        channels = [base_channels * multiplier for multiplier in multipliers]
+        self.conv_in = nn.Conv2d(3, base_channels, 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            DownEncoderBlock2D(
+                in_channels=before,
+                out_channels=after,
+                num_layers=num_layers,
+                add_downsample=level < len(channels) - 1,
+                downsample_padding=0,  # which pads right and bottom only
+            )
+            for level, (before, after, num_layers) in enumerate(
+                zip([base_channels, *channels], channels, layers, strict=False)
+            )
+        )
+        self.mid_block = build_mid_block(channels[-1])
+        self.conv_norm_out = nn.GroupNorm(32, channels[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], latent_channels, 3, padding=1)
+        self.quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        hidden = self.conv_in(pixel_values)
+        for block in self.down_blocks:
+            hidden = block(hidden)
+        hidden = self.mid_block(hidden)
+        return self.quant_conv(self.conv_out(F.silu(self.conv_norm_out(hidden))))
+
+
+class MagvitV2Decoder(nn.Module):
+    """`[B, bits, h, w]` of -1 and 1 -> `[B, 3, H, W]`, about [-1, 1]. The multipliers count from the output inwards."""
+
+    def __init__(self, base_channels: int, latent_channels: int, multipliers: list[int], layers: list[int]):
+        super().__init__()
+        channels = [base_channels * multiplier for multiplier in reversed(multipliers)]
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+        self.conv_in = nn.Conv2d(latent_channels, channels[0], 3, padding=1)
+        self.mid_block = build_mid_block(channels[0])
+        self.up_blocks = nn.ModuleList(
+            UpDecoderBlock2D(
+                in_channels=before,
+                out_channels=after,
+                num_layers=num_layers,
+                add_upsample=level < len(channels) - 1,
+            )
+            for level, (before, after, num_layers) in enumerate(
+                zip([channels[0], *channels], channels, reversed(layers), strict=False)
+            )
+        )
+        self.conv_norm_out = nn.GroupNorm(32, channels[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        hidden = self.mid_block(self.conv_in(self.post_quant_conv(latents)))
+        for block in self.up_blocks:
+            hidden = block(hidden)
+        return self.conv_out(F.silu(self.conv_norm_out(hidden)))
+
+
+class MagvitV2(nn.Module):
+    """MAGVIT-v2 with lookup-free quantisation: a token is the signs of `bits` channels, the first the most significant."""
+
+    def __init__(
+        self,
+        base_channels: int,
+        latent_channels: int,
+        encoder_channel_multipliers: list[int],
+        encoder_layers_per_block: list[int],
+        decoder_channel_multipliers: list[int],
+        decoder_layers_per_block: list[int],
+    ):
+        super().__init__()
+        self.bits = latent_channels
+        self.encoder = MagvitV2Encoder(
+            base_channels, latent_channels, encoder_channel_multipliers, encoder_layers_per_block
+        )
+        self.decoder = MagvitV2Decoder(
+            base_channels, latent_channels, decoder_channel_multipliers, decoder_layers_per_block
+        )
+
+    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`[B, 3, H, W]` in [-1, 1] -> tokens `[B, h · w]` int64 in `[0, 2^bits)`, row by row."""
+        positive = self.encoder(pixel_values).flatten(2) > 0  # [B, bits, h · w]
+        return (positive * self._powers()[:, None]).sum(1)
+
+    def decode(self, tokens: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
+        """Tokens `[B, N]` of a `grid` `(h, w)`, by default a square -> `[B, 3, H, W]`, about [-1, 1]."""
+        height, width = grid or (math.isqrt(tokens.shape[1]),) * 2
+        return self.decoder(self.codes(tokens).unflatten(2, (height, width)))
+
+    def codes(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens `[B, N]` -> their code vectors of -1 and 1 `[B, bits, N]`."""
+        positive = (tokens[:, None] & self._powers()[:, None]) != 0
+        return positive.to(self.decoder.conv_in.weight.dtype) * 2 - 1
+
+    def _powers(self) -> torch.Tensor:
+        return 2 ** torch.arange(self.bits - 1, -1, -1, device=self.decoder.conv_in.weight.device)
+
+
+class ShowOModel(UnifiedModel):
+    """Show-o. The language model, its embeddings and output layer, and the projector are trained; CLIP and MAGVIT-v2
+    are frozen."""
+
+    config_class = ShowOConfig
+    base_model_prefix = ""
+    shares_weights = True
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ("PhiDecoderLayer", "CLIPEncoderLayer", "ResnetBlock2D")
+    _keep_in_fp32_modules_strict = ("vq_model",)  # tokens are signs, which rounding flips
+    lora_target_modules = r"language_model\.model\.layers\.\d+\.(self_attn\.([qkv]_proj|dense)|mlp\.fc[12])"
+
+    def __init__(self, config: ShowOConfig):
+        super().__init__(config)
+        self.language_model = PhiForCausalLM(config.text_config)
+        self.vq_model = MagvitV2(**config.vq_config)
+        if config.w_clip_vit:
+            width, hidden_size = config.vision_config.hidden_size, config.text_config.hidden_size
+            self.vision_tower = CLIPVisionModel(config.vision_config)
+            self.mm_projector = nn.Sequential(
+                nn.Linear(width, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
+            )
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.model.embed_tokens
+
+    @property
+    def generation_modules(self) -> list[str]:
+        return ["language_model", "mm_projector"] if self.config.w_clip_vit else ["language_model"]
+
+    @property
+    def understanding_modules(self) -> list[str]:
+        return ["vision_tower", "vq_model"] if self.config.w_clip_vit else ["vq_model"]
+
+    def forward(self, task: str, corruption: dict[str, torch.Tensor] | None = None, **batch: Any) -> UnifiedOutput:
+        """See `UnifiedModel.forward`. `prediction` holds the logits `[M, vocabulary]` of the supervised positions, in the
+        order of the sequence and sample by sample, `target` their token ids `[M]`."""
+        tasks = {"reconstruct": self._reconstruct, "generate": self._generate, "caption": self._caption}
+        if task not in tasks:
+            raise ValueError(f"Show-o has no task {task!r}; it has {', '.join(tasks)}.")
+        if corruption is None:
+            corruption = self.sample_corruption({"task": task, **batch})
+        return tasks[task](corruption=corruption, **batch)
+
+    def _reconstruct(
+        self, condition_pixel_values, pixel_values, input_ids, attention_mask, corruption, **_
+    ) -> UnifiedOutput:
+        """RecA: read the image's own embeddings and the instruction, then predict the image's masked tokens."""
+        tokens = self.tokenize_images(pixel_values)  # [B, n]
+        mask = corruption["mask"].to(tokens.device)
+        condition = self.encode_condition(condition_pixel_values)
+        masked = tokens.masked_fill(mask, self.config.mask_token_id)
+        embeds, condition = self.embed(input_ids, condition, masked)
+        if self.config.w_clip_vit:
+            embeds = embeds.detach()  # as in the official run
+        hidden = self.attend(embeds, self.attention_mask("reconstruct", input_ids, attention_mask))
+        hidden = hidden[:, -1 - tokens.shape[1] : -1]  # the image tokens without their markers
+        return self._cross_entropy(hidden, tokens.masked_fill(~mask, -100), condition)
+
+    def _generate(self, pixel_values, input_ids, attention_mask, corruption, **_) -> UnifiedOutput:
+        """Text-to-image: predict the masked tokens behind the caption, and the two markers around them."""
+        tokens = self.tokenize_images(pixel_values)
+        mask = corruption["mask"].to(tokens.device)
+        if "drop_text" in corruption:
+            input_ids, attention_mask = self.drop_text(input_ids, attention_mask, corruption["drop_text"])
+        embeds, _ = self.embed(input_ids, target=tokens.masked_fill(mask, self.config.mask_token_id))
+        hidden = self.attend(embeds, self.attention_mask("generate", input_ids, attention_mask))
+        segment = tokens.shape[1] + 2
+        labels = input_ids[:, -segment:].clone()
+        labels[:, 1:-1] = tokens.masked_fill(~mask, -100)
+        return self._cross_entropy(hidden[:, -segment:], labels)
+
+    def _caption(
+        self, input_ids, labels, attention_mask=None, condition_pixel_values=None, corruption=None, **_
+    ) -> UnifiedOutput:
+        """Image-to-text, or text alone: next-token cross-entropy over the supervised tokens."""
+        condition = None if condition_pixel_values is None else self.encode_condition(condition_pixel_values)
+        embeds, condition = self.embed(input_ids, condition)
+        hidden = self.attend(embeds, self.attention_mask("caption", input_ids, attention_mask))
+        return self._cross_entropy(hidden[:, :-1], labels[:, 1:], condition)
+
+    def _cross_entropy(self, hidden, labels, understanding_embeds=None) -> UnifiedOutput:
+        """Over the whole vocabulary, at the positions of `hidden` `[B, T, D]` whose label `[B, T]` is not -100."""
+        supervised = labels != -100
+        target = labels[supervised]
+        logits = self.language_model.lm_head(hidden[supervised])
+        token_loss = F.cross_entropy(logits.float(), target, reduction="none")
+        per_token = torch.zeros(supervised.shape, device=hidden.device)
+        per_token = per_token.masked_scatter(supervised, token_loss.detach())
+        return UnifiedOutput(
+            loss=token_loss.sum() / max(len(target), 1),
+            per_sample_loss=per_token.sum(1) / supervised.sum(1).clamp(min=1),
+            prediction=logits,
+            target=target,
+            understanding_embeds=understanding_embeds,
+        )
+
+    @torch.no_grad()
+    def tokenize_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`[B, 3, H, W]` in [-1, 1] -> ids of their image tokens `[B, n]`."""
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            return self.vq_model.encode(pixel_values.float()) + self.config.image_token_offset
+
+    def encode_condition(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The condition image `[B, 3, h, w]` -> embeddings `[B, P, D]` (CLIP variant) or token ids `[B, P]`."""
+        if not self.config.w_clip_vit:
+            return self.tokenize_images(pixel_values)
+        with torch.no_grad():
+            tower = self.vision_tower(pixel_values.to(self.vision_tower.dtype), output_hidden_states=True)
+        return self.mm_projector(
+            tower.hidden_states[-2][:, 1:].to(self.language_model.model.embed_tokens.weight.dtype)
+        )
+
+    def embed(
+        self, input_ids: torch.Tensor, condition: torch.Tensor | None = None, target: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Fill in a sequence's images and embed it.
+
+        Args:
+            input_ids: `[B, L]`, see `ShowOProcessor`.
+            condition: what `encode_condition` returns, for the places of `CONDITION_TOKEN_ID`.
+            target: image-token ids `[B, n]`, for the places of the mask token.
+
+        Returns:
+            The sequence `[B, L, D]` and in it the condition `[B, P, D]`.
+
+        Raises:
+            ValueError: an image has more or fewer tokens than the sequence has places for it.
+        """
+        places = input_ids == CONDITION_TOKEN_ID
+        have = 0 if condition is None else condition.shape[1]
+        if bool((places.sum(1) != have).any()):
+            raise ValueError(
+                f"The sequence has {int(places[0].sum())} places for the condition image, which has {have} tokens; do the "
+                "processor's sizes belong to this model?"
+            )
+        ids = input_ids
+        if target is not None:
+            masked = input_ids == self.config.mask_token_id
+            if bool((masked.sum(1) != target.shape[1]).any()):
+                raise ValueError(
+                    f"The sequence has {int(masked[0].sum())} places for the target image, which has {target.shape[1]} "
+                    "tokens; do the processor's sizes belong to this model?"
+                )
+            ids = ids.masked_scatter(masked, target)
+        table = self.language_model.model.embed_tokens
+        if condition is None:
+            return table(ids), None
+        if not condition.is_floating_point():
+            embeds = table(ids.masked_scatter(places, condition))
+            return embeds, embeds[places].view(*condition.shape, -1)
+        embeds = table(ids.masked_fill(places, 0))
+        return embeds.masked_scatter(places[..., None], condition.to(embeds.dtype)), condition
+
+    def attention_mask(self, task: str, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Omni-attention: who sees whom, `[B, 1, L, L]` bool.
+
+        Every position sees what precedes it. Besides that,
+
+        - `generate`, and `reconstruct` in the plain variant: the positions of an image see each other, markers included;
+        - `reconstruct` in the CLIP variant: all see the condition, the target's tokens without markers see each other;
+        - `caption`: all see the condition, which in the plain variant means everything up to its end marker.
+
+        Padding is seen by nobody (it is behind everything in `caption` anyway), except where a row would see nothing.
+        """
+        config = self.config
+        causal = torch.ones(input_ids.shape[1], input_ids.shape[1], dtype=torch.bool, device=input_ids.device).tril()
+        begins = (input_ids == config.special_token_id("<|soi|>")).long()
+        ends = (input_ids == config.special_token_id("<|eoi|>")).long()
+        condition = input_ids == CONDITION_TOKEN_ID
+        if task == "caption":
+            if not config.w_clip_vit:
+                condition = (ends.cumsum(1) - ends == 0) & (ends.sum(1, keepdim=True) > 0)
+            return (causal | condition[:, None])[:, None]
+        if task == "reconstruct" and config.w_clip_vit:
+            image = (input_ids == config.mask_token_id).long()  # the only one
+            allowed = causal | condition[:, None]
+        else:
+            number = begins.cumsum(1)
+            image = number * (number - ends.cumsum(1) + ends)  # 1 for the first image, 2 for the second, else 0
+            allowed = causal
+        allowed = allowed | ((image[:, :, None] == image[:, None]) & (image[:, None] > 0))
+        visible = allowed & attention_mask.bool()[:, None]
+        return torch.where(visible.any(-1, keepdim=True), visible, allowed)[:, None]
+
+    def attend(
+        self, embeds: torch.Tensor, mask: torch.Tensor | None, cache: DynamicCache | None = None
+    ) -> torch.Tensor:
+        """The language model without its output layer, `[B, T, D]` -> `[B, T, D]`, behind what `cache` holds."""
+        if mask is not None:
+            blocked = torch.finfo(embeds.dtype).min
+            mask = torch.zeros(mask.shape, dtype=embeds.dtype, device=mask.device).masked_fill(~mask, blocked)
+        output = self.language_model.model(
+            inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, use_cache=cache is not None
+        )
+        return output.last_hidden_state
+
+    def drop_text(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, drop: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Text-to-image sequences whose caption is left out where `drop` `[B]` is true: `PAD.. t2i bos eos soi ..`."""
+        config = self.config
+        prefix = int((input_ids[0] == config.special_token_id("<|soi|>")).int().argmax())
+        drop = drop.to(input_ids.device)[:, None]
+        kept = torch.tensor(
+            [config.special_token_id("<|t2i|>"), config.bos_token_id, config.eos_token_id], device=input_ids.device
+        )
+        empty = input_ids.clone()
+        empty[:, : prefix - 3] = config.special_token_id("[PAD]")
+        empty[:, prefix - 3 : prefix] = kept
+        valid = (empty != config.special_token_id("[PAD]")).to(attention_mask.dtype)
+        return torch.where(drop, empty, input_ids), torch.where(drop, valid, attention_mask)
+
+    def sample_corruption(self, batch: dict[str, Any], generator: Generators = None) -> dict[str, torch.Tensor]:
+        """Draws per image: which of its tokens are masked, `mask` `[B, n]` bool, and for `generate` whether its caption is
+        left out, `drop_text` `[B]` bool."""
+        task = batch.get("task")
+        if task == "caption" or "labels" in batch:
+            return {}
+        pixels = batch["pixel_values"]
+        count = (pixels.shape[-2] // self.config.vq_scale_factor) * (pixels.shape[-1] // self.config.vq_scale_factor)
+
+        def draw(one: torch.Generator | None) -> torch.Tensor:
+            time, noise = torch.rand(1, generator=one), torch.rand(1, count, generator=one)
+            return mask_tokens(time, noise)[0]
+
+        corruption = {"mask": per_sample(draw, len(pixels), generator)}
+        if task != "reconstruct" and "condition_pixel_values" not in batch:
+            uniform = per_sample(lambda one: torch.rand((), generator=one), len(pixels), generator)
+            corruption["drop_text"] = uniform < self.config.cond_dropout_prob
+        return corruption
+
+    def count_supervised(self, batch: dict[str, Any], corruption: dict[str, torch.Tensor]) -> int:
+        count = super().count_supervised(batch, corruption)
+        return count + 2 * len(corruption["mask"]) if "drop_text" in corruption else count  # generate's markers
+
+    @torch.no_grad()
+    def generate_images(
+        self,
+        processor: ShowOProcessor,
+        text: list[str] | None = None,
+        images: list[Image.Image] | None = None,
+        *,
+        task: str = "generate",
+        generator: Generators = None,
+        mask_images: list[Image.Image] | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 5.0,
+        temperature: float = 1.0,
+    ) -> list[Image.Image]:
+        """See `UnifiedModel.generate_images`. `edit` is inpainting; the authors use 16 steps and guidance 1.75 for it.
+
+        Args:
+            mask_images: one per image for `edit`; what is white is generated anew, guided by `text`.
+            guidance_scale: classifier-free guidance away from an empty caption; off at 0.
+            temperature: of the noise in the confidences that decide which tokens are kept; it fades over the steps.
+        """
+        if task == "edit" and (images is None or mask_images is None):
+            raise ValueError("Inpainting needs `images` and `mask_images`.")
+        if task == "reconstruct" and images is None:
+            raise ValueError("Reconstruction needs `images`.")
+        training = self.training
+        self.eval()
+        condition, known = None, None
+        if task == "reconstruct":
+            batch = processor(images=images, instruction=text, task="reconstruct")
+            condition = self.encode_condition(batch["condition_pixel_values"].to(self.device))
+        else:
+            batch = processor.prompts(text)
+            if task == "edit":
+                known = self.tokenize_images(processor.crop(images).to(self.device))
+                known = known.masked_fill(self.token_mask(mask_images), self.config.mask_token_id)
+        input_ids, mask = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
+        tokens = self.generate_tokens(
+            input_ids,
+            mask,
+            self.sampling_noise(len(input_ids), generator),
+            num_inference_steps,
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            condition=condition,
+            known=known,
+        )
+        pixels = self.decode_tokens(tokens)
+        self.train(training)
+        array = ((pixels + 1) / 2).clamp(0, 1).mul(255).permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
+        return [Image.fromarray(np.ascontiguousarray(image)) for image in array]
+
+    @torch.no_grad()
+    def generate_tokens(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        noise: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        num_inference_steps: int,
+        guidance_scale: float = 0.0,
+        temperature: float = 1.0,
+        condition: torch.Tensor | None = None,
+        known: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Masked parallel decoding: each step predicts all unknown tokens and keeps the most confident ones.
+
+        Args:
+            input_ids, attention_mask: `[B, L]`, sequences of `generate` or, with `condition`, of `reconstruct`.
+            noise: each step's draws, see `sampling_noise`.
+            known: `[B, n]` ids to start from; by default the mask token everywhere.
+
+        Returns:
+            Ids `[B, n]` of the image tokens.
+        """
+        config = self.config
+        masked = input_ids == config.mask_token_id
+        count = int(masked[0].sum())
+        tokens = input_ids[masked].view(-1, count) if known is None else known
+        embeds, _ = self.embed(input_ids, condition)
+        mask = self.attention_mask("generate" if condition is None else "reconstruct", input_ids, attention_mask)
+        if guidance_scale > 0:
+            empty = self.drop_text(*self._without_condition(input_ids, attention_mask), torch.ones(len(tokens)).bool())
+            embeds = torch.cat([embeds, self.embed(empty[0])[0]])
+            mask = torch.cat([mask, self.attention_mask("generate", *empty)])
+        # What precedes the target never sees it: its keys and values are computed once.
+        prefix = embeds.shape[1] - count - 2
+        cache = DynamicCache(config=config.text_config)
+        self.attend(embeds[:, :prefix], mask[:, :, :prefix, :prefix], cache)
+
+        codebook = slice(config.image_token_offset, config.mask_token_id)
+        for step, (exponential, uniform) in zip(range(num_inference_steps), noise, strict=False):
+            image = self.language_model.model.embed_tokens(tokens)
+            image = torch.cat([image, image]) if guidance_scale > 0 else image
+            target = torch.cat([embeds[:, prefix : prefix + 1], image, embeds[:, -1:]], dim=1)
+            hidden = self.attend(target, mask[:, :, prefix:], cache)[:, 1:-1]
+            cache.crop(-(count + 2))
+            logits = self.language_model.lm_head(hidden)[..., codebook].float()  # [B or 2B, n, codebook]
+            if guidance_scale > 0:
+                conditional, unconditional = logits.chunk(2)
+                logits = (1 + guidance_scale) * conditional - guidance_scale * unconditional
+            progress = (step + 1) / num_inference_steps
+            temperature *= 1 - progress  # compounds over the steps, as in the original
+            unknown = tokens == config.mask_token_id
+            sampled, confidence = sample_tokens(
+                logits, exponential.to(logits.device), uniform.to(logits.device), temperature
+            )
+            sampled = torch.where(unknown, sampled + config.image_token_offset, tokens)
+            confidence = confidence.masked_fill(~unknown, torch.finfo(confidence.dtype).max)
+            again = (unknown.sum(1, keepdim=True) - 1).clamp(max=math.floor(count * mask_ratio(progress))).clamp(min=1)
+            cutoff = confidence.sort(dim=1).values.gather(1, again)
+            tokens = sampled.masked_fill(confidence < cutoff, config.mask_token_id)
+        return sampled
+
+    def sampling_noise(
+        self, batch_size: int, generator: Generators = None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The draws of `generate_tokens`, endlessly: per step Exp(1) variates `[B, n, codebook]`, which choose the tokens,
+        and uniform ones `[B, n]`, which choose what is kept."""
+        count, codebook = self.config.num_vq_tokens, self.config.codebook_size
+
+        def exponential(one: torch.Generator | None) -> torch.Tensor:
+            return torch.empty(count, codebook).exponential_(generator=one)
+
+        while True:
+            yield (
+                per_sample(exponential, batch_size, generator),
+                per_sample(lambda one: torch.rand(count, generator=one), batch_size, generator),
+            )
+
+    @torch.no_grad()
+    def decode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Ids `[B, n]` of a square image -> `[B, 3, H, W]` float32, about [-1, 1]."""
+        codes = (tokens - self.config.image_token_offset).clamp(0, self.config.codebook_size - 1)
+        with torch.autocast(tokens.device.type, enabled=False):
+            return self.vq_model.decode(codes)
+
+    def token_mask(self, mask_images: list[Image.Image]) -> torch.Tensor:
+        """White areas of masks -> the tokens under them `[B, n]` bool; masks are cut like their images."""
+        side = math.isqrt(self.config.num_vq_tokens)
+        masks = [resize_and_crop(image.convert("L"), self.config.image_size) for image in mask_images]
+        values = torch.from_numpy(np.stack([np.asarray(mask) for mask in masks])).float()[:, None] / 255
+        values = F.interpolate(values, (side, side), mode="bicubic", align_corners=False)
+        return (values.flatten(1) >= 0.5).to(self.device)
+
+    def _without_condition(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Everything before the target's start marker as padding."""
+        prefix = int((input_ids[0] == self.config.mask_token_id).int().argmax()) - 1
+        input_ids, attention_mask = input_ids.clone(), attention_mask.clone()
+        input_ids[:, :prefix] = self.config.special_token_id("[PAD]")
+        attention_mask[:, :prefix] = 0
+        return input_ids, attention_mask
+
+    @torch.no_grad()
+    def generate_text(
+        self,
+        processor: ShowOProcessor,
+        text: list[str],
+        images: list[Image.Image] | None = None,
+        *,
+        max_new_tokens: int = 100,
+    ) -> list[str]:
+        """See `UnifiedModel.generate_text`. Greedy, as the authors' evaluation is."""
+        training = self.training
+        self.eval()
+        conditions = [None] * len(text)
+        if images is not None:
+            conditions = self.encode_condition(processor.understanding_pixels(images).to(self.device)).split(1)
+        answers = []
+        for input_ids, condition in zip(processor.questions(text, images is not None), conditions, strict=True):
+            ids, _ = self.answer(input_ids.to(self.device), condition, max_new_tokens)
+            answers.append(processor.tokenizer.decode(ids, skip_special_tokens=True).strip())
+        self.train(training)
+        return answers
+
+    @torch.no_grad()
+    def answer(
+        self, input_ids: torch.Tensor, condition: torch.Tensor | None, max_new_tokens: int
+    ) -> tuple[list[int], torch.Tensor]:
+        """Continue one sequence `[1, T]` greedily up to its EOS: the new ids, and the logits `[new, vocabulary]` that chose
+        them."""
+        cache = DynamicCache(config=self.config.text_config)
+        embeds, _ = self.embed(input_ids, condition)
+        mask = self.attention_mask("caption", input_ids, None)
+        ids, logits = [], []
+        while len(ids) < max_new_tokens:
+            logits.append(self.language_model.lm_head(self.attend(embeds, mask, cache)[:, -1]).float())
+            ids.append(int(logits[-1].argmax()))
+            if ids[-1] == self.config.eos_token_id:
+                break
+            embeds, mask = self.language_model.model.embed_tokens(input_ids.new_tensor([[ids[-1]]])), None
+        return ids, torch.cat(logits) if logits else torch.empty(0, self.config.text_config.vocab_size)
+
+
+def build_mid_block(channels: int) -> UNetMidBlock2D:
+    """Residual block, single-head self-attention, residual block."""
+    return UNetMidBlock2D(channels, temb_channels=None, resnet_groups=32, attention_head_dim=channels)
+
+
+def mask_ratio(time: float | torch.Tensor) -> float | torch.Tensor:
+    """The cosine schedule, `cos(π t / 2)`: what share of an image's tokens is masked at time `t` in [0, 1]."""
+    if isinstance(time, torch.Tensor):
+        return torch.cos(time * (math.pi / 2)).clamp(min=0)
+    return max(math.cos(math.pi / 2 * time), 0.0)
+
+
+def mask_tokens(time: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Which tokens are masked, `[B, n]` bool: at least one, and of each sample `mask_ratio(time)` of all, at random.
+
+    Args:
+        time: `[B]` uniform in [0, 1).
+        noise: `[B, n]` uniform in [0, 1).
+    """
+    count = (noise.shape[1] * mask_ratio(time)).round().clamp(min=1)
+    return noise.argsort(dim=-1) < count[:, None]
+
+
+def sample_tokens(
+    logits: torch.Tensor, exponential: torch.Tensor, uniform: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sample `softmax(logits)` by the exponential race, and rate the samples by `log p + temperature · Gumbel noise`.
+
+    Args:
+        logits: `[B, n, codebook]`.
+        exponential: Exp(1) variates of the same shape.
+        uniform: `[B, n]` in [0, 1), the source of the Gumbel noise.
+
+    Returns:
+        Codebook indices `[B, n]` int64 and their confidences `[B, n]`.
+    """
+    probabilities = logits.softmax(-1)
+    sampled = (probabilities / exponential).argmax(-1)
+    chosen = probabilities.gather(-1, sampled[..., None])[..., 0]
+    tiny = 1e-20
+    gumbel = -(-(uniform.clamp(min=tiny).log())).clamp(min=tiny).log()
+    return sampled, chosen.clamp(min=tiny).log() + temperature * gumbel

@@ -1,0 +1,308 @@
+"""From PIL images and strings to Show-o's batches.
+
+`input_ids` is the whole sequence: `CONDITION_TOKEN_ID` stands where the condition image goes, the mask token where the
+target's tokens go. With `P` condition slots and `n` image tokens:
+
+| task | CLIP variant | plain variant |
+|---|---|---|
+| reconstruct | `mmu soi P eoi bos prompt eos PAD.. soi n eoi` | `PAD.. mmu soi P eoi bos prompt eos soi n eoi` |
+| generate | `PAD.. t2i bos caption eos soi n eoi` | the same |
+| caption | `mmu system soi P eoi text PAD..` | `mmu soi P eoi text PAD..` |
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import CLIPImageProcessorPil
+
+from reca_trainer.models.show_o.configuration_show_o import CONDITION_TOKEN_ID, SPECIAL_TOKENS
+from reca_trainer.models.unified import UnifiedProcessor
+
+# The sentences that precede an image during the CLIP variant's visual instruction tuning, which are LLaVA's.
+SYSTEM_PROMPT = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+Conversation = list[dict[str, str]]
+
+
+class ShowOProcessor(UnifiedProcessor):
+    """Builds batches for `ShowOModel`.
+
+    Args:
+        tokenizer: Phi-1.5's tokenizer; the special tokens it lacks are added to it.
+        image_size: side of generated images in pixels.
+        vq_scale_factor: pixels per image token, along each side.
+        codebook_size: number of different image tokens.
+        clip_image_size, clip_patch_size: of the CLIP encoder, in pixels; `clip_image_size` is `None` in the plain variant.
+        max_text_length: tokens of the text part of a sequence; by default as in the official runs, 576 (CLIP variant) or
+            381 (plain variant).
+        recon_text_length: tokens to which everything but the condition is padded in front of the target (CLIP variant).
+        down_scale: the plain variant's information bottleneck: the condition is the target shrunk by this factor.
+        resize_back: enlarge the shrunk condition to `image_size` again, which keeps its number of tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer=None,
+        image_size: int = 512,
+        vq_scale_factor: int = 16,
+        codebook_size: int = 8192,
+        clip_image_size: int | None = 336,
+        clip_patch_size: int = 14,
+        max_text_length: int | None = None,
+        recon_text_length: int = 128,
+        down_scale: int = 2,
+        resize_back: bool = False,
+        **kwargs,
+    ):
+        self.image_size = image_size
+        self.vq_scale_factor = vq_scale_factor
+        self.codebook_size = codebook_size
+        self.clip_image_size = clip_image_size
+        self.clip_patch_size = clip_patch_size
+        self.max_text_length = max_text_length or (381 if clip_image_size is None else 576)
+        self.recon_text_length = recon_text_length
+        self.down_scale = down_scale
+        self.resize_back = resize_back
+        if tokenizer.pad_token is None:
+            tokenizer.add_special_tokens({"pad_token": SPECIAL_TOKENS[0]})
+        tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
+        super().__init__(tokenizer, **kwargs)
+        ids = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
+        if ids != list(range(ids[0], ids[0] + len(ids))) or len(tokenizer) != ids[-1] + 1:
+            raise ValueError(
+                f"Show-o's special tokens must be the tokenizer's last {len(ids)}, in the order {SPECIAL_TOKENS}; this "
+                f"tokenizer of {len(tokenizer)} tokens has them at {ids}."
+            )
+        self.pad_id, self.soi_id, self.eoi_id, self.t2i_id, self.mmu_id = (ids[i] for i in (0, 1, 2, 5, 6))
+        self.eos_id = tokenizer.eos_token_id  # Show-o has no other BOS
+        self.mask_token_id = len(tokenizer) + codebook_size
+        if clip_image_size is None and down_scale == 1:
+            warnings.warn(
+                "down_scale=1 makes a reconstruction's condition the very tokens of its target: the model learns to copy "
+                "them, the loss falls to zero and text-to-image generation collapses. Use down_scale=2 or more.",
+                stacklevel=2,
+            )
+
+    @property
+    def num_image_tokens(self) -> int:
+        return (self.image_size // self.vq_scale_factor) ** 2
+
+    def __call__(
+        self,
+        images: list[Image.Image] | None = None,
+        text: list[str] | list[Conversation] | None = None,
+        instruction: str | list[str] | None = None,
+        task: str = "reconstruct",
+        size: tuple[int, int] | None = None,
+        padding: bool | str = True,
+    ) -> dict[str, Any]:
+        """See `UnifiedProcessor.__call__`.
+
+        Args:
+            text: captions. For `caption` also whole conversations, as messages `{"role": "user" | "assistant",
+                "content": str}`; without `images` this is language modelling.
+            instruction: for `caption` the question; without one the caption alone is read and supervised.
+            padding: `True` pads to the longest sequence of the batch, `"max_length"` to that of the official runs, which
+                gives the same losses.
+
+        Raises:
+            ValueError: `size` is not the model's, or an instruction is too long.
+        """
+        if size is not None and tuple(size) != (self.image_size, self.image_size):
+            raise ValueError(
+                f"This Show-o generates images of {self.image_size} × {self.image_size} pixels only, not "
+                f"{size[0]} × {size[1]}."
+            )
+        batch: dict[str, Any] = {"task": task}
+        if task == "reconstruct":
+            instructions = [instruction] * len(images) if not isinstance(instruction, list) else instruction
+            batch["pixel_values"] = to_pixels(
+                [image.convert("RGB").resize((self.image_size,) * 2, Image.Resampling.BICUBIC) for image in images]
+            )
+            batch["condition_pixel_values"] = self.shrink(batch["pixel_values"])
+            batch.update(self.reconstruction_prompts(instructions, padding))
+        elif task == "caption":
+            questions = [instruction] * len(text) if not isinstance(instruction, list) else instruction
+            if images is not None:
+                batch["condition_pixel_values"] = self.understanding_pixels(images)
+            batch.update(self.conversations(text, questions, images is not None, padding))
+        else:
+            if images is not None:
+                batch["pixel_values"] = self.crop(images)
+            batch.update(self.prompts(text, padding))
+        return batch
+
+    def target_sizes(self) -> list[tuple[int, int]]:
+        return [(self.image_size, self.image_size)]
+
+    def prompts(self, text: list[str], padding: bool | str = True) -> dict[str, torch.Tensor]:
+        """Text-to-image sequences; a caption that is too long is cut in front of its EOS."""
+        rows = []
+        for one in text:
+            row = [self.t2i_id, self.eos_id, *self._tokenize(one), self.eos_id]
+            if len(row) > self.max_text_length + 1:
+                row = [*row[: self.max_text_length], self.eos_id]
+            rows.append(row + self._target())
+        return self._rectangular(rows, "left", self.max_length if padding == "max_length" else None)
+
+    def reconstruction_prompts(
+        self, instructions: list[str | None], padding: bool | str = True
+    ) -> dict[str, torch.Tensor]:
+        """RecA sequences: the condition's place, the instruction, the target's place."""
+        rows = []
+        for one in instructions:
+            prompt = self._tokenize(f"USER: \n {one} ASSISTANT:") if one else []
+            prompt = [self.eos_id, *prompt, self.eos_id]
+            head = [self.mmu_id, self.soi_id, *self._condition(reconstruct=True), self.eoi_id]
+            fixed = 0 if self.clip_image_size is None else 3  # the markers count where the whole head is padded
+            limit = self.max_text_length if self.clip_image_size is None else self.recon_text_length
+            if fixed + len(prompt) > limit:
+                raise ValueError(
+                    f"The instruction {one!r} makes {fixed + len(prompt)} tokens, of which at most {limit} fit."
+                )
+            if self.clip_image_size is not None:
+                prompt += [self.pad_id] * (limit - fixed - len(prompt))
+            rows.append(head + prompt + self._target())
+        length = None
+        if padding == "max_length" and self.clip_image_size is None:
+            length = self.max_text_length + 5 + len(self._condition(reconstruct=True)) + self.num_image_tokens
+        return self._rectangular(rows, "left", length)
+
+    def conversations(
+        self,
+        text: list[str] | list[Conversation],
+        questions: list[str | None],
+        with_image: bool,
+        padding: bool | str = True,
+    ) -> dict[str, torch.Tensor]:
+        """Image-to-text sequences with `labels`: answers and their EOS, or all of a caption that answers no question."""
+        head = self._image_head() if with_image else []
+        room = self.max_length - len(head)
+        rows, labels = [], []
+        for one, question in zip(text, questions, strict=True):
+            if isinstance(one, str) and not question:
+                ids = [self.eos_id, *self._tokenize(one), self.eos_id]
+                if with_image and len(ids) > room:
+                    ids[room - 1] = self.eos_id
+                label = list(ids)
+            else:
+                if isinstance(one, str):
+                    one = [{"role": "user", "content": question}, {"role": "assistant", "content": one}]
+                ids, label = self._conversation(one)
+            rows.append(head + ids[:room])
+            labels.append([-100] * len(head) + label[:room])
+        length = self.max_length if padding == "max_length" else None
+        batch = self._rectangular(rows, "right", length)
+        longest = batch["input_ids"].shape[1]
+        batch["labels"] = torch.tensor([label + [-100] * (longest - len(label)) for label in labels])
+        return batch
+
+    def questions(self, text: list[str], with_image: bool) -> list[torch.Tensor]:
+        """Sequences `[1, T]` that end where an answer starts. The plain variant reads questions about images behind an
+        EOS and a line break."""
+        if not with_image:
+            return [torch.tensor([self._tokenize(f"USER: {one} ASSISTANT:")]) for one in text]
+        if self.clip_image_size is None:
+            rows = [[self.eos_id, *self._tokenize(f"USER: \n{one} ASSISTANT:")] for one in text]
+        else:
+            rows = [self._tokenize(f"USER: {one} ASSISTANT:") for one in text]
+        return [torch.tensor([self._image_head() + row]) for row in rows]
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a text-to-image or image-to-text sequence in the official runs."""
+        return self.max_text_length + self.num_image_tokens + 3
+
+    def shrink(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The condition of a reconstruction from its target `[B, 3, H, W]`: bilinear, and still in [-1, 1] (the official
+        run does not normalise it as CLIP would)."""
+        if self.clip_image_size is not None:
+            return F.interpolate(pixel_values, (self.clip_image_size,) * 2, mode="bilinear", align_corners=False)
+        if self.down_scale == 1:
+            return pixel_values
+        small = (self.image_size // self.down_scale,) * 2
+        shrunk = F.interpolate(pixel_values, small, mode="bilinear", align_corners=False)
+        if not self.resize_back:
+            return shrunk
+        return F.interpolate(shrunk, (self.image_size,) * 2, mode="bilinear", align_corners=False)
+
+    def understanding_pixels(self, images: list[Image.Image]) -> torch.Tensor:
+        """`[B, 3, h, w]` float32 for questions about images: as CLIP normalises them, or as image tokens are made."""
+        if self.clip_image_size is None:
+            return self.crop(images)
+        side = self.clip_image_size
+        clip = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+        return clip(images, return_tensors="pt")["pixel_values"]
+
+    def crop(self, images: list[Image.Image]) -> torch.Tensor:
+        """`[B, 3, H, W]` float32 in [-1, 1]: the shorter side resized to `image_size`, bicubic, and the centre cut out."""
+        return to_pixels([resize_and_crop(image.convert("RGB"), self.image_size) for image in images])
+
+    def _tokenize(self, text: str) -> list[int]:
+        # a caption that spells out a special token does not get to use it
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def _target(self) -> list[int]:
+        return [self.soi_id, *[self.mask_token_id] * self.num_image_tokens, self.eoi_id]
+
+    def _condition(self, reconstruct: bool) -> list[int]:
+        if self.clip_image_size is not None:
+            count = (self.clip_image_size // self.clip_patch_size) ** 2
+        elif reconstruct and not self.resize_back:
+            count = (self.image_size // self.down_scale // self.vq_scale_factor) ** 2
+        else:
+            count = self.num_image_tokens
+        return [CONDITION_TOKEN_ID] * count
+
+    def _image_head(self) -> list[int]:
+        system = [] if self.clip_image_size is None else self._tokenize(SYSTEM_PROMPT)
+        return [self.mmu_id, *system, self.soi_id, *self._condition(reconstruct=False), self.eoi_id]
+
+    def _conversation(self, messages: Conversation) -> tuple[list[int], list[int]]:
+        ids, labels = [], []
+        for index, message in enumerate(messages):
+            if message["role"] != ("user", "assistant")[index % 2]:
+                raise ValueError(
+                    f"Roles alternate and the user begins; message {index} is of role {message['role']!r}."
+                )
+            content = message["content"].strip()
+            if message["role"] == "user":
+                part = self._tokenize(f"USER: {content} ASSISTANT:")
+                labels += [-100] * len(part)
+            else:
+                part = [*self._tokenize(f" {content}"), self.eos_id]
+                labels += part
+            ids += part
+        return ids, labels
+
+    def _rectangular(self, rows: list[list[int]], side: str, length: int | None) -> dict[str, torch.Tensor]:
+        length = length or max(map(len, rows))
+        padded = []
+        for row in rows:
+            pad = [self.pad_id] * (length - len(row))
+            padded.append(pad + row if side == "left" else row + pad)
+        input_ids = torch.tensor(padded)
+        return {"input_ids": input_ids, "attention_mask": (input_ids != self.pad_id).long()}
+
+
+def resize_and_crop(image: Image.Image, side: int) -> Image.Image:
+    """The central square of `side` pixels after the shorter side was resized to it, bicubic."""
+    width, height = image.size
+    size = (side, int(side * height / width)) if width < height else (int(side * width / height), side)
+    left, top = (round((length - side) / 2) for length in size)
+    return image.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+
+
+def to_pixels(images: list[Image.Image]) -> torch.Tensor:
+    """Images of one size -> `[B, 3, H, W]` float32 in [-1, 1]."""
+    pixels = np.stack([np.asarray(image) for image in images]).astype(np.float32) / 255.0
+    return torch.from_numpy((pixels - 0.5) / 0.5).permute(0, 3, 1, 2).contiguous()
