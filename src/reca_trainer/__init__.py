@@ -1,0 +1,37 @@
+"""Reconstruction Alignment (RecA) post-training for unified multimodal models."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+_PUBLIC = {
+    "AutoUnifiedModel": "reca_trainer.models.auto",
+    "AutoUnifiedProcessor": "reca_trainer.models.auto",
+    "RecAConfig": "reca_trainer.config",
+    "RecATrainer": "reca_trainer.trainer",
+    "UnifiedModel": "reca_trainer.models.unified",
+    "UnifiedOutput": "reca_trainer.models.unified",
+    "UnifiedProcessor": "reca_trainer.models.unified",
+}
+
+__all__ = [
+    "AutoUnifiedModel",
+    "AutoUnifiedProcessor",
+    "RecAConfig",
+    "RecATrainer",
+    "UnifiedModel",
+    "UnifiedOutput",
+    "UnifiedProcessor",
+]
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from reca_trainer.config import RecAConfig
+    from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
+    from reca_trainer.models.unified import UnifiedModel, UnifiedOutput, UnifiedProcessor
+    from reca_trainer.trainer import RecATrainer
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -78,9 +78,10 @@ class AutoUnifiedModel:
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         folder = resolve(pretrained_model_name_or_path, **hub)
         package, published = detect(folder)
-        if published:
-            return package.read_published(folder, **kwargs)
-        return package.Model.from_pretrained(folder, **kwargs)
+        load = package.read_published if published else package.Model.from_pretrained
+        model = load(folder, **kwargs)
+        model.name_or_path = model.config._name_or_path = str(pretrained_model_name_or_path)
+        return model
 
 
 class AutoUnifiedProcessor:

@@ -461,7 +461,8 @@ class BagelModel(UnifiedModel):
         """Predicted velocity at latent tokens `noisy` `[B, N, p²C]`, timesteps `[B]` in [0, 1], `grid` tokens."""
         latents = self._embed_latents(noisy, timesteps, grid)
         _, hidden, _ = self._read(context, self._markers(len(noisy)), latents, keep=False)
-        return self.llm2vae(self.language_model.model.norm_moe_gen(hidden))
+        hidden = self.language_model.model.norm_moe_gen(hidden)
+        return self.llm2vae(hidden.to(self.llm2vae.weight.dtype))
 
     def _markers(self, batch_size: int) -> torch.Tensor:
         ids = [self.config.image_start_token_id, self.config.image_end_token_id]
@@ -469,7 +470,8 @@ class BagelModel(UnifiedModel):
 
     def _embed_latents(self, tokens: torch.Tensor, timesteps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         hidden = self.vae2llm(tokens.to(self.vae2llm.weight.dtype)) + self.time_embedder(timesteps)[:, None]
-        return hidden + self.latent_pos_embed(*grid).to(hidden)
+        hidden = hidden + self.latent_pos_embed(*grid).to(hidden)
+        return hidden.to(self.language_model.model.embed_tokens.weight.dtype)  # adapters may keep vae2llm in float32
 
     def _read(
         self,

@@ -1,0 +1,160 @@
+"""What can be watched during a run: preview pictures and the collapse alarm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from reca_trainer import adapters
+from reca_trainer.config import PREVIEW_PROMPTS
+from reca_trainer.data import RowDataset, TaskBatchSampler
+
+logger = logging.get_logger(__name__)
+
+
+class PreviewCallback(TrainerCallback):
+    """Draws what the model makes of a few fixed images and prompts, with fixed noise, as training goes on.
+
+    Each picture (`output_dir/previews/step-NNNNNN.png`, and the tracker) has one column per image: the input above its
+    reconstruction from the model's own understanding embeddings; and one per prompt: its text-to-image.
+
+    Args:
+        trainer: a `RecATrainer`; images come from its evaluation set if it has one, else from the training set.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self.prompts = trainer.args.preview_prompts or PREVIEW_PROMPTS
+        self.rows: list[dict] | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.draw()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % args.preview_steps == 0 and state.global_step < state.max_steps:
+            self.draw()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.draw()
+
+    def draw(self) -> Path | None:
+        """Generate and save the picture of the current step. All processes generate, since all may hold a part of the
+        model; the first saves."""
+        trainer = self.trainer
+        if self.rows is None:
+            self.rows = fixed_rows(trainer)
+        model, processor = adapters.unwrap(trainer.model), trainer.processing_class
+        options = dict(trainer.args.preview_generation_kwargs or {})
+        inputs = [row["image"] for row in self.rows]
+
+        def generators(count: int) -> list[torch.Generator]:
+            return [torch.Generator().manual_seed(index) for index in range(count)]
+
+        reconstructions = model.generate_images(
+            processor,
+            text=[row["draw"].instruction for row in self.rows],
+            images=inputs,
+            task="reconstruct",
+            generator=generators(len(inputs)),
+            **options,
+        )
+        size = {"height": self.rows[0]["draw"].size[0], "width": self.rows[0]["draw"].size[1]}
+        drawn = model.generate_images(
+            processor, text=list(self.prompts), generator=generators(len(self.prompts)), **{**size, **options}
+        )
+        if not trainer.is_world_process_zero():
+            return None
+        columns = [("input | reconstruction", pair) for pair in zip(inputs, reconstructions, strict=True)]
+        columns += [(prompt, (None, image)) for prompt, image in zip(self.prompts, drawn, strict=True)]
+        picture = contact_sheet(columns)
+        path = Path(trainer.args.output_dir) / "previews" / f"step-{trainer.state.global_step:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+        self._track(picture)
+        return path
+
+    def _track(self, picture: Image.Image) -> None:
+        for callback in self.trainer.callback_handler.callbacks:
+            step = self.trainer.state.global_step
+            if (writer := getattr(callback, "tb_writer", None)) is not None:
+                writer.add_image("preview", np.asarray(picture), step, dataformats="HWC")
+            elif (tracker := getattr(callback, "_wandb", None) or getattr(callback, "_trackio", None)) is not None:
+                tracker.log({"preview": tracker.Image(picture), "train/global_step": step})
+
+
+class CollapseAlarm(TrainerCallback):
+    """Warns when a model has learned to copy its condition instead of aligning with it.
+
+    The sign is a reconstruction loss that falls towards zero (the authors' reproduction guide): without an information
+    bottleneck between condition and target, reconstruction becomes trivial and text-to-image is forgotten.
+
+    Args:
+        threshold: share of the first logged reconstruction loss below which the alarm goes off.
+    """
+
+    def __init__(self, threshold: float):
+        self.threshold = threshold
+        self.first: float | None = None
+        self.rehearsal: list[float] = []
+        self.raised = False
+
+    def on_log(self, args, state, control, logs: dict | None = None, **kwargs):
+        logs = logs or {}
+        if (text_to_image := logs.get("eval_text_to_image_loss")) is not None:
+            self.rehearsal.append(text_to_image)
+        loss = logs.get("reconstruction_loss")
+        if loss is None:
+            return
+        self.first = loss if self.first is None else self.first
+        if not self.raised and loss < self.threshold * self.first:
+            self.raised = True
+            rising = len(self.rehearsal) > 1 and self.rehearsal[-1] > self.rehearsal[0]
+            logger.warning(
+                f"Collapse alarm at step {state.global_step}: the reconstruction loss fell from {self.first:.4g} to "
+                f"{loss:.4g}, below {self.threshold:.0%} of where it began"
+                + (f", while held-out text-to-image loss rose to {self.rehearsal[-1]:.4g}" if rising else "")
+                + ". The model may be copying its condition. Use the understanding encoder's smallest resolution for "
+                "the condition, a lower learning rate, or fewer steps."
+            )
+
+
+def fixed_rows(trainer: Any) -> list[dict]:
+    """The first rows of the evaluation (or training) images, decoded, all of one target size."""
+    images = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.images
+    if images.is_streaming:
+        batch = next(iter(trainer._dataloader(images, trainer.args.preview_images, training=False).dataset))
+        return batch[: trainer.args.preview_images]
+    task = "reconstruct"
+    sizes = trainer.processing_class.target_sizes()
+    buckets = {task: images.buckets(task, sizes, trainer.args.on_bad_image)}
+    sampler = TaskBatchSampler(buckets, batch_size=min(trainer.args.preview_images, len(images)), shuffle=False)
+    rows = RowDataset({task: images.datasets[task]}, {task: images.columns[task]}, trainer.args.on_bad_image)
+    return [rows[draw] for draw in next(iter(sampler))]
+
+
+def contact_sheet(columns: Sequence[tuple[str, Sequence[Image.Image | None]]], cell: int = 192) -> Image.Image:
+    """Columns of images under their titles, each image fitted into a square of `cell` pixels."""
+    margin, title = 6, 30
+    rows = max(len(images) for _, images in columns)
+    sheet = Image.new("RGB", (len(columns) * (cell + margin) + margin, title + rows * (cell + margin)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for index, (name, images) in enumerate(columns):
+        left = margin + index * (cell + margin)
+        half = cell // 6  # characters that fit in one line of the default font
+        pen.text((left, 2), name[:half], fill="black")
+        pen.text((left, 14), name[half : 2 * half], fill="black")
+        for row, image in enumerate(images):
+            if image is None:
+                continue
+            scale = cell / max(image.size)
+            size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+            resample = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
+            sheet.paste(image.resize(size, resample), (left, title + row * (cell + margin)))
+    return sheet

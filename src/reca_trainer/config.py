@@ -1,0 +1,149 @@
+"""Every knob of a RecA run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from reca_trainer.models.unified import TASKS
+
+# What a preview draws from text, step after step, unless the user names other prompts.
+PREVIEW_PROMPTS = ["a red apple on a wooden table", "two cats beside a blue chair", "a street in the rain at night"]
+
+
+@dataclass
+class RecAConfig(TrainingArguments):
+    r"""Arguments of a [`RecATrainer`]: those of `transformers.TrainingArguments`, and what RecA adds.
+
+    Defaults that differ from `TrainingArguments` are the paper's settings for BAGEL where it has one (its command line
+    and training script), except for the warm-up: the released command warms up for all of its 1,000 steps, so its
+    learning rate never reaches 4e-5; ours warms up for 5 % of the run and then stays constant.
+    """
+
+    # --- the objective ---
+    reca_weight: float = field(default=1.0, metadata={"help": "λ_reca, weight of the reconstruction loss. Paper: 1."})
+    image_to_text_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "λ_i2t, weight of the image-to-text loss, which keeps understanding alive where it shares weights "
+            "with generation. Default: 1 for models that share weights, 0 for those that do not (paper, section 3)."
+        },
+    )
+    text_to_image_weight: float = field(
+        default=0.0, metadata={"help": "λ_t2i, weight of the text-to-image loss (rehearsal). Paper: 0."}
+    )
+    task_mix: str | None = field(
+        default=None,
+        metadata={
+            "help": "Micro-batches of reconstruct:caption:generate per turn, such as 2:2:0 (Harmon's setting). "
+            "Default: one of each task whose weight is not 0."
+        },
+    )
+    instruction_dropout: float = field(
+        default=0.1,
+        metadata={"help": "Probability that a reconstruction micro-batch goes without its instruction. BAGEL: 0.1."},
+    )
+
+    # --- the data ---
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Images to train on: a folder, .tar, .parquet or a dataset id on the Hub."},
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Its split to train on."})
+    dataset_streaming: bool = field(default=False, metadata={"help": "Read it as a stream; needs max_steps."})
+    caption_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Another dataset for the image-to-text term, with captions or conversations."},
+    )
+    eval_size: int = field(
+        default=0, metadata={"help": "Rows held out of the training set for evaluation where no eval set is given."}
+    )
+    image_column: str | None = field(
+        default=None, metadata={"help": "Name of the image column. Default: found by its type."}
+    )
+    caption_column: str | None = field(default=None, metadata={"help": "Name of the caption column."})
+    conversation_column: str | None = field(default=None, metadata={"help": "Name of the conversation column."})
+    on_bad_image: str = field(
+        default="raise",
+        metadata={
+            "help": "What to do with an image that cannot be decoded: 'raise' an error that names it, or 'skip' it, "
+            "counted and logged, in favour of another row."
+        },
+    )
+
+    # --- the model ---
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Arguments of from_pretrained where the model is given by name, such as dtype or revision."},
+    )
+
+    # --- what can be watched ---
+    preview_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Steps between preview pictures (input | reconstruction from its embeddings | text-to-image) "
+            "in output_dir/previews and in the tracker; also one before and one after training. 0: none."
+        },
+    )
+    preview_images: int = field(default=4, metadata={"help": "Images in a preview."})
+    preview_prompts: list[str] | None = field(
+        default=None, metadata={"help": "Fixed prompts of the preview's text-to-image column."}
+    )
+    preview_generation_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Arguments of generate_images for the preview, such as num_inference_steps."},
+    )
+    collapse_threshold: float = field(
+        default=0.02,
+        metadata={
+            "help": "Collapse alarm: warns when the reconstruction loss falls below this share of its first value, "
+            "which a model that copies its condition reaches and an aligned one does not."
+        },
+    )
+    # --- TrainingArguments with other defaults ---
+    learning_rate: float = field(default=4e-5, metadata={"help": "Paper: 4e-5 for BAGEL's whole generator."})
+    lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "As BAGEL's script."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or a share of the run if below 1."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "As BAGEL's script."})
+    adam_epsilon: float = field(default=1e-15, metadata={"help": "As BAGEL's script."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Whether logs hide non-finite losses. RecATrainer stops at one instead."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator picks its columns itself."})
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "preview_generation_kwargs"]  # noqa: RUF012
+
+    def __post_init__(self):
+        super().__post_init__()
+        weights = (self.reca_weight, self.image_to_text_weight or 0.0, self.text_to_image_weight)
+        if min(weights) < 0 or max(weights) == 0:
+            raise ValueError(
+                f"Loss weights are non-negative and not all zero; got {dict(zip(TASKS, weights, strict=True))}."
+            )
+        if not 0 <= self.instruction_dropout <= 1:
+            raise ValueError(f"instruction_dropout is a probability, not {self.instruction_dropout}.")
+        if self.on_bad_image not in ("raise", "skip"):
+            raise ValueError(f"on_bad_image is 'raise' or 'skip', not {self.on_bad_image!r}.")
+        if self.task_mix is not None:
+            parts = self.task_mix.split(":")
+            if len(parts) != len(TASKS) or not all(part.isdigit() for part in parts):
+                raise ValueError(
+                    f"task_mix gives {':'.join(TASKS)} as whole numbers, such as 2:2:0; got {self.task_mix!r}."
+                )
+
+    def task_pattern(self, weights: dict[str, float]) -> dict[str, int]:
+        """Micro-batches per turn of every task with a positive weight in `weights`."""
+        if self.task_mix is None:
+            return {task: 1 for task in TASKS if weights[task] > 0}
+        counts = dict(zip(TASKS, map(int, self.task_mix.split(":")), strict=True))
+        odd = [task for task in TASKS if (counts[task] > 0) != (weights[task] > 0)]
+        if odd:
+            raise ValueError(
+                f"task_mix {self.task_mix} and the loss weights {weights} disagree about {', '.join(odd)}: "
+                "a task needs both a positive weight and a positive share, or neither."
+            )
+        return {task: count for task, count in counts.items() if count}

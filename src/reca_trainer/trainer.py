@@ -1,0 +1,487 @@
+"""`RecATrainer`: the loss, term by term; what is logged and saved."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch.utils.data import DataLoader
+from transformers import BitsAndBytesConfig, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints, set_seed
+from transformers.utils import logging
+
+from reca_trainer import adapters
+from reca_trainer.callbacks import CollapseAlarm, PreviewCallback
+from reca_trainer.collator import UnifiedCollator
+from reca_trainer.config import RecAConfig
+from reca_trainer.data import RowDataset, StreamingRows, TaskBatchSampler, find_columns, load_image_dataset, row_sizes
+from reca_trainer.images import nearest_bucket
+from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
+from reca_trainer.models.unified import TASKS, UnifiedModel, UnifiedProcessor
+
+logger = logging.get_logger(__name__)
+
+LOSS_NAMES = {"reconstruct": "reconstruction_loss", "caption": "image_to_text_loss", "generate": "text_to_image_loss"}
+NOTES = ("seeds", "sources", "skipped", "supervised", "share")  # of a batch, for the trainer and not the model
+Images = Dataset | IterableDataset
+
+
+class RecATrainer(Trainer):
+    """Trains a unified multimodal model by Reconstruction Alignment (arXiv 2509.07295).
+
+    Args:
+        model: a `UnifiedModel`, a `PeftModel` around one, or a folder or Hub id to load.
+        args: a `RecAConfig`; by default one named after the model.
+        data_collator: rows to batch; by default `UnifiedCollator(processing_class)`.
+        train_dataset: any `datasets` dataset with an image column; or one per task, `{"reconstruct": …, "caption": …,
+            "generate": …}`. By default `args.dataset_name`.
+        eval_dataset: likewise; by default `args.eval_size` rows held out of the training set.
+        processing_class: the family's processor; by default loaded from where the model is from.
+        peft_config: adapter to train instead of the whole generator. Its `target_modules` default to the generator's
+            linear layers.
+        quantization_config: for a model given by name; quantises it while loading, and needs a `peft_config`.
+
+    Raises:
+        ValueError: the data does not fit the loss weights, or the wrong weights would be trained.
+    """
+
+    _tag_names = ("reca-trainer", "reconstruction-alignment")
+    loss_is_scaled_for_ga = True  # compute_loss weights each micro-batch by its share of the step
+
+    def __init__(
+        self,
+        model: str | os.PathLike | UnifiedModel | PeftModel,
+        args: RecAConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Images | Mapping[str, Images] | None = None,
+        eval_dataset: Images | Mapping[str, Images] | None = None,
+        processing_class: UnifiedProcessor | None = None,
+        callbacks: list | None = None,
+        optimizers: tuple = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+    ):
+        if args is None:
+            name = str(model) if isinstance(model, str | os.PathLike) else unwrap_name(model)
+            args = RecAConfig(output_dir=f"{Path(name).name}-reca")
+        self.images = TaskImages.open(train_dataset, args)
+        eval_images = None if eval_dataset is None else TaskImages.open(eval_dataset, args)
+        if eval_images is None and args.eval_size:
+            self.images, eval_images = self.images.split(args.eval_size, args.seed)
+
+        if isinstance(model, str | os.PathLike):
+            if quantization_config is not None and peft_config is None:
+                raise ValueError("A quantised model cannot be trained itself; pass a peft_config for its adapter.")
+            if processing_class is None:
+                processing_class = AutoUnifiedProcessor.from_pretrained(model)
+            init = dict(args.model_init_kwargs or {})
+            init.setdefault("dtype", adapters.default_dtype(args.bf16, peft_config is not None))
+            model = AutoUnifiedModel.from_pretrained(model, quantization_config=quantization_config, **init)
+        elif quantization_config is not None:
+            raise ValueError("quantization_config acts while a model is loaded; pass the model by name or path.")
+        base = adapters.unwrap(model)
+        if processing_class is None:
+            if not base.name_or_path:
+                raise ValueError("This model was not loaded from anywhere; pass its processing_class.")
+            processing_class = AutoUnifiedProcessor.from_pretrained(base.name_or_path)
+
+        i2t = float(base.shares_weights) if args.image_to_text_weight is None else args.image_to_text_weight
+        self.loss_weights = dict(zip(TASKS, (args.reca_weight, i2t, args.text_to_image_weight), strict=True))
+        self.task_pattern = args.task_pattern(self.loss_weights)
+        self.images.check(self.task_pattern)
+        if len(self.task_pattern) > 1 and args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = True  # a task may not reach every trained weight
+
+        if isinstance(model, PeftModel):
+            if peft_config is not None:
+                raise ValueError("The model already has an adapter; pass it without peft_config to go on training it.")
+        elif peft_config is not None:
+            set_seed(args.seed)  # an adapter starts from random weights
+            model = adapters.attach(model, peft_config)
+        else:
+            model.freeze_understanding()
+        trained, total = adapters.check_trainable(model)
+        logger.info(f"Training {trained:,} of {total:,} parameters ({trained / total:.2%}).")
+
+        self._terms = {mode: torch.zeros(len(TASKS), 2, dtype=torch.float64) for mode in ("train", "eval")}
+        self.skipped_images = 0
+        self._images_seen, self._data_seconds, self._last_log = 0, 0.0, time.perf_counter()
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or UnifiedCollator(processing_class),
+            train_dataset=self.images,
+            eval_dataset=eval_images,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.can_return_loss, self.label_names = True, []
+        if args.n_gpu > 1:
+            raise ValueError("RecATrainer runs one process per GPU: start it with `accelerate launch`.")
+        self.add_callback(CollapseAlarm(args.collapse_threshold))
+        if args.preview_steps:
+            self.add_callback(PreviewCallback(self))
+        base.add_model_tags(list(self._tag_names))
+
+    # --- the loss ---
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """L = λ_reca · L_reca + λ_i2t · L_image-to-text + λ_t2i · L_text-to-image, one term a micro-batch.
+
+        `L_reca = L_gen(G([E(x_und), instruction]), x_gen)` is the model's own generation loss, conditioned on its own
+        understanding embeddings of the same image (paper, equation 2); it is computed in the model's `forward`.
+
+        A micro-batch counts by its share of all the step's supervised targets of its task, over micro-batches and
+        processes, so that accumulated and distributed batches give the loss of one large batch.
+        """
+        task, notes = inputs["task"], {name: inputs[name] for name in NOTES if name in inputs}
+        output = model(**{name: value for name, value in inputs.items() if name not in NOTES})
+        if not torch.isfinite(output.loss):
+            raise FloatingPointError(
+                f"The {LOSS_NAMES[task].replace('_', ' ')} is {output.loss.item()} at step {self.state.global_step + 1} "
+                f"on {', '.join(notes['sources'])}. Lower the learning rate, or train in bfloat16 rather than float16."
+            )
+        self._record("train" if model.training else "eval", task, output.loss, notes["supervised"])
+        loss = self.loss_weights[task] * output.loss * notes["share"]
+        return (loss, output) if return_outputs else loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Fetch one step's micro-batches, draw their corruptions and work out each one's share of the step."""
+        started = time.perf_counter()
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._data_seconds += time.perf_counter() - started
+        self._images_seen += sum(len(batch["seeds"]) for batch in batches)
+        counts = torch.zeros(len(TASKS), dtype=torch.float64)
+        for batch in batches:
+            self._note_skipped(batch)
+            self._draw_corruption(batch)
+            counts[TASKS.index(batch["task"])] += batch["supervised"]
+        counts = self.accelerator.reduce(counts.to(device, torch.float32), "sum").tolist()
+        tasks = [batch["task"] for batch in batches]
+        for batch in batches:
+            task = batch["task"]
+            of_its_task = batch["supervised"] / counts[TASKS.index(task)]
+            # Gradients are averaged over processes, hence the factor.
+            batch["share"] = of_its_task * tasks.count(task) / len(tasks) * self.accelerator.num_processes
+        return batches, None
+
+    def _draw_corruption(self, batch: dict[str, Any]) -> None:
+        """Every sample has its own seed, so its draws depend neither on its batch nor on the number of processes."""
+        model = adapters.unwrap(self.model)
+        generators = [torch.Generator().manual_seed(seed) for seed in batch["seeds"]]
+        batch["corruption"] = model.sample_corruption(batch, generators)
+        batch["supervised"] = model.count_supervised(batch, batch["corruption"])
+
+    def _record(self, mode: str, task: str, loss: torch.Tensor, supervised: int) -> None:
+        terms = self._terms[mode] = self._terms[mode].to(loss.device)
+        terms[TASKS.index(task)] += torch.stack([loss.detach().double() * supervised, loss.new_tensor(supervised)])
+
+    def _mean_terms(self, mode: str) -> dict[str, float]:
+        """The recorded mean of every term over all processes since the last call, unweighted."""
+        sums = self.accelerator.reduce(self._terms[mode].float().to(self.args.device), "sum").tolist()
+        self._terms[mode].zero_()
+        return {LOSS_NAMES[task]: total / count for task, (total, count) in zip(TASKS, sums, strict=True) if count}
+
+    def _note_skipped(self, batch: dict[str, Any]) -> None:
+        for problem in batch.pop("skipped", []):
+            self.skipped_images += 1
+            logger.warning(f"Skipped an image ({self.skipped_images} so far): {problem}")
+
+    # --- data ---
+
+    def get_train_dataloader(self) -> DataLoader:
+        return self._dataloader(self.images, self.args.train_batch_size, training=True)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        images = self.eval_dataset if eval_dataset is None else eval_dataset
+        if images is None:
+            raise ValueError("Evaluation needs images: pass eval_dataset, or set eval_size to hold some out.")
+        if not isinstance(images, TaskImages):
+            images = TaskImages.open(images, self.args)
+        return self._dataloader(images, self.args.eval_batch_size, training=False)
+
+    def _dataloader(self, images: TaskImages, batch_size: int, training: bool) -> DataLoader:
+        args = self.args
+        tasks = {task: count for task, count in self.task_pattern.items() if training or images.serves(task)}
+        if not training:
+            tasks = dict.fromkeys(tasks, 1)
+        plan = {
+            "weights": tasks,
+            "batch_size": batch_size,
+            "num_processes": args.world_size,
+            "process_index": args.process_index,
+            "seed": args.seed if args.data_seed is None else args.data_seed,
+            "shuffle": training,
+            "drop_last": training and args.dataloader_drop_last,
+            "instruction_dropout": args.instruction_dropout if training else 0.0,
+        }
+        loading = {
+            "collate_fn": self.data_collator,
+            "num_workers": args.dataloader_num_workers,
+            "pin_memory": args.dataloader_pin_memory and torch.cuda.is_available(),
+            "persistent_workers": args.dataloader_persistent_workers,
+            "prefetch_factor": args.dataloader_prefetch_factor,
+            "generator": torch.Generator(),  # else the loader draws from the run's own random state
+        }
+        datasets = {task: images.datasets[task] for task in tasks}
+        columns = {task: images.columns[task] for task in tasks}
+        sizes = self.processing_class.target_sizes()
+        if images.is_streaming:
+            rows = StreamingRows(datasets, columns, sizes, on_bad_image=args.on_bad_image, **plan)
+            return EpochDataLoader(rows, batch_size=None, **loading)
+        rows = RowDataset(datasets, columns, on_bad_image=args.on_bad_image)
+        buckets = {task: images.buckets(task, sizes, args.on_bad_image) for task in tasks}
+        return EpochDataLoader(rows, batch_sampler=TaskBatchSampler(buckets, **plan), **loading)
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        return len(dataloader.dataset) if not self.images.is_streaming else super().num_examples(dataloader)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not estimated: a batch's tensors are pixels, not tokens."""
+        return 0
+
+    # --- evaluation and logs ---
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """Mean loss of every task with fixed corruptions: comparable between checkpoints and runs."""
+        model = self._wrap_model(self.model, training=False)
+        if len(self.accelerator._models) == 0 and model is self.model:
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        model.eval()
+        samples = 0
+        with torch.no_grad():
+            for inputs in dataloader:
+                self._note_skipped(inputs)
+                self._draw_corruption(inputs)
+                inputs["share"] = 1.0
+                samples += len(inputs["seeds"])
+                with self.compute_loss_context_manager():
+                    self.compute_loss(model, self._prepare_inputs(inputs))
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        terms = self._mean_terms("eval")
+        weights = {LOSS_NAMES[task]: weight for task, weight in self.loss_weights.items()}
+        metrics = {"loss": sum(weights[name] * value for name, value in terms.items()), **terms}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=samples)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            elapsed = max(time.perf_counter() - self._last_log, 1e-9)
+            logs = {
+                **logs,
+                **self._mean_terms("train"),
+                "images_per_second": round(self._images_seen * self.accelerator.num_processes / elapsed, 3),
+                "data_wait": round(self._data_seconds / elapsed, 4),  # share of the time spent waiting for batches
+            }
+            self._images_seen, self._data_seconds, self._last_log = 0, 0.0, time.perf_counter()
+            if self.skipped_images:
+                logs["skipped_images"] = self.skipped_images
+        super().log(logs, start_time)
+
+    # --- checkpoints ---
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
+        """As `Trainer.train`. `resume_from_checkpoint=True` goes on from the newest complete checkpoint in
+        `output_dir`, or starts from the beginning, with a warning, if there is none."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                logger.warning(f"There is no checkpoint in {self.args.output_dir} to resume from; starting anew.")
+        elif isinstance(resume_from_checkpoint, str | os.PathLike):
+            check_complete(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Write the checkpoint aside and rename it when all of it is on disk: a folder called `checkpoint-N` is whole."""
+        final = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging = final.parent / f".{final.name}.partial"
+        if self.is_world_process_zero():
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        with self._output_dir(staging):
+            super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            seal(staging / final.name)
+            if final.exists():
+                shutil.rmtree(final)
+            (staging / final.name).rename(final)
+            sync(final.parent)
+            staging.rmdir()
+            rotate_checkpoints(
+                output_dir=str(final.parent),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=False,
+            )
+        self.accelerator.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def _output_dir(self, folder: Path):
+        before, self.args.output_dir = self.args.output_dir, str(folder)
+        try:
+            yield
+        finally:
+            self.args.output_dir = before
+
+
+class TaskImages:
+    """The datasets of a run: for every task the rows it can use, and their columns."""
+
+    def __init__(self, datasets: dict[str, Images], columns: dict[str, Any]):
+        self.datasets, self.columns = datasets, columns
+
+    @classmethod
+    def open(cls, source: Images | Mapping[str, Images] | None, args: RecAConfig) -> TaskImages:
+        """From what the user passed, or from the names in `args`."""
+        if isinstance(source, TaskImages):
+            return source
+        if source is None:
+            if args.dataset_name is None:
+                raise ValueError(
+                    "There is nothing to train on: pass train_dataset, or set dataset_name in the arguments."
+                )
+            source = load_image_dataset(
+                args.dataset_name, args.dataset_split, args.dataset_config_name, args.dataset_streaming
+            )
+        if not isinstance(source, Mapping) or isinstance(source, Dataset | IterableDataset):
+            source = dict.fromkeys(TASKS, source)
+            if args.caption_dataset_name is not None:
+                source["caption"] = load_image_dataset(args.caption_dataset_name, streaming=args.dataset_streaming)
+        if unknown := set(source) - set(TASKS):
+            raise ValueError(f"Datasets are given for {', '.join(TASKS)}; not for {', '.join(map(str, unknown))}.")
+        names = (args.image_column, args.caption_column, args.conversation_column)
+        columns: dict[int, Any] = {}
+        for dataset in source.values():
+            if isinstance(dataset, Dataset) and not len(dataset):
+                raise ValueError("The dataset has no rows.")
+            if id(dataset) not in columns:
+                known = [name if name in (dataset.features or {name: None}) else None for name in names[1:]]
+                columns[id(dataset)] = find_columns(dataset, names[0], *known)
+        images = cls(dict(source), {task: columns[id(dataset)] for task, dataset in source.items()})
+        asked = {"caption": args.image_to_text_weight or 0, "generate": args.text_to_image_weight}
+        images.check({task for task, weight in asked.items() if weight > 0})
+        return images
+
+    @property
+    def is_streaming(self) -> bool:
+        return any(isinstance(dataset, IterableDataset) for dataset in self.datasets.values())
+
+    def __len__(self) -> int:
+        return len(next(iter(self.datasets.values())))
+
+    def serves(self, task: str) -> bool:
+        columns = self.columns.get(task)
+        return columns is not None and (
+            task == "reconstruct"
+            or columns.caption is not None
+            or (task == "caption" and columns.conversation is not None)
+        )
+
+    def check(self, tasks) -> None:
+        """Raises `ValueError` if one of `tasks` finds no rows it can learn from."""
+        option = {"caption": "image_to_text_weight", "generate": "text_to_image_weight", "reconstruct": "reca_weight"}
+        for task in tasks:
+            if not self.serves(task):
+                raise ValueError(
+                    f"The task {task!r} needs a {'caption or conversation' if task == 'caption' else 'caption'} column, "
+                    f"and the dataset has none. Name it with caption_column, pass a dataset for the task "
+                    f"({{'reconstruct': …, {task!r}: …}}), or set {option[task]}=0."
+                )
+
+    def split(self, eval_size: int, seed: int) -> tuple[TaskImages, TaskImages]:
+        """Hold `eval_size` rows of every dataset out: training and evaluation images."""
+        if self.is_streaming:
+            raise ValueError("eval_size cannot hold rows out of a stream; pass an eval_dataset.")
+        parts: dict[int, tuple[Dataset, Dataset]] = {}
+        for dataset in self.datasets.values():
+            if id(dataset) not in parts:
+                if len(dataset) <= eval_size:
+                    raise ValueError(
+                        f"eval_size={eval_size} leaves nothing to train on: the dataset has {len(dataset)} rows."
+                    )
+                halves = dataset.train_test_split(test_size=eval_size, seed=seed)
+                parts[id(dataset)] = (halves["train"], halves["test"])
+        train, test = ({task: parts[id(dataset)][half] for task, dataset in self.datasets.items()} for half in (0, 1))
+        return TaskImages(train, self.columns), TaskImages(test, self.columns)
+
+    def buckets(self, task: str, sizes: list[tuple[int, int]], on_bad_image: str) -> list[tuple[int, int]]:
+        """The target size of every row of a task."""
+        dataset = self.datasets[task]
+        if len(sizes) == 1:
+            return [sizes[0]] * len(dataset)
+        return [nearest_bucket(*size, sizes) for size in row_sizes(dataset, self.columns[task].image, on_bad_image)]
+
+
+class EpochDataLoader(DataLoader):
+    """Tells its sampler or stream which epoch it is, so that each is shuffled anew."""
+
+    def set_epoch(self, epoch: int) -> None:
+        source = self.dataset if self.batch_size is None and self.batch_sampler is None else self.batch_sampler
+        source.set_epoch(epoch)
+
+
+SEAL = "checkpoint_files.json"
+
+
+def seal(folder: Path) -> None:
+    """Put everything in a checkpoint on disk and write down what belongs to it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+    for path in files:
+        sync(path)
+    listing = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    (folder / SEAL).write_text(json.dumps(listing, indent=1))
+    sync(folder / SEAL)
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_complete(folder: Path) -> None:
+    """Raises `ValueError` naming the first file of a checkpoint that is missing or shorter than it was written."""
+    if not folder.is_dir():
+        raise ValueError(f"There is no checkpoint at {folder}.")
+    if not (folder / SEAL).is_file():
+        raise ValueError(f"{folder} is not complete: it has no {SEAL}, which is written last.")
+    for name, size in json.loads((folder / SEAL).read_text()).items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            raise ValueError(f"{folder} is not complete: {name} should have {size} bytes and has {found or 'none'}.")
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The newest checkpoint that is whole; those that are not are named in a warning."""
+    found = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    steps = {int(path.name.rpartition("-")[2]): path for path in found if path.name.rpartition("-")[2].isdigit()}
+    for _, path in sorted(steps.items(), reverse=True):
+        try:
+            check_complete(path)
+        except ValueError as error:
+            logger.warning(f"{error} Looking for an earlier one.")
+            continue
+        return str(path)
+    return None
+
+
+def unwrap_name(model: Any) -> str:
+    base = adapters.unwrap(model)
+    return base.name_or_path or base.config.model_type
