@@ -33,6 +33,9 @@ class OpenUniConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)
+        # transformers hands the dtype it loads in down one level only; further down the published dtype would win.
+        for nested in (self.internvl_config.text_config, self.internvl_config.vision_config):
+            nested.dtype = None
         for name in ("transformer_config", "vae_config", "scheduler_config"):
             values = getattr(self, name) or {}
             setattr(self, name, {key: value for key, value in values.items() if not key.startswith("_")})
@@ -59,12 +62,13 @@ class OpenUniConfig(PreTrainedConfig):
         return self.transformer_config["sample_size"] * self.spatial_compression_ratio
 
     @classmethod
-    def tiny(cls, vocab_size: int = 512, image_token_id: int = 5) -> OpenUniConfig:
-        """A model of about a million parameters with the published structure: 64-pixel images, 28-pixel condition.
+    def tiny(cls, vocab_size: int = 512, image_token_id: int = 511) -> OpenUniConfig:
+        """About a million parameters in the published structure: 64×64 images as 8×8 latents, 16 understanding
+        embeddings of a 56×56 condition, 16 queries.
 
         Args:
-            vocab_size: size of the tokenizer that goes with it.
-            image_token_id: id of `<IMG_CONTEXT>` in that tokenizer.
+            vocab_size: size of a tokenizer that has the tokens `<img>`, `</img>` and `<IMG_CONTEXT>`.
+            image_token_id: the last one's id.
         """
         text = {
             "model_type": "qwen2",
@@ -82,7 +86,7 @@ class OpenUniConfig(PreTrainedConfig):
             "num_attention_heads": 4,
             "attention_bias": True,
             "image_size": 56,
-            "patch_size": 14,
+            "patch_size": 7,
         }
         blocks = ["ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"]
         channels, layers, scales = [16, 16, 32, 32], [1, 1, 1, 1], [[], [], [], [5]]
@@ -91,7 +95,7 @@ class OpenUniConfig(PreTrainedConfig):
                 "text_config": text,
                 "vision_config": vision,
                 "image_token_id": image_token_id,
-                "image_seq_length": 4,
+                "image_seq_length": 16,
                 "tie_word_embeddings": False,
             },
             connector_config={

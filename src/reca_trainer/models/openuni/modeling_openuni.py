@@ -358,18 +358,18 @@ class OpenUniModel(UnifiedModel):
             generator: seeds the draws if `sampling` asks for them (`do_sample=True`).
             sampling: as for transformers' `generate`; greedy by default.
         """
-        batch = processor.ask(text, images)
-        condition = batch.get("condition_pixel_values")
+        batch = {name: tensor.to(self.device) for name, tensor in processor.ask(text, images).items()}
+        if images:
+            batch["pixel_values"] = batch.pop("condition_pixel_values")
         was_training = self.training
         self.eval()
         try:
-            with torch.random.fork_rng(enabled=generator is not None):
+            devices = [self.device] if self.device.type == "cuda" else []
+            with torch.random.fork_rng(devices=devices, enabled=generator is not None):
                 if generator is not None:
                     torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
                 tokens = self.internvl.generate(
-                    input_ids=batch["input_ids"].to(self.device),
-                    attention_mask=batch["attention_mask"].to(self.device),
-                    pixel_values=None if condition is None else condition.to(self.device),
+                    **batch,
                     max_new_tokens=max_new_tokens,
                     eos_token_id=processor.tokenizer.convert_tokens_to_ids("<|im_end|>"),
                     pad_token_id=processor.tokenizer.pad_token_id,

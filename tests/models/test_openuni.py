@@ -1,0 +1,392 @@
+"""OpenUni beyond the reference cases: what is trained, what is saved, what is random, what is refused."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from reca_trainer.models import openuni
+from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor, detect
+from reca_trainer.models.checkpoint import CheckpointError
+from tests.conftest import Golden
+
+CHECKPOINT = Golden("openuni").checkpoint
+INSTRUCTION = "Describe the picture."
+
+
+@pytest.fixture(scope="module")
+def published():
+    return AutoUnifiedModel.from_pretrained(CHECKPOINT)
+
+
+@pytest.fixture
+def model(published):
+    return copy.deepcopy(published)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoUnifiedProcessor.from_pretrained(CHECKPOINT)
+
+
+def pictures(count, size=(70, 50)):
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randint(256, (count, size[1] // 10, size[0] // 10, 3), generator=generator, dtype=torch.uint8)
+    return [Image.fromarray(one.numpy()).resize(size) for one in noise]
+
+
+@pytest.fixture
+def batch(processor):
+    return processor(images=pictures(2), instruction=INSTRUCTION, task="reconstruct")
+
+
+def draws(model, batch, seed=0):
+    return model.sample_corruption(batch, torch.Generator().manual_seed(seed))
+
+
+def same_weights(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_reca_step_changes_only_what_generates(model, batch):
+    before = copy.deepcopy(model.state_dict())
+    model.freeze_understanding()
+    model.train()
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    model(**batch, corruption=draws(model, batch)).loss.backward()
+    optimizer.step()
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert {key.split(".")[0] for key in changed} == set(model.generation_modules)
+    assert "meta_queries" in changed
+
+
+def test_understanding_stays_in_eval_mode(model):
+    model.train()
+    assert model.transformer.training and model.connector.training
+    for name in model.understanding_modules:
+        assert not any(module.training for module in model.get_submodule(name).modules())
+
+
+def test_lora_touches_exactly_the_generators_linear_layers(model, batch):
+    linear = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith(("connector.", "transformer."))
+    }
+    adapted = get_peft_model(model, LoraConfig(target_modules=model.lora_target_modules, r=2))
+    assert set(adapted.targeted_module_names) == linear
+    adapted.train()
+    adapted(**batch, corruption=draws(model, batch)).loss.backward()
+    with_gradient = {name for name, value in adapted.named_parameters() if value.grad is not None}
+    assert with_gradient and all("lora_" in name for name in with_gradient)
+    assert all(value.grad is not None for name, value in adapted.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("read", ["save_pretrained", "write_published"])
+def test_saved_model_and_processor_are_the_same(read, model, processor, batch, tmp_path):
+    if read == "save_pretrained":
+        model.save_pretrained(tmp_path)
+        processor.save_pretrained(tmp_path)
+    else:
+        openuni.write_published(model, processor, tmp_path)
+    assert detect(tmp_path) == (openuni, read == "write_published")
+    loaded = AutoUnifiedModel.from_pretrained(tmp_path)
+    assert same_weights(loaded, model)
+    assert torch.equal(
+        loaded(**batch, corruption=draws(model, batch)).loss, model(**batch, corruption=draws(model, batch)).loss
+    )
+    again = AutoUnifiedProcessor.from_pretrained(tmp_path)(images=pictures(2), instruction=INSTRUCTION)
+    assert all(torch.equal(again[key], batch[key]) for key in batch if key != "task")
+    sampling = {"text": ["a boat"], "num_inference_steps": 2, "generator": torch.Generator().manual_seed(3)}
+    image = model.generate_images(processor, **sampling)[0]
+    sampling["generator"].manual_seed(3)
+    assert loaded.generate_images(processor, **sampling)[0].tobytes() == image.tobytes()
+
+
+def test_a_samples_draws_do_not_depend_on_its_batch(model, batch):
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    together = model.sample_corruption(batch, generators)
+    alone = model.sample_corruption({"pixel_values": batch["pixel_values"][1:]}, [torch.Generator().manual_seed(6)])
+    assert all(torch.equal(together[key][1:], alone[key]) for key in together)
+    assert model.sample_corruption({**batch, "labels": batch["input_ids"]}) == {}
+    with pytest.raises(ValueError, match="1 generators for a batch of 2"):
+        model.sample_corruption(batch, generators[:1])
+
+
+def test_padding_changes_nothing(model, processor):
+    instructions = ["Look.", "Describe every object, its colour, its shape and its place."]
+    padded = processor(images=pictures(2), instruction=instructions, task="reconstruct")
+    alone = processor(images=pictures(2)[:1], instruction=instructions[0], task="reconstruct")
+    assert padded["input_ids"].shape[1] > alone["input_ids"].shape[1]
+    corruption = draws(model, padded)
+    both = model(**padded, corruption=corruption)
+    one = model(**alone, corruption={key: value[:1] for key, value in corruption.items()})
+    torch.testing.assert_close(both.prediction[:1], one.prediction, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(both.per_sample_loss[:1], one.per_sample_loss)
+
+
+def test_the_condition_reaches_the_prediction(model, processor, batch):
+    corruption = draws(model, batch)
+    seen = model(**batch, corruption=corruption)
+    batch["condition_pixel_values"] = batch["condition_pixel_values"].flip(0)
+    assert not torch.allclose(model(**batch, corruption=corruption).prediction, seen.prediction)
+
+
+def test_precomputed_latents_give_the_same_loss(model, batch):
+    corruption = draws(model, batch)
+    loss = model(**batch, corruption=corruption).loss
+    latents = model.encode_images(batch.pop("pixel_values"))
+    assert torch.equal(model(**batch, latents=latents, corruption=corruption).loss, loss)
+
+
+def test_activation_checkpointing_recomputes_layers_and_changes_nothing(model, batch):
+    model.freeze_understanding()
+    calls = []
+    layer = model.internvl.model.language_model.layers[0].mlp
+    layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+        model.zero_grad()
+        calls.clear()
+        model(**batch, corruption=draws(model, batch)).loss.backward()
+        assert len(calls) == 1 + checkpointing
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_bfloat16_keeps_the_autoencoder_and_the_loss_in_float32(batch):
+    model = AutoUnifiedModel.from_pretrained(CHECKPOINT, dtype=torch.bfloat16)
+    for name, part in model.named_children():
+        assert {value.dtype for value in part.parameters()} == {torch.float32 if name == "vae" else torch.bfloat16}
+    reference = AutoUnifiedModel.from_pretrained(CHECKPOINT)
+    losses = [one(**batch, corruption=draws(one, batch)).loss for one in (model, reference)]
+    assert losses[0].dtype == torch.float32
+    torch.testing.assert_close(*losses, rtol=0.05, atol=0)
+
+
+def test_published_dtypes_do_not_override_the_requested_one(folder, published):
+    (folder / "internvl3-hf").unlink()
+    shutil.copytree(CHECKPOINT / "internvl3-hf", folder / "internvl3-hf")
+    path = folder / "internvl3-hf" / "config.json"
+    path.write_text(path.read_text().replace('"float32"', '"bfloat16"'))
+    assert '"torch_dtype": "bfloat16"' in path.read_text()
+    assert same_weights(AutoUnifiedModel.from_pretrained(folder), published)
+
+
+def test_caption_supervises_the_answer_and_its_end(model, processor):
+    answers = ["A boat.", "Three red lanterns above a table."]
+    batch = processor(images=pictures(2), text=answers, instruction="What is this?", task="caption")
+    for row, answer in zip(batch["labels"], answers, strict=True):
+        assert processor.tokenizer.decode(row[row != -100]) == answer + "<|im_end|>"
+    output = model(**batch)
+    assert model.count_supervised(batch, {}) == (batch["labels"] != -100).sum()
+    kept = batch["labels"][:, 1:] != -100
+    chosen = output.prediction.log_softmax(-1).gather(-1, output.target.clamp(min=0)[..., None])[..., 0]
+    torch.testing.assert_close(output.loss, -chosen[kept].mean())
+    alone = processor(images=pictures(2)[:1], text=answers[:1], instruction="What is this?", task="caption")
+    torch.testing.assert_close(output.per_sample_loss[:1], model(**alone).loss[None], atol=1e-5, rtol=1e-4)
+
+
+def test_generated_images_depend_on_their_own_generator_only(model, processor):
+    model.train()
+    prompts = ["a small boat", "a red lantern on a table"]
+    sampling = {"num_inference_steps": 2, "height": 64, "width": 96}
+    both = model.generate_images(
+        processor, text=prompts, generator=[torch.Generator().manual_seed(seed) for seed in (1, 2)], **sampling
+    )
+    alone = model.generate_images(processor, text=prompts[1:], generator=torch.Generator().manual_seed(2), **sampling)
+    assert both[1].size == (96, 64)
+    levels = [torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).int() for image in (both[1], alone[0])]
+    assert (levels[0] - levels[1]).abs().max() <= 1  # rounding of sums of other sizes
+    assert model.training and not model.internvl.training
+
+
+def test_reconstruction_is_guided_only_by_another_instruction(model, processor):
+    def generate(**options):
+        generator = torch.Generator().manual_seed(1)
+        (image,) = model.generate_images(
+            processor,
+            [INSTRUCTION],
+            pictures(1),
+            task="reconstruct",
+            num_inference_steps=2,
+            generator=generator,
+            **options,
+        )
+        return image.tobytes()
+
+    assert generate(guidance_scale=4.0) == generate(guidance_scale=1.0)
+    assert generate(guidance_scale=4.0, negative_text="Nothing.") != generate(guidance_scale=1.0)
+
+
+def test_answers_are_greedy_unless_a_generator_draws(model, processor):
+    questions = ["What is this?", "How many lanterns hang above the table?"]
+    state = torch.get_rng_state()
+    answers = model.generate_text(processor, questions, pictures(2), max_new_tokens=8)
+    assert len(answers) == 2
+    assert model.generate_text(processor, questions, pictures(2), max_new_tokens=8) == answers
+    assert model.generate_text(processor, questions[1:], max_new_tokens=8) != []
+
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return model.generate_text(processor, questions, max_new_tokens=8, do_sample=True, generator=generator)
+
+    assert draw(1) == draw(1) != draw(2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_prompts_are_cut_in_training_only(processor):
+    caption = "a long caption about a boat " * 60
+    training = processor(images=pictures(1), text=[caption], task="generate")
+    sampling = processor(text=[caption], task="generate")
+    assert training["input_ids"].shape[1] == processor.max_caption_length < sampling["input_ids"].shape[1]
+    assert processor.tokenizer.decode(sampling["input_ids"][0]).endswith("assistant\n<img>")
+
+
+def test_tokenizer_without_its_json_file_gives_the_same_ids(processor, batch, tmp_path):
+    shutil.copytree(CHECKPOINT / "internvl3", tmp_path / "internvl3")
+    (tmp_path / "internvl3" / "tokenizer.json").unlink()
+    other = openuni.read_published_processor(CHECKPOINT, internvl=tmp_path / "internvl3")
+    assert torch.equal(other(images=pictures(2), instruction=INSTRUCTION)["input_ids"], batch["input_ids"])
+
+
+def test_tiny_model_trains_and_generates(processor):
+    torch.manual_seed(0)
+    config = openuni.Config.tiny(len(processor.tokenizer), processor.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"))
+    model = openuni.Model(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) < 2e6
+    own = openuni.Processor.from_config(config, processor.tokenizer)
+    batch = own(images=pictures(4), instruction=INSTRUCTION, task="reconstruct")
+    assert batch["pixel_values"].shape == (4, 3, 64, 64)
+    model.freeze_understanding()
+    corruption = draws(model, batch)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+    losses = []
+    for _ in range(20):
+        loss = model(**batch, corruption=corruption).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    images = model.generate_images(own, images=pictures(1), task="reconstruct", num_inference_steps=2)
+    assert images[0].size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"images": pictures(2), "instruction": ["one"]}, "as many texts as images"),
+        ({"images": pictures(2), "text": ["one"], "task": "generate"}, "as many texts as images"),
+        ({"images": pictures(2), "text": ["one"], "task": "caption"}, "as many texts as images"),
+        ({"images": pictures(1), "task": "translate"}, "no task 'translate'"),
+    ],
+)
+def test_processor_refuses(arguments, message, processor):
+    with pytest.raises(ValueError, match=message):
+        processor(**arguments)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint that may be damaged: its file is a copy, its parts are links."""
+    for path in CHECKPOINT.iterdir():
+        if path.is_dir():
+            (tmp_path / path.name).symlink_to(path.resolve())
+    for name in ("openuni_config.json", "openuni_finetune.pth"):
+        shutil.copy(CHECKPOINT / name, tmp_path)
+    return tmp_path
+
+
+def damage(folder, change):
+    weights = torch.load(folder / "openuni_finetune.pth", weights_only=True)
+    change(weights)
+    torch.save(weights, folder / "openuni_finetune.pth")
+
+
+def test_wrapped_file_and_copies_of_frozen_weights_are_accepted(folder, published):
+    weights = torch.load(folder / "openuni_finetune.pth", weights_only=True)
+    weights |= {"lmm.mlp1.0.bias": torch.zeros(3), "vae.decoder.conv_in.bias": torch.zeros(3)}
+    torch.save({"state_dict": weights, "meta": {"iter": 1}}, folder / "openuni_finetune.pth")
+    assert same_weights(AutoUnifiedModel.from_pretrained(folder), published)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.pop("projector.bias"), r"missing \(1\): projector.bias"),
+        (lambda weights: weights.pop("transformer.proj_out.bias"), r"missing \(1\): transformer.proj_out.bias"),
+        (lambda weights: weights.pop("meta_queries"), "lacks meta_queries"),
+        (lambda weights: weights.update({"projector.0.bias": torch.zeros(1)}), r"unexpected \(1\): projector.0.bias"),
+        (lambda weights: weights.update({"projector.bias": torch.zeros(3)}), r"wrongly shaped \(1\): projector.bias"),
+    ],
+)
+def test_wrong_weights_are_refused_by_name(change, message, folder):
+    damage(folder, change)
+    with pytest.raises(CheckpointError, match=message):
+        AutoUnifiedModel.from_pretrained(folder)
+
+
+def test_truncated_file_is_refused(folder):
+    path = folder / "openuni_finetune.pth"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        AutoUnifiedModel.from_pretrained(folder)
+
+
+def test_the_file_must_be_named_when_there_are_several(folder):
+    for name in ("openuni_b.pth", "openuni_l.pth"):
+        shutil.copy(folder / "openuni_finetune.pth", folder / name)
+    (folder / "openuni_finetune.pth").unlink()
+    with pytest.raises(CheckpointError, match=r"openuni_b.pth, openuni_l.pth.*checkpoint="):
+        AutoUnifiedModel.from_pretrained(folder)
+    assert AutoUnifiedModel.from_pretrained(folder, checkpoint="openuni_l.pth") is not None
+
+
+def test_an_unknown_part_must_be_named(folder):
+    for name in ("internvl3", "internvl3-hf"):
+        (folder / name).unlink()
+    with pytest.raises(CheckpointError, match="pass internvl=<folder or Hub id>"):
+        AutoUnifiedModel.from_pretrained(folder)
+
+
+def test_another_vision_language_model_is_refused(folder):
+    (folder / "internvl3-hf").unlink()
+    shutil.copytree(CHECKPOINT / "internvl3", folder / "internvl3-hf")
+    path = folder / "internvl3-hf" / "config.json"
+    config = json.loads(path.read_text())
+    for change, message in (({"ps_version": "v1"}, "pixel shuffle v2"), ({"model_type": "llava"}, "is no InternVL3")):
+        path.write_text(json.dumps({**config, **change}))
+        with pytest.raises(CheckpointError, match=message):
+            AutoUnifiedModel.from_pretrained(folder)
+
+
+def test_pretraining_file_leaves_sanas_published_weights(published):
+    model = AutoUnifiedModel.from_pretrained(CHECKPOINT, checkpoint="openuni_pretrain.pth")
+    sana = load_file(CHECKPOINT / "sana" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(value, sana[key]) for key, value in model.transformer.state_dict().items())
+    assert not torch.equal(published.transformer.proj_out.weight, sana["proj_out.weight"])
+
+
+def test_damaged_internvl_is_refused_by_key(folder):
+    (folder / "internvl3-hf").unlink()
+    shutil.copytree(CHECKPOINT / "internvl3-hf", folder / "internvl3-hf")
+    path = folder / "internvl3-hf" / "model.safetensors"
+    weights = load_file(path)
+    del weights["multi_modal_projector.linear_1.bias"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"missing \(1\): internvl\.model\.multi_modal_projector\.linear_1\.bias"
+    ):
+        AutoUnifiedModel.from_pretrained(folder)
