@@ -7,6 +7,7 @@ global micro-batch (`batch_size * num_processes` rows of one task and one aspect
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections import deque
@@ -20,11 +21,14 @@ import fsspec
 import numpy as np
 import torch
 from datasets import Dataset, Features, Image, IterableDataset, List, Value, load_dataset, load_from_disk
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from torch.utils.data import Sampler, get_worker_info
 
 from reca_trainer.images import ImageError, decode_image, fit_to_size, image_size, nearest_bucket
 from reca_trainer.instructions import CAPTION_QUESTIONS, INSTRUCTIONS
 from reca_trainer.models.unified import TASKS
+
+logger = logging.getLogger(__name__)
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture")
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "txt", "description")
@@ -42,7 +46,7 @@ _FILE_KINDS = {
     ".json": "json",
     ".csv": "csv",
 }
-_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".ppm", ".pgm", ".avif"}
+_IMAGE_SUFFIXES = set(ImageFolder.EXTENSIONS)
 _SPLIT_FOLDERS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
 
 
@@ -100,7 +104,8 @@ def _load_folder(path: Path, split: str, config_name: str | None, streaming: boo
                 raise ValueError(f"{path} has no split {split!r}; it has {', '.join(saved)}.")
             saved = saved[split]
         return saved.to_iterable_dataset() if streaming else saved
-    kinds = {file.suffix.lower() for file in path.rglob("*") if file.is_file()}
+    files = [file for file in path.rglob("*") if not file.is_dir()]
+    kinds = {file.suffix.lower() for file in files if file.is_file()}
     if not kinds & (_IMAGE_SUFFIXES | set(_FILE_KINDS)):
         raise ValueError(f"There are no images, and no {', '.join(_FILE_KINDS)} files, in the folder {path}.")
     options = {"split": split, "streaming": streaming, **hub}
@@ -109,6 +114,12 @@ def _load_folder(path: Path, split: str, config_name: str | None, streaming: boo
         if shards := sorted(str(file) for file in path.glob("*.tar")):
             return load_dataset("webdataset", data_files={split: shards}, **options)
         if kinds & _IMAGE_SUFFIXES:
+            read = {*_IMAGE_SUFFIXES, *_FILE_KINDS}
+            ignored = [str(file) for file in files if file.suffix.lower() not in read or not file.is_file()]
+            if ignored:
+                logger.warning(
+                    _list_problems(sorted(ignored), f"{len(ignored)} files in {path} are not read as images")
+                )
             options = {"data_files": {split: "**"}, "drop_labels": True, **options}
             return load_dataset("imagefolder", data_dir=str(path), **options)
     return load_dataset(str(path), config_name, **options)
@@ -140,21 +151,15 @@ def find_columns(
         if asked is not None and asked not in features:
             raise ValueError(f"The dataset has no column {asked!r}. Its columns: {available}.")
 
+    possible = [name for name, feature in features.items() if _may_hold_images(feature)]
     if image_column is None:
-        images = [name for name, feature in features.items() if isinstance(feature, Image)]
-        named = [name for name in IMAGE_COLUMNS if name in (images or features)]
-        if len(images) == 1 or (images and not named):
-            named = images
-        if not named or (len(named) > 1 and not set(named) & set(IMAGE_COLUMNS)):
-            problem = "several image columns" if named else "no image column"
-            raise ValueError(f"The dataset has {problem}; name one of its columns: {available}.")
-        image_column = named[0]
-    elif isinstance(features[image_column], Value) and features[image_column].dtype not in (
-        "string",
-        "large_string",
-        "binary",
-        "large_binary",
-    ):
+        typed = [name for name in possible if isinstance(features[name], (Image, dict))]
+        usual_names = [name for name in IMAGE_COLUMNS if name in (typed or possible)]
+        if not usual_names and len(typed) != 1:
+            problem = "several image columns" if typed else "no image column"
+            raise ValueError(f"The dataset has {problem}; name the one to use. Its columns: {available}.")
+        image_column = (usual_names or typed)[0]
+    elif image_column not in possible:
         raise ValueError(f"The column {image_column!r} does not hold images. The dataset's columns: {available}.")
 
     def usual(names: tuple[str, ...], *types: type) -> str | None:
@@ -165,6 +170,13 @@ def find_columns(
         caption=caption_column or usual(CAPTION_COLUMNS, Value, List),
         conversation=conversation_column or usual(CONVERSATION_COLUMNS, List, dict),
     )
+
+
+def _may_hold_images(feature: Any) -> bool:
+    """Images by type, or what can be cast to them: encoded bytes, paths, `{bytes, path}`, or a type not known yet."""
+    if isinstance(feature, dict):
+        return "bytes" in feature and set(feature) <= {"bytes", "path"}
+    return feature is None or isinstance(feature, Image) or _type_name(feature).endswith(("string", "binary"))
 
 
 def _type_name(feature: Any) -> str:
@@ -209,8 +221,9 @@ def row_sizes(
 
 
 def _read_header(image: Any, row: int) -> dict[str, Any]:
+    source = _source_name(row, image)
     try:
-        return {"size": image_size(_readable(image), _source_name(row, image)), "problem": ""}
+        return {"size": image_size(_readable(image, source), source), "problem": ""}
     except ImageError as error:
         return {"size": (1, 1), "problem": str(error)}
 
@@ -218,6 +231,8 @@ def _read_header(image: Any, row: int) -> dict[str, Any]:
 def _raw(dataset: Dataset | IterableDataset, columns: Sequence[str], image_column: str):
     """Only the named columns, as plain Python values, images still encoded."""
     dataset = dataset.with_format(None).select_columns([name for name in columns if name])
+    if dataset.features is None:  # a stream of unknown types decodes nothing by itself
+        return dataset
     return dataset.cast_column(image_column, Image(decode=False))
 
 
@@ -452,6 +467,7 @@ class RowDataset(torch.utils.data.Dataset):
 
     def __init__(self, datasets: Mapping[str, Dataset], columns: Mapping[str, Columns], on_bad_image: str = "raise"):
         _check_on_bad_image(on_bad_image)
+        _check_texts(columns)
         self.columns = dict(columns)
         self.on_bad_image = on_bad_image
         self.datasets = {
@@ -525,6 +541,7 @@ class StreamingRows(torch.utils.data.IterableDataset):
         self._plan = _Plan(
             weights, batch_size, num_processes, process_index, seed, shuffle, instructions, instruction_dropout
         )
+        _check_texts({task: columns[task] for task in self._plan.pattern})
         self.columns = dict(columns)
         self.buckets = list(buckets)
         self.drop_last = drop_last
@@ -598,8 +615,9 @@ class StreamingRows(torch.utils.data.IterableDataset):
         for row, batch in enumerate(stream.iter(batch_size=1)):
             record = {name: values[0] for name, values in batch.items()}
             image = record[self.columns[task].image]
+            source = _source_name(row, image, record.get("__url__"))
             try:
-                width, height = image_size(_readable(image), _source_name(row, image, record.get("__url__")))
+                width, height = image_size(_readable(image, source), source)
             except ImageError as error:
                 if self.on_bad_image == "raise":
                     raise
@@ -625,8 +643,8 @@ class StreamingRows(torch.utils.data.IterableDataset):
         decoded = []
         for draw in self._plan.draws(task, size, order, step, epoch):
             place = order.index(draw.row)
-            neighbours = [(row, records[row]) for row in order[place:] + order[:place]] + spare
-            decoded.append(_first_good_row(draw, neighbours, self.columns[task], self.on_bad_image))
+            neighbours = dict([*((row, records[row]) for row in order[place:] + order[:place]), *spare])
+            decoded.append(_first_good_row(draw, neighbours.items(), self.columns[task], self.on_bad_image))
         if self._plan.process_index == 0:
             decoded[0]["skipped"] = problems + decoded[0]["skipped"]
         return decoded
@@ -637,7 +655,7 @@ def _first_good_row(draw: Draw, candidates, columns: Columns, on_bad_image: str)
     for row, record in candidates:
         source = _source_name(row, record[columns.image], record.get("__url__"))
         try:
-            image = fit_to_size(decode_image(_readable(record[columns.image]), source), draw.size)
+            image = fit_to_size(decode_image(_readable(record[columns.image], source), source), draw.size)
         except ImageError as error:
             if on_bad_image == "raise":
                 raise
@@ -688,18 +706,18 @@ def _first_exchange(turns: Any, source: str) -> tuple[str | None, str | None]:
     return question, None
 
 
-def _readable(image: Any) -> Any:
-    """What `decode_image` can open: streamed rows may point into a Hub repository or an archive."""
+def _readable(image: Any, source: str) -> Any:
+    """What `decode_image` can open: rows may point into an archive or, streamed, into a Hub repository."""
     path = image.get("path") if isinstance(image, Mapping) and image.get("bytes") is None else image
     if not isinstance(path, str) or "://" not in path:
         return image
-    if not {part.split("://")[0] for part in path.split("::") if "://" in part} <= {"hf", "zip", "file"}:
-        raise ImageError(f"{path}: the image is a remote address; download it first.")
+    if not {part.split("://")[0] for part in path.split("::") if "://" in part} <= {"hf", "zip", "tar", "file"}:
+        raise ImageError(f"{source}: the image is a remote address; download it first.")
     try:
         with fsspec.open(path, "rb") as file:
             return file.read()
     except Exception as error:
-        raise ImageError(f"{path}: cannot be read ({type(error).__name__}: {error}).") from error
+        raise ImageError(f"{source}: cannot be read ({type(error).__name__}: {error}).") from error
 
 
 def _source_name(row: int, image: Any, archive: str | None = None) -> str:
@@ -711,6 +729,15 @@ def _source_name(row: int, image: Any, archive: str | None = None) -> str:
 def _list_problems(problems: list[str], headline: str) -> str:
     more = f"\n  … and {len(problems) - 10} more" if len(problems) > 10 else ""
     return "".join([headline, ":" if problems else ".", *(f"\n  {problem}" for problem in problems[:10]), more])
+
+
+def _check_texts(columns: Mapping[str, Columns]) -> None:
+    for task, (_, caption, conversation) in columns.items():
+        if not (task == "reconstruct" or caption or (task == "caption" and conversation)):
+            wanted = "captions" if task == "generate" else "captions or conversations"
+            raise ValueError(
+                f"The task {task!r} learns from {wanted}, but its dataset has no column of them; name it."
+            )
 
 
 def _check_on_bad_image(on_bad_image: str) -> None:

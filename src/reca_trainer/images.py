@@ -62,9 +62,7 @@ def decode_image(source: Any, name: str = "") -> Image.Image:
         image.load()
         transpose = _UPRIGHT.get(_orientation(image))
         rgb = _to_rgb(image)
-        if transpose is not None:
-            rgb = rgb.transpose(transpose)
-        return rgb.copy() if rgb is source else rgb
+        return rgb if transpose is None else rgb.transpose(transpose)
 
 
 def image_size(source: Any, name: str = "") -> tuple[int, int]:
@@ -152,6 +150,7 @@ def _opened(source: Any) -> Iterator[Image.Image]:
         _check_size(source)
         yield source
         return
+    borrowed = hasattr(source, "read")
     if isinstance(source, (bytes, bytearray, memoryview)):
         if not len(source):
             raise ImageError("the file is empty (0 bytes).")
@@ -163,7 +162,7 @@ def _opened(source: Any) -> Iterator[Image.Image]:
         if not status.st_size:
             raise ImageError("the file is empty (0 bytes).")
         source = Path(source)
-    elif not hasattr(source, "read"):
+    elif not borrowed:
         raise ImageError(f"expected bytes, a path, a file or a PIL image, got {type(source).__name__}.")
     Image.init()
     with warnings.catch_warnings():
@@ -173,7 +172,7 @@ def _opened(source: Any) -> Iterator[Image.Image]:
             _check_size(image)
             yield image
         finally:
-            if isinstance(source, (io.BytesIO, Path)):
+            if not borrowed:
                 image.close()
 
 

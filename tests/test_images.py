@@ -1,0 +1,173 @@
+import io
+import math
+import os
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from reca_trainer.images import (
+    MAX_PIXELS,
+    ImageError,
+    aspect_buckets,
+    decode_image,
+    fit_to_size,
+    image_size,
+    nearest_bucket,
+)
+from tests.hostile_images import BLUE, encoded, noise, png_of_claimed_size, unusable, usable
+
+USABLE, UNUSABLE = usable(), unusable()
+
+
+@pytest.mark.parametrize("name", USABLE)
+def test_every_usable_file_becomes_upright_rgb(name):
+    data, size, colour = USABLE[name]
+    image = decode_image(data, name)
+    assert (image.mode, image.size) == ("RGB", size)
+    assert image_size(data) == size
+    centre = image.getpixel((size[0] // 2, size[1] // 2))
+    assert np.abs(np.subtract(centre, colour)).max() <= 3, centre  # JPEG and palettes round
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_every_unusable_file_is_an_error_with_its_name(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ImageError, match=name):
+            decode_image(UNUSABLE[name], name)
+
+
+def test_damage_anywhere_gives_an_image_or_an_error_with_the_name():
+    rng = np.random.default_rng(0)
+    outcomes = set()
+    for format in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "JPEG2000", "PPM"):
+        whole = encoded(noise(17, 11), format)
+        for trial in range(60):
+            data = bytearray(whole[: rng.integers(1, len(whole))] if trial % 2 else whole)
+            for place in rng.integers(0, min(len(data), 200), 4):
+                data[place] = rng.integers(256)
+            for read in (decode_image, image_size):
+                try:
+                    result = read(bytes(data), "row 7")
+                    outcomes.add("image")
+                    assert read is image_size or result.mode == "RGB"
+                except ImageError as error:
+                    outcomes.add("error")
+                    assert str(error).startswith("row 7: ")
+    assert outcomes == {"image", "error"}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP"])
+def test_exif_orientation_is_applied(format, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = encoded(noise(7, 5), format, exif=exif, **options)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    image = decode_image(data)
+    assert np.array_equal(np.asarray(image), np.asarray(upright))
+    assert image_size(data) == image.size == ((5, 7) if orientation > 4 else (7, 5))
+
+
+def test_all_sources_give_the_same_image(tmp_path):
+    data = encoded(noise(9, 6))
+    path = tmp_path / "a.png"
+    path.write_bytes(data)
+    expected = np.asarray(decode_image(data))
+    link = tmp_path / "link.png"
+    link.symlink_to(path)
+    with open(path, "rb") as file:
+        sources = [
+            *(path, str(path), link, file, io.BytesIO(data), memoryview(data), Image.open(path)),
+            *({"bytes": data, "path": "gone.png"}, {"bytes": None, "path": str(path)}),
+        ]
+        for source in sources:
+            assert np.array_equal(np.asarray(decode_image(source)), expected)
+            assert image_size(source) == (9, 6)
+        assert not file.closed
+
+
+def test_a_decoded_image_shares_nothing_with_its_source():
+    source = noise(4, 4)
+    decode_image(source).putpixel((0, 0), (1, 2, 3))
+    assert source.getpixel((0, 0)) == noise(4, 4).getpixel((0, 0))
+
+
+@pytest.mark.parametrize("make", [lambda p: p.mkdir(), os.mkfifo, lambda p: p.symlink_to(p), lambda p: None])
+def test_what_is_no_file_is_an_error_and_never_a_wait(tmp_path, make):
+    path = tmp_path / "odd.png"
+    make(path)
+    for read in (decode_image, image_size):
+        with pytest.raises(ImageError, match=r"odd\.png"):
+            read(path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_file_without_permission_is_an_error_with_its_name(tmp_path):
+    path = tmp_path / "secret.png"
+    path.write_bytes(encoded(noise(2, 2)))
+    path.chmod(0)
+    with pytest.raises(ImageError, match=r"secret\.png.*PermissionError"):
+        decode_image(path)
+
+
+@pytest.mark.parametrize("source", [None, {}, {"bytes": None, "path": None}, 7, [1, 2]])
+def test_what_is_no_image_at_all_is_an_image_error(source):
+    with pytest.raises(ImageError, match="row 3"):
+        decode_image(source, "row 3")
+
+
+def test_the_size_limit_is_checked_before_any_pixel_is_decoded():
+    side = math.isqrt(MAX_PIXELS)
+    assert image_size(png_of_claimed_size(side, side)) == (side, side)
+    for read in (decode_image, image_size):
+        with pytest.raises(ImageError, match=r"bomb\.png"):
+            read(png_of_claimed_size(side + 1, side + 1), "bomb.png")
+
+
+@pytest.mark.parametrize(("low", "high", "stride"), [(512, 1024, 16), (384, 768, 64), (32, 64, 16), (500, 1000, 48)])
+def test_buckets_are_multiples_of_the_stride_and_of_about_equal_area(low, high, stride):
+    buckets = aspect_buckets(low, high, stride)
+    sides = {side for bucket in buckets for side in bucket}
+    assert all(side % stride == 0 and low <= side <= high for side in sides)
+    assert len(set(buckets)) == len(buckets) and set(buckets) == {(w, h) for h, w in buckets}
+    assert any(height == width for height, width in buckets)
+    middle = min(sides) * max(sides)
+    assert all(abs(height * width / middle - 1) < 2 * stride / low for height, width in buckets)
+
+
+def test_one_size_gives_one_square_bucket_and_no_size_an_error():
+    assert aspect_buckets(384, 384, 16) == [(384, 384)]
+    with pytest.raises(ValueError, match="stride 64"):
+        aspect_buckets(65, 100, 64)
+
+
+def test_the_nearest_bucket_is_nearest_in_aspect_ratio():
+    buckets = aspect_buckets(512, 1024, 16)
+    assert nearest_bucket(3000, 3000, buckets) == (720, 720)
+    assert nearest_bucket(20000, 3, buckets) == (512, 1024)
+    assert nearest_bucket(3, 20000, buckets) == (1024, 512)
+    for height, width in buckets:
+        assert nearest_bucket(3 * width, 3 * height, buckets) == (height, width)
+    assert nearest_bucket(10, 10, [(32, 32), (64, 64)]) == (64, 64)
+
+
+def test_fitting_covers_and_crops_the_centre():
+    image = Image.new("RGB", (300, 100), (255, 0, 0))
+    image.paste(BLUE, (100, 0, 200, 100))
+    fitted = np.asarray(fit_to_size(image, (50, 50)))
+    assert fitted.shape == (50, 50, 3)
+    assert np.abs(fitted[:, 2:-2].astype(int) - BLUE).max() == 0
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 7, 333, 20000])
+@pytest.mark.parametrize("height", [1, 3, 257])
+def test_any_shape_fits_any_bucket(width, height):
+    image = Image.new("RGB", (width, height), BLUE)
+    for bucket in [(16, 16), (16, 48), (1024, 512)]:
+        fitted = fit_to_size(image, bucket)
+        assert fitted.size == bucket[::-1]
+        assert fitted.getpixel((5, 5)) == BLUE
