@@ -10,23 +10,16 @@ from reca_trainer.models.janus.checkpoint_janus import (
     read_published_processor,
     write_published,
 )
-from reca_trainer.models.janus.configuration_janus import JanusConfig, tiny_config
-from reca_trainer.models.janus.modeling_janus import JanusForConditionalGeneration
-from reca_trainer.models.janus.processing_janus import JanusProcessor, tiny_processor
-
-Config, Model, Processor = JanusConfig, JanusForConditionalGeneration, JanusProcessor
+from reca_trainer.models.janus.configuration_janus import JanusConfig as Config
+from reca_trainer.models.janus.modeling_janus import JanusForConditionalGeneration as Model
+from reca_trainer.models.janus.processing_janus import JanusProcessor as Processor
 
 __all__ = [
     "Config",
-    "JanusConfig",
-    "JanusForConditionalGeneration",
-    "JanusProcessor",
     "Model",
     "Processor",
     "is_published",
     "read_published",
     "read_published_processor",
-    "tiny_config",
-    "tiny_processor",
     "write_published",
 ]

@@ -9,9 +9,10 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, JanusConfig
+from transformers import GenerationConfig
 
 from reca_trainer.models.checkpoint import load_strict, open_weights
+from reca_trainer.models.janus.configuration_janus import JanusConfig
 from reca_trainer.models.janus.modeling_janus import JanusForConditionalGeneration
 from reca_trainer.models.janus.processing_janus import JanusProcessor
 

@@ -1,10 +1,11 @@
-"""The configuration of Janus is transformers' own; here is only the tiny one."""
+"""The configuration of Janus: transformers' own, and a tiny one."""
 
 from __future__ import annotations
 
-from transformers import JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
+import transformers
+from transformers import JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
 
-# Order of the special tokens after the 256 bytes in the vocabulary of `tiny_processor`.
+# The last ids of a tiny vocabulary, in this order.
 TINY_SPECIAL_TOKENS = {
     "bos_token": "<|begin▁of▁sentence|>",
     "eos_token": "<|end▁of▁sentence|>",
@@ -13,60 +14,62 @@ TINY_SPECIAL_TOKENS = {
     "boi_token": "<begin_of_image>",
     "eoi_token": "<end_of_image>",
 }
-TINY_TOKEN_IDS = {name: 256 + index for index, name in enumerate(TINY_SPECIAL_TOKENS)}
 
 
-def tiny_config(image_size: int = 64, hidden_size: int = 128, num_hidden_layers: int = 4) -> JanusConfig:
-    """A Janus of about two million parameters, for tests and for the recipe's embedded default.
+class JanusConfig(transformers.JanusConfig):
+    """transformers' `JanusConfig`, with no field added."""
 
-    Its vocabulary is that of `tiny_processor`. As in the published models one understanding token and one image token
-    cover the same patch, here 8x8 pixels.
+    @classmethod
+    def tiny(cls, vocab_size: int = 262, image_size: int = 32) -> JanusConfig:
+        """A Janus of about one and a half million parameters, for tests and for the recipe's embedded default.
 
-    Args:
-        image_size: side of the square images, a multiple of 8.
-        hidden_size: width of the language model, a multiple of 4.
-        num_hidden_layers: depth of the language model.
-    """
-    if image_size % 8 or hidden_size % 4:
-        raise ValueError(
-            f"image_size must be a multiple of 8 and hidden_size of 4, got {image_size} and {hidden_size}."
+        As in the published models one understanding token and one image token cover the same patch, here 4x4 pixels.
+
+        Args:
+            vocab_size: of the tokenizer given to `JanusProcessor.tiny`, plus six special tokens that come last.
+                The default is that of its own tokenizer of single bytes.
+            image_size: side of the images, a multiple of 4.
+        """
+        if image_size % 4:
+            raise ValueError(f"image_size must be a multiple of 4, got {image_size}.")
+        hidden_size, tokens = 128, (image_size // 4) ** 2
+        ids = {name: vocab_size - len(TINY_SPECIAL_TOKENS) + i for i, name in enumerate(TINY_SPECIAL_TOKENS)}
+        text = LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=3 * hidden_size,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=max(1024, 4 * tokens),
+            bos_token_id=ids["bos_token"],
+            eos_token_id=ids["eos_token"],
+            pad_token_id=ids["pad_token"],
         )
-    text = LlamaConfig(
-        vocab_size=256 + len(TINY_SPECIAL_TOKENS),
-        hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
-        num_hidden_layers=num_hidden_layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-        bos_token_id=TINY_TOKEN_IDS["bos_token"],
-        eos_token_id=TINY_TOKEN_IDS["eos_token"],
-        pad_token_id=TINY_TOKEN_IDS["pad_token"],
-    )
-    vision = JanusVisionConfig(
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        mlp_ratio=2.0,
-        image_size=image_size,
-        patch_size=8,
-        num_image_tokens=(image_size // 8) ** 2,
-        projection_dim=hidden_size,
-    )
-    vq = JanusVQVAEConfig(
-        embed_dim=8,
-        num_embeddings=256,
-        latent_channels=32,
-        base_channels=32,
-        channel_multiplier=[1, 1, 1, 1],
-        num_res_blocks=1,
-        projection_dim=hidden_size,
-        image_token_embed_dim=hidden_size,
-    )
-    return JanusConfig(
-        text_config=text,
-        vision_config=vision,
-        vq_config=vq,
-        image_token_id=TINY_TOKEN_IDS["image_token"],
-        tie_word_embeddings=False,
-    )
+        vision = JanusVisionConfig(
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            mlp_ratio=2.0,
+            image_size=image_size,
+            patch_size=4,
+            num_image_tokens=tokens,
+            projection_dim=hidden_size,
+        )
+        vq = JanusVQVAEConfig(
+            embed_dim=8,
+            num_embeddings=512,
+            latent_channels=32,
+            base_channels=32,
+            channel_multiplier=[1, 1, 1],
+            num_res_blocks=1,
+            projection_dim=hidden_size,
+            image_token_embed_dim=hidden_size,
+        )
+        return cls(
+            text_config=text,
+            vision_config=vision,
+            vq_config=vq,
+            image_token_id=ids["image_token"],
+            tie_word_embeddings=False,
+        )

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image
 from torch import nn
-from transformers import DynamicCache, JanusConfig
+from transformers import DynamicCache
 
+from reca_trainer.models.janus.configuration_janus import JanusConfig
 from reca_trainer.models.janus.processing_janus import JanusProcessor
 from reca_trainer.models.unified import Generators, UnifiedModel, UnifiedOutput, per_sample
 
@@ -37,6 +38,7 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
     `LoraConfig(modules_to_save=...)`.
     """
 
+    config_class = JanusConfig
     shares_weights = True
     lora_target_modules = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
     main_input_name = "input_ids"

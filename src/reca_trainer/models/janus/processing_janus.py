@@ -9,11 +9,18 @@ import torch
 import transformers
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import BatchFeature, JanusConfig, PreTrainedTokenizerFast
+from transformers import BatchFeature, PreTrainedTokenizerFast
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
-from reca_trainer.models.janus.configuration_janus import TINY_SPECIAL_TOKENS, TINY_TOKEN_IDS
+from reca_trainer.models.janus.configuration_janus import TINY_SPECIAL_TOKENS, JanusConfig
 from reca_trainer.models.unified import TASKS, UnifiedProcessor
+
+_BYTES = pre_tokenizers.ByteLevel.alphabet()
+TINY_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ 'question : ' if message.role == 'user' else 'answer : ' }}"
+    "{% for part in message.content %}{{ '<image_placeholder>' if part.type == 'image' else part.text }}"
+    "{{ '\n' }}{% endfor %}{% endfor %}{% if add_generation_prompt %}answer :{% endif %}"
+)
 
 
 class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
@@ -106,6 +113,46 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
     def target_sizes(self) -> list[tuple[int, int]]:
         return [(self.image_processor.size["height"], self.image_processor.size["width"])]
 
+    @classmethod
+    def tiny(cls, config: JanusConfig, tokenizer: PreTrainedTokenizerFast | None = None) -> JanusProcessor:
+        """The processor of a `JanusConfig.tiny`, with a chat template in the style of Janus.
+
+        Args:
+            tokenizer: gets Janus' six special tokens behind its vocabulary; single bytes by default.
+
+        Raises:
+            ValueError: tokenizer and config differ in vocabulary size.
+        """
+        if tokenizer is None:
+            backend = Tokenizer(models.BPE(vocab={b: i for i, b in enumerate(sorted(_BYTES))}, merges=[]))
+            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            backend.decoder = decoders.ByteLevel()
+        else:
+            backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        backend.add_special_tokens(list(TINY_SPECIAL_TOKENS.values()))
+        if backend.get_vocab_size() != config.text_config.vocab_size:
+            raise ValueError(
+                f"The tokenizer has {backend.get_vocab_size()} entries with Janus' special tokens, but the config's "
+                f"vocab_size is {config.text_config.vocab_size}."
+            )
+        bos = TINY_SPECIAL_TOKENS["bos_token"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
+        )
+        names = dict(TINY_SPECIAL_TOKENS)
+        image_tokens = {name: names.pop(name) for name in ("image_token", "boi_token", "eoi_token")}
+        side = config.vision_config.image_size
+        return cls(
+            image_processor=JanusImageProcessorPil(
+                size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+            ),
+            tokenizer=PreTrainedTokenizerFast(
+                tokenizer_object=backend, extra_special_tokens=image_tokens, padding_side="left", **names
+            ),
+            chat_template=TINY_CHAT_TEMPLATE,
+            num_image_tokens=config.vision_config.num_image_tokens,
+        )
+
     def _captions(
         self, images: list[Image.Image], questions: list[str], captions: list[str]
     ) -> dict[str, torch.Tensor]:
@@ -137,34 +184,3 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
 def _to_tensor(image: Image.Image) -> torch.Tensor:
     """`[3, H, W]` float32 in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def tiny_processor(config: JanusConfig) -> JanusProcessor:
-    """The processor of a `tiny_config`: a tokenizer of single bytes and a chat template in the style of Janus."""
-    vocabulary = {byte: index for index, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(TINY_SPECIAL_TOKENS.values()))
-    bos = TINY_SPECIAL_TOKENS["bos_token"]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", special_tokens=[(bos, TINY_TOKEN_IDS["bos_token"])]
-    )
-    names = dict(TINY_SPECIAL_TOKENS)
-    image_tokens = {name: names.pop(name) for name in ("image_token", "boi_token", "eoi_token")}
-    template = (
-        "{% for message in messages %}{{ 'U: ' if message.role == 'user' else 'A: ' }}"
-        "{% for part in message.content %}{{ '<image_placeholder>' if part.type == 'image' else part.text }}"
-        "{{ '\n' }}{% endfor %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
-    )
-    size = config.vision_config.image_size
-    return JanusProcessor(
-        image_processor=JanusImageProcessorPil(
-            size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3
-        ),
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, extra_special_tokens=image_tokens, padding_side="left", **names
-        ),
-        chat_template=template,
-        num_image_tokens=config.vision_config.num_image_tokens,
-    )
