@@ -407,7 +407,7 @@ class ShowOModel(UnifiedModel):
                 known = self.tokenize_images(processor.crop(images).to(self.device))
                 known = known.masked_fill(self.token_mask(mask_images), self.config.mask_token_id)
         input_ids, mask = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
-        tokens = self.generate_tokens(
+        for tokens, _ in self.generate_tokens(  # noqa: B007 (the last step's)
             input_ids,
             mask,
             self.sampling_noise(len(input_ids), generator),
@@ -416,11 +416,11 @@ class ShowOModel(UnifiedModel):
             temperature=temperature,
             condition=condition,
             known=known,
-        )
+        ):
+            pass
         pixels = self.decode_tokens(tokens)
         self.train(training)
-        array = ((pixels + 1) / 2).clamp(0, 1).mul(255).permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
-        return [Image.fromarray(np.ascontiguousarray(image)) for image in array]
+        return self.to_images(pixels)
 
     @torch.no_grad()
     def generate_tokens(
@@ -433,7 +433,7 @@ class ShowOModel(UnifiedModel):
         temperature: float = 1.0,
         condition: torch.Tensor | None = None,
         known: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Masked parallel decoding: each step predicts all unknown tokens and keeps the most confident ones.
 
         Args:
@@ -441,8 +441,9 @@ class ShowOModel(UnifiedModel):
             noise: each step's draws, see `sampling_noise`.
             known: `[B, n]` ids to start from; by default the mask token everywhere.
 
-        Returns:
-            Ids `[B, n]` of the image tokens.
+        Yields:
+            After each step the ids `[B, n]` that it predicts, and the same with the mask token where it is not confident,
+            which the next step starts from. The last step's prediction is the image.
         """
         config = self.config
         masked = input_ids == config.mask_token_id
@@ -481,7 +482,7 @@ class ShowOModel(UnifiedModel):
             again = (unknown.sum(1, keepdim=True) - 1).clamp(max=math.floor(count * mask_ratio(progress))).clamp(min=1)
             cutoff = confidence.sort(dim=1).values.gather(1, again)
             tokens = sampled.masked_fill(confidence < cutoff, config.mask_token_id)
-        return sampled
+            yield sampled, tokens
 
     def sampling_noise(
         self, batch_size: int, generator: Generators = None
@@ -505,6 +506,12 @@ class ShowOModel(UnifiedModel):
         codes = (tokens - self.config.image_token_offset).clamp(0, self.config.codebook_size - 1)
         with torch.autocast(tokens.device.type, enabled=False):
             return self.vq_model.decode(codes)
+
+    @staticmethod
+    def to_images(pixels: torch.Tensor) -> list[Image.Image]:
+        """`[B, 3, H, W]` in [-1, 1] -> PIL images."""
+        array = ((pixels + 1) / 2).clamp(0, 1).mul(255).permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
+        return [Image.fromarray(np.ascontiguousarray(image)) for image in array]
 
     def token_mask(self, mask_images: list[Image.Image]) -> torch.Tensor:
         """White areas of masks -> the tokens under them `[B, n]` bool; masks are cut like their images."""
