@@ -64,7 +64,6 @@ class HarmonConfig(PreTrainedConfig):
         vae_config (`dict`): arguments of diffusers' `AutoencoderKL`; by default KL-16.
         understanding_grad_scale (`float`): factor on the gradient that reconstruction and caption losses send into the
             encoder through the understanding embeddings (official Harmon recipe: 0.1). The values are unchanged.
-        image_size (`int`): pixels per side of training and generated images.
         image_token_id (`int`): id that marks the image's place in `input_ids`; outside the vocabulary.
     """
 
@@ -75,7 +74,6 @@ class HarmonConfig(PreTrainedConfig):
     mar_config: dict | PreTrainedConfig | None = None
     vae_config: dict | None = None
     understanding_grad_scale: float = 0.1
-    image_size: int = 512
     image_token_id: int = -200
     tie_word_embeddings: bool = True
 
@@ -96,15 +94,15 @@ class HarmonConfig(PreTrainedConfig):
     @classmethod
     def tiny(cls, vocab_size: int = 512, **kwargs: Any) -> HarmonConfig:
         """About 0.7 million parameters for 32×32 images as 8×8 tokens. Without dropout, so that a training step
-        depends on its explicit randomness alone."""
+        depends on its explicit randomness alone. The processor needs `image_size=32`."""
         text = {"vocab_size": vocab_size, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
                 "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}  # fmt: skip
-        mar = {"encoder_embed_dim": 48, "encoder_depth": 2, "encoder_num_heads": 4, "decoder_embed_dim": 48,
+        mar = {"encoder_embed_dim": 48, "encoder_depth": 2, "encoder_num_heads": 4, "decoder_embed_dim": 64,
                "decoder_depth": 2, "decoder_num_heads": 4, "img_size": 32, "vae_stride": 4, "vae_embed_dim": 4,
                "class_num": 1, "attn_dropout": 0.0, "proj_dropout": 0.0, "buffer_size": 4, "diffloss_d": 2,
                "diffloss_w": 96, "num_sampling_steps": "ddim20"}  # fmt: skip
         vae = kl_vae_config(latent_channels=4, width=32, multipliers=(1, 1, 1), layers_per_block=1, scaling_factor=1.0)
-        return cls(**{"text_config": text, "mar_config": mar, "vae_config": vae, "image_size": 32, **kwargs})
+        return cls(**{"text_config": text, "mar_config": mar, "vae_config": vae, **kwargs})
 
 
 def kl_vae_config(

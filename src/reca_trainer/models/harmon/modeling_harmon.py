@@ -27,7 +27,8 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from reca_trainer.models.harmon.configuration_harmon import HarmonConfig, HarmonMarConfig
-from reca_trainer.models.unified import Generators, UnifiedModel, UnifiedOutput, UnifiedProcessor, per_sample
+from reca_trainer.models.harmon.processing_harmon import HarmonProcessor
+from reca_trainer.models.unified import Generators, UnifiedModel, UnifiedOutput, per_sample
 
 # --- masking -------------------------------------------------------------------------------------------------------
 
@@ -520,7 +521,7 @@ class HarmonModel(UnifiedModel):
         if task not in ("reconstruct", "generate"):
             raise ValueError(f"task is {task!r}; Harmon knows 'reconstruct', 'generate' and 'caption'.")
         if corruption is None:
-            corruption = self.sample_corruption({"task": task, **batch})
+            corruption = self.sample_corruption(batch)
         corruption = {name: value.to(self.device) for name, value in corruption.items()}
 
         latents = self.encode_image(batch["pixel_values"])  # [B, h, w, C]
@@ -666,7 +667,7 @@ class HarmonModel(UnifiedModel):
         `caption`. Each sample has its own mask rate, where the original draws one per batch: a sample's draws then do
         not depend on its batch.
         """
-        if batch["task"] == "caption":
+        if "pixel_values" not in batch:
             return {}
         config = self.config.mar_config
         batch_size, _, height, width = batch["pixel_values"].shape
@@ -702,7 +703,7 @@ class HarmonModel(UnifiedModel):
 
     def generate_images(
         self,
-        processor: UnifiedProcessor,
+        processor: HarmonProcessor,
         text: list[str] | None = None,
         images: list[Image.Image] | None = None,
         *,
@@ -722,14 +723,19 @@ class HarmonModel(UnifiedModel):
             guidance_scale: classifier-free guidance against "Generate an image."; 1 turns it off.
             guidance_schedule: `"constant"`, or `"linear"` from 1 to `guidance_scale` as tokens are revealed.
             temperature: factor on the diffusion head's step noise.
-            height, width: in pixels, multiples of the autoencoder's stride; `config.image_size` by default.
+            height, width: in pixels, multiples of the autoencoder's stride; the processor's `image_size` by default.
         """
-        if task not in ("generate", "reconstruct"):
+        given = {"generate": text, "reconstruct": images}
+        if task not in given:
             raise ValueError(f"task is {task!r}; Harmon generates images for 'generate' and 'reconstruct'.")
-        count = len(text if images is None else images)
+        if given[task] is None:
+            raise ValueError(f"task {task!r} needs {'text' if task == 'generate' else 'images'}.")
+        count = len(given[task])
         text = [""] * count if text is None else text
+        if len(text) != count:
+            raise ValueError(f"Got {count} images and {len(text)} instructions; pass one per image.")
         stride = self.config.mar_config.vae_stride
-        size = (height or self.config.image_size, width or self.config.image_size)
+        size = (height or processor.image_size, width or processor.image_size)
         if size[0] % stride or size[1] % stride:
             raise ValueError(f"height and width must be multiples of {stride}, got {size}.")
         grid = (size[0] // stride, size[1] // stride)
@@ -822,14 +828,14 @@ class HarmonModel(UnifiedModel):
         return tokens.unflatten(1, grid)
 
     def _embed_prompts(
-        self, processor: UnifiedProcessor, prompts: list[list[int]], image_embeds: Tensor | None, side: str = "right"
+        self, processor: HarmonProcessor, prompts: list[list[int]], image_embeds: Tensor | None, side: str = "right"
     ) -> tuple[Tensor, Tensor]:
         ids, mask = processor.pad(prompts, side)
         return self._embed(ids.to(self.device), mask.to(self.device), image_embeds)[:2]
 
     def generate_text(
         self,
-        processor: UnifiedProcessor,
+        processor: HarmonProcessor,
         text: list[str],
         images: list[Image.Image] | None = None,
         *,

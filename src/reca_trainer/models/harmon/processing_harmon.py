@@ -35,8 +35,9 @@ class HarmonProcessor(UnifiedProcessor):
         image_token_id: int = -200,
         max_prompt_length: int = 128,
         max_caption_length: int = 1472,
+        **kwargs: Any,
     ):
-        super().__init__(tokenizer)
+        super().__init__(tokenizer, **kwargs)
         self.image_size = image_size
         self.image_token_id = image_token_id
         self.max_prompt_length = max_prompt_length
@@ -54,14 +55,15 @@ class HarmonProcessor(UnifiedProcessor):
         self,
         images: list[Image.Image] | None = None,
         text: list[str] | None = None,
-        instruction: str | None = None,
+        instruction: str | list[str] | None = None,
         task: str = "reconstruct",
         size: tuple[int, int] | None = None,
     ) -> dict[str, Any]:
         """Build one task's batch, see `UnifiedProcessor`.
 
         `reconstruct` has no `condition_pixel_values`: the condition is the target image, which the model encodes once.
-        An empty instruction or caption gives the prompt "Generate an image."; `caption` works without images.
+        `instruction` may be a list, one per sample. An empty instruction or caption gives the prompt "Generate an
+        image."; `caption` works without images.
         """
         if task not in TASKS:
             raise ValueError(f"task is {task!r}; expected one of {', '.join(TASKS)}.")
@@ -72,8 +74,11 @@ class HarmonProcessor(UnifiedProcessor):
         if images is not None and text is not None and len(images) != len(text):
             raise ValueError(f"Got {len(images)} images and {len(text)} texts; pass one of each per sample.")
 
+        count = len(text if images is None else images)
+        instructions = instruction if isinstance(instruction, list) else [instruction or ""] * count
         if task == "caption":
-            rows = [self.conversation([(instruction or "", answer)], images is not None) for answer in text]
+            turns = zip(instructions, text, strict=True)
+            rows = [self.conversation([turn], images is not None) for turn in turns]
             input_ids, attention_mask = self.pad([ids for ids, _ in rows])
             labels = torch.full_like(input_ids, -100)
             for row, (_, supervised) in zip(labels, rows, strict=True):
@@ -81,7 +86,7 @@ class HarmonProcessor(UnifiedProcessor):
             batch = {"task": task, "input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
             return batch if images is None else {**batch, "condition_pixel_values": self.condition_pixels(images)}
 
-        prompts = [instruction or ""] * len(images) if task == "reconstruct" else text
+        prompts = instructions if task == "reconstruct" else text
         input_ids, attention_mask = self.pad(self.prompt_ids(prompts, task))
         prepare = self.squeeze if task == "reconstruct" else self.crop
         size = size or (self.image_size, self.image_size)

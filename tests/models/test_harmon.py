@@ -1,0 +1,402 @@
+"""Harmon beyond the reference cases: batches of unlike samples, checkpoints, LoRA, sampling."""
+
+import json
+import shutil
+from itertools import pairwise
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from reca_trainer.models import harmon
+from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
+from reca_trainer.models.checkpoint import CheckpointError
+from reca_trainer.models.harmon.modeling_harmon import hidden_counts, kept_timesteps
+from tests.conftest import Golden
+
+PUBLISHED = Golden("harmon").checkpoint
+TASKS = ("reconstruct", "generate", "caption")
+
+
+@pytest.fixture(scope="module")
+def processor():
+    processor = harmon.read_published_processor(PUBLISHED)
+    processor.image_size = 32
+    return processor
+
+
+@pytest.fixture
+def model(processor):
+    torch.manual_seed(0)
+    model = harmon.Model(harmon.Config.tiny(vocab_size=len(processor.tokenizer)))
+    for parameter in model.mar.diffloss.parameters():  # a new head ignores its condition
+        torch.nn.init.normal_(parameter, std=0.05)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randint(256, (3, 6, 6, 3), generator=generator, dtype=torch.uint8).numpy()
+    return [Image.fromarray(picture).resize((40, 36)) for picture in noise]
+
+
+def make_batch(processor, pictures, task):
+    if task == "reconstruct":
+        return processor(images=pictures, instruction="Describe the image in detail.", task=task)
+    texts = ["a dog", "a white dog on the left of a red boat", ""]
+    return processor(images=pictures, text=texts[: len(pictures)], instruction="What is this?", task=task)
+
+
+def generators(count=3):
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+
+
+def same_weights(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+# losses
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_sample_does_not_depend_on_its_batch(model, processor, pictures, task):
+    batch = make_batch(processor, pictures, task)
+    corruption = model.sample_corruption(batch, generators())
+    with torch.no_grad():
+        together = model(corruption=corruption, **batch)
+        alone = []
+        for place in range(len(pictures)):
+            rows = {key: value[place : place + 1] for key, value in batch.items() if key != "task"}
+            own = model.sample_corruption({"task": task, **rows}, [torch.Generator().manual_seed(place)])
+            for key in corruption:
+                assert torch.equal(own[key][0], corruption[key][place])
+            alone.append(model(task, own, **rows).loss)
+    torch.testing.assert_close(together.per_sample_loss, torch.stack(alone), atol=2e-6, rtol=2e-6)
+    if task != "caption":
+        assert len(corruption["mask"].sum(1).unique()) > 1, "the samples should hide different numbers of tokens"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_count_supervised_weights_samples_to_the_batch_loss(model, processor, pictures, task):
+    batch = make_batch(processor, pictures, task)
+    corruption = model.sample_corruption(batch, generators())
+    output = model(corruption=corruption, **batch)
+    counts = []
+    for place in range(len(pictures)):
+        rows = {key: value[place : place + 1] for key, value in batch.items() if key != "task"}
+        counts.append(
+            model.count_supervised(rows, {key: value[place : place + 1] for key, value in corruption.items()})
+        )
+    counts = torch.tensor(counts, dtype=torch.float32)
+    assert counts.sum() == model.count_supervised(batch, corruption)
+    torch.testing.assert_close((output.per_sample_loss * counts).sum() / counts.sum(), output.loss)
+
+
+def test_hidden_pixels_do_not_reach_the_text_to_image_prediction(model, processor, pictures):
+    batch = make_batch(processor, pictures, "generate")
+    corruption = model.sample_corruption(batch, generators())
+    corruption["mask"][:] = True
+    with torch.no_grad():
+        latents = model.encode_image(batch["pixel_values"])
+        context = model._embed(batch["input_ids"], batch["attention_mask"], None)[:2]
+        one = model._predict(latents, corruption["mask"], *context)
+        other = model._predict(torch.randn_like(latents), corruption["mask"], *context)
+    assert torch.equal(one, other)
+
+
+def test_captions_without_images(model, processor):
+    batch = processor(text=["Yes.", "No, it is a boat."], instruction="Is it?", task="caption")
+    output = model(**batch)
+    assert output.understanding_embeds is None and torch.isfinite(output.loss)
+
+
+def test_each_sample_may_have_its_own_question(processor, pictures):
+    batch = processor(images=pictures[:2], text=["a", "b"], instruction=["one?", "two?"], task="caption")
+    assert processor.tokenizer.decode(batch["input_ids"][1][4:]).startswith("\ntwo?")
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(model, processor, pictures):
+    batch = make_batch(processor, pictures, "reconstruct")
+    corruption = model.sample_corruption(batch, generators())
+    model.train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model.freeze_understanding()
+        model(corruption=corruption, **batch).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_training_leaves_the_autoencoder_alone(model):
+    model.train()
+    model.freeze_understanding()
+    assert not model.vae.training and model.llm.training
+    frozen = {name.split(".")[0] for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"vae"}
+
+
+def test_lora_is_on_every_linear_layer_of_the_generator_and_nowhere_else(model, processor, pictures):
+    from peft import LoraConfig, get_peft_model
+
+    linear = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and not name.startswith("vae.") and name != "llm.lm_head"
+    }
+    adapted = get_peft_model(model, LoraConfig(target_modules=model.lora_target_modules))
+    assert set(adapted.targeted_module_names) == linear
+    batch = make_batch(processor, pictures, "reconstruct")
+    adapted(**batch).loss.backward()
+    touched = {name for name, p in adapted.named_parameters() if p.grad is not None}
+    assert touched and all("lora_" in name for name in touched)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_near_float32(model, processor, pictures, dtype):
+    batch = make_batch(processor, pictures, "reconstruct")
+    corruption = model.sample_corruption(batch, generators())
+    with torch.no_grad():
+        exact = model(corruption=corruption, **batch).loss
+        half = model.to(dtype)(corruption=corruption, **batch).loss
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, exact, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda batch: batch["input_ids"].masked_fill_(batch["input_ids"] == -200, 0), "placeholder"),
+        (lambda batch: batch.update(task="draw"), "'draw'"),
+    ],
+)
+def test_wrong_batches_are_refused(model, processor, pictures, change, message):
+    batch = make_batch(processor, pictures, "reconstruct")
+    change(batch)
+    with pytest.raises(ValueError, match=message):
+        model(**batch)
+
+
+def test_a_caption_batch_without_supervision_is_refused(model, processor, pictures):
+    batch = make_batch(processor, pictures, "caption")
+    batch["labels"][:] = -100
+    with pytest.raises(ValueError, match="supervised"):
+        model(**batch)
+
+
+# sampling
+
+
+def test_images_do_not_depend_on_their_batch(model, processor):
+    model.train()
+    prompts = ["a dog", "a white dog on the left of a red boat"]
+    settings = {"num_inference_steps": 4, "guidance_scale": 2.0}
+    together = model.generate_images(processor, prompts, generator=generators(2), **settings)
+    alone = model.generate_images(processor, prompts[1:], generator=generators(2)[1:], **settings)
+    assert together[1].size == (32, 32)
+    difference = torch.tensor(list(together[1].tobytes())).float() - torch.tensor(list(alone[0].tobytes()))
+    assert difference.abs().max() <= 1
+    assert together[0].tobytes() != together[1].tobytes()
+    assert model.training and not model.vae.training
+
+
+@pytest.mark.parametrize("guidance_schedule", ["constant", "linear"])
+def test_reconstruction_of_another_size(model, processor, pictures, guidance_schedule):
+    images = model.generate_images(
+        processor,
+        images=pictures[:2],
+        task="reconstruct",
+        generator=torch.Generator().manual_seed(0),
+        num_inference_steps=100,
+        guidance_schedule=guidance_schedule,
+        height=16,
+        width=24,
+    )
+    assert [image.size for image in images] == [(24, 16)] * 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"task": "edit"}, {"text": None}, {"height": 30}, {"guidance_schedule": "cosine"}, {"task": "reconstruct"}],
+)
+def test_wrong_sampling_arguments_are_refused(model, processor, arguments):
+    with pytest.raises(ValueError):
+        model.generate_images(processor, **{"text": ["a"], **arguments})
+
+
+def test_answers_do_not_depend_on_their_batch(model, processor, pictures):
+    questions = ["What is in the image?", "Why?"]
+    together = model.generate_text(processor, questions, pictures[:2], max_new_tokens=6)
+    alone = [model.generate_text(processor, [q], [p], max_new_tokens=6)[0] for q, p in zip(questions, pictures)]  # noqa: B905
+    assert together == alone
+    assert len(model.generate_text(processor, questions, max_new_tokens=2)) == 2
+
+
+def test_sampled_answers_follow_the_generator(model, processor, pictures):
+    def answer(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return model.generate_text(
+            processor, ["Why?"], pictures[:1], generator=generator, max_new_tokens=8, do_sample=True
+        )
+
+    assert answer(0) == answer(0) != answer(1)
+
+
+@pytest.mark.parametrize(("length", "iterations"), [(1, 1), (16, 16), (60, 7), (1024, 64)])
+def test_every_iteration_reveals_a_token(length, iterations):
+    counts = [length, *hidden_counts(length, iterations)]
+    assert counts[-1] == 0 and all(after < before for before, after in pairwise(counts))
+
+
+@pytest.mark.parametrize("spacing", ["0", "1001", "600,500", "ddim999", "many"])
+def test_impossible_spacings_are_refused(spacing):
+    with pytest.raises(ValueError):
+        kept_timesteps(spacing)
+
+
+# prompts
+
+
+def test_long_prompts_keep_the_turn_around_them(processor):
+    short, long = processor.prompt_ids(["a dog", "a dog and " * 200], "generate")
+    assert len(long) == processor.max_prompt_length
+    assert long[-5:] == short[-5:]
+
+
+def test_the_processor_comes_back_with_its_settings(processor, tmp_path):
+    processor = harmon.Processor(processor.tokenizer, image_size=64, max_prompt_length=40)
+    processor.tokenizer.chat_template = "{{ messages }}"
+    processor.save_pretrained(tmp_path)
+    processor.tokenizer.chat_template = None
+    again = harmon.Processor.from_pretrained(tmp_path)
+    assert (again.image_size, again.max_prompt_length, again.target_sizes()) == (64, 40, [(64, 64)])
+    assert again.prompt_ids(["a boat"], "generate") == processor.prompt_ids(["a boat"], "generate")
+
+
+# checkpoints
+
+
+@pytest.fixture
+def published(tmp_path):
+    folder = tmp_path / "published"
+    shutil.copytree(PUBLISHED, folder, ignore=shutil.ignore_patterns("original"))
+    for path in folder.iterdir():
+        path.chmod(0o644)
+    return folder
+
+
+@pytest.fixture
+def training_layout(tmp_path):
+    if not (PUBLISHED / "original").is_dir():
+        pytest.skip("these reference cases have no training layout")
+    folder = tmp_path / "training"
+    shutil.copytree(PUBLISHED / "original", folder)
+    shutil.copy(PUBLISHED / "config.json", folder)
+    return folder
+
+
+def test_save_pretrained_is_bit_exact(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert same_weights(model, AutoUnifiedModel.from_pretrained(tmp_path))
+
+
+def test_both_published_layouts_hold_the_same_model(published, training_layout):
+    one, other = AutoUnifiedModel.from_pretrained(published), AutoUnifiedModel.from_pretrained(training_layout)
+    assert isinstance(one, harmon.Model) and same_weights(one, other)
+
+
+def test_write_published_is_the_inverse_of_read_published(published, tmp_path):
+    model = AutoUnifiedModel.from_pretrained(published, dtype=torch.bfloat16)
+    harmon.write_published(model, AutoUnifiedProcessor.from_pretrained(published), tmp_path / "written")
+    before, after = load_file(published / "model.safetensors"), load_file(tmp_path / "written" / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    again = AutoUnifiedModel.from_pretrained(tmp_path / "written", dtype=torch.bfloat16)
+    assert same_weights(model, again)
+    assert {**again.config.to_dict(), "_name_or_path": ""} == {**model.config.to_dict(), "_name_or_path": ""}
+
+
+def test_an_untied_text_head_survives(published, tmp_path):
+    config = json.loads((published / "config.json").read_text())
+    config["llm"]["tie_word_embeddings"] = False
+    (published / "config.json").write_text(json.dumps(config))
+    weights = load_file(published / "model.safetensors")
+    weights["llm.lm_head.weight"] = weights["llm.model.embed_tokens.weight"].clone() + 1
+    save_file(weights, published / "model.safetensors", metadata={"format": "pt"})
+    model = AutoUnifiedModel.from_pretrained(published)
+    assert torch.equal(model.llm.lm_head.weight, weights["llm.lm_head.weight"].float())
+    model.save_pretrained(tmp_path / "saved")
+    harmon.write_published(model, AutoUnifiedProcessor.from_pretrained(published), tmp_path / "written")
+    for folder in ("saved", "written"):
+        assert same_weights(model, AutoUnifiedModel.from_pretrained(tmp_path / folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.pop("proj_in.0.bias"), r"missing \(1\): proj_in.0.bias"),
+        (lambda weights: weights.update(extra=torch.zeros(1)), r"unexpected \(1\): extra"),
+        (lambda weights: weights.update({"mar.fake_latent": torch.zeros(1, 3)}), r"wrongly shaped.*mar.fake_latent"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(published, change, message):
+    weights = load_file(published / "model.safetensors")
+    change(weights)
+    save_file(weights, published / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=message):
+        AutoUnifiedModel.from_pretrained(published)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "kl16.ckpt"])
+def test_truncated_files_are_refused(published, training_layout, name):
+    folder = published if name == "model.safetensors" else training_layout
+    (folder / name).chmod(0o644)
+    (folder / name).write_bytes((folder / name).read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=name):
+        AutoUnifiedModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(("key", "value"), [("type", "mar_giant"), ("patch_size", 2), ("colour", "red")])
+def test_unknown_configurations_are_refused(published, key, value):
+    config = json.loads((published / "config.json").read_text())
+    config["mar"][key] = value
+    (published / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="mar"):
+        AutoUnifiedModel.from_pretrained(published)
+
+
+def test_several_training_files_ask_for_a_choice(training_layout):
+    name = next(training_layout.glob("harmon_*.pth")).name
+    shutil.copy(training_layout / name, training_layout / "harmon_other.pth")
+    with pytest.raises(CheckpointError, match="variant"):
+        AutoUnifiedModel.from_pretrained(training_layout)
+    assert isinstance(AutoUnifiedModel.from_pretrained(training_layout, variant="other"), harmon.Model)
+
+
+def test_a_training_file_of_unknown_size_needs_a_config(training_layout):
+    (training_layout / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        AutoUnifiedModel.from_pretrained(training_layout)
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        AutoUnifiedProcessor.from_pretrained(training_layout)
+
+
+@pytest.mark.parametrize(
+    ("width", "trained", "total"), [(896, 704_942_880, 771_398_899), (1536, 2_494_774_048, 2_561_230_067)]
+)
+def test_released_sizes_have_the_published_parameter_counts(width, trained, total):
+    from reca_trainer.models.harmon.checkpoint_harmon import _recognise, read_config
+
+    config = read_config(_recognise({"llm.model.norm.weight": torch.zeros(width)}, "a folder"))
+    with torch.device("meta"):
+        model = harmon.Model(config)
+    unused = model.mar.class_emb.weight.numel()
+    assert sum(parameter.numel() for parameter in model.parameters()) + unused == total
+    model.freeze_understanding()
+    assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) + unused == trained
