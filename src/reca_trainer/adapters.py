@@ -20,6 +20,7 @@ def attach(model: UnifiedModel, peft_config: PeftConfig) -> PeftModel:
     updates of about 1e-4.
     """
     peft_config = copy.deepcopy(peft_config)
+    peft_config.task_type = None  # PEFT's task classes expect a language model's forward
     if getattr(peft_config, "target_modules", None) is None:
         peft_config.target_modules = model.lora_target_modules
     if getattr(peft_config, "modules_to_save", None) is None and model.lora_modules_to_save:

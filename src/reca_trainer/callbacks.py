@@ -23,7 +23,8 @@ class PreviewCallback(TrainerCallback):
     """Draws what the model makes of a few fixed images and prompts, with fixed noise, as training goes on.
 
     Each picture (`output_dir/previews/step-NNNNNN.png`, and the tracker) has one column per image: the input above its
-    reconstruction from the model's own understanding embeddings; and one per prompt: its text-to-image.
+    reconstruction from the model's own understanding embeddings; and one per prompt: its text-to-image. After training
+    `before_after.png` shows the first above the last.
 
     Args:
         trainer: a `RecATrainer`; images come from its evaluation set if it has one, else from the training set.
@@ -42,7 +43,14 @@ class PreviewCallback(TrainerCallback):
             self.draw()
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.draw()
+        after = self.draw()
+        before = after and after.with_name("step-000000.png")
+        if before is not None and before.is_file():
+            sheets = [Image.open(before), Image.open(after)]
+            both = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
+            both.paste(sheets[0], (0, 0))
+            both.paste(sheets[1], (0, sheets[0].height))
+            both.save(after.with_name("before_after.png"))
 
     def draw(self) -> Path | None:
         """Generate and save the picture of the current step. All processes generate, since all may hold a part of the

@@ -1,0 +1,66 @@
+"""What all recipes share: the command line, and one run from arguments to saved weights."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from reca_trainer import shapes
+from reca_trainer.config import RecAConfig
+from reca_trainer.models.unified import UnifiedModel, UnifiedProcessor
+from reca_trainer.trainer import RecATrainer
+
+
+def run(
+    tiny: Callable[[], tuple[UnifiedModel, UnifiedProcessor]],
+    tiny_config: Path,
+    argv: Sequence[str] | None = None,
+) -> RecATrainer:
+    """Train from the command line.
+
+    The options are those of `RecAConfig` and of TRL's `ModelConfig` (`--model_name_or_path`, `--use_peft`, `--lora_r`,
+    `--load_in_4bit`, …); `--config FILE.yaml` gives defaults for them.
+
+    Args:
+        tiny: makes the model and processor to train where no `--model_name_or_path` is given.
+        tiny_config: the YAML of that run, used where neither a model nor a `--config` is given.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not {"--model_name_or_path", "--config"} & {word.partition("=")[0] for word in argv}:
+        argv = ["--config", str(tiny_config), *argv]
+    args, model_args = TrlParser((RecAConfig, ModelConfig)).parse_args_and_config(argv)
+
+    dataset, eval_dataset, processor = None, None, None
+    if model_args.model_name_or_path is None:
+        model, processor = tiny()
+        if args.dataset_name is None:
+            dataset, eval_dataset = (
+                shapes.dataset("train", 2000, args.seed),
+                shapes.dataset("validation", 32, args.seed),
+            )
+    else:
+        model = model_args.model_name_or_path
+        init = {"revision": model_args.model_revision, "dtype": model_args.dtype}
+        args.model_init_kwargs = {**init, **(args.model_init_kwargs or {})}
+
+    trainer = RecATrainer(
+        model,
+        args,
+        train_dataset=dataset,
+        eval_dataset=eval_dataset,
+        processing_class=processor,
+        peft_config=get_peft_config(model_args),
+        quantization_config=get_quantization_config(model_args),
+    )
+    resume = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.save_model()
+    trainer.save_state()
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    if trainer.is_world_process_zero():
+        print(f"Saved to {Path(args.output_dir).resolve()}")
+    return trainer

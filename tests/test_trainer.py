@@ -1,0 +1,283 @@
+"""RecATrainer on a tiny BAGEL: the exact equalities that its promises come down to."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from peft import LoraConfig
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor, RecAConfig, RecATrainer
+from reca_trainer.adapters import check_trainable
+from reca_trainer.trainer import last_complete_checkpoint
+
+CHECKPOINT = Path(__file__).parent / "golden" / "bagel" / "checkpoint"
+SIZES = [(64, 48), (48, 64), (64, 64), (60, 44)]
+
+
+@pytest.fixture
+def model():
+    return AutoUnifiedModel.from_pretrained(CHECKPOINT)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoUnifiedProcessor.from_pretrained(
+        CHECKPOINT, generation_size=(64, 32, 16), condition_size=(42, 42, 14), understanding_size=(70, 28, 14)
+    )
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    rng = np.random.default_rng(0)
+    images = [
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
+        for width, height in SIZES
+        for _ in range(6)
+    ]
+    captions = [" ".join(["boat", "kite", "harbour", "stone"][: 1 + index % 4]) for index in range(len(images))]
+    features = Features({"image": ImageFeature(), "caption": Value("string")})
+    return Dataset.from_dict({"image": images, "caption": captions}, features=features)
+
+
+def config(folder, **options):
+    defaults = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return RecAConfig(output_dir=str(folder), **{**defaults, **options})
+
+
+def trainer(model, folder, dataset, processor, lora=True, **options):
+    peft_config = LoraConfig(r=4, init_lora_weights="gaussian") if lora is True else lora or None
+    return RecATrainer(
+        model, config(folder, **options), train_dataset=dataset, processing_class=processor, peft_config=peft_config
+    )
+
+
+def losses(run, name="loss"):
+    return [entry[name] for entry in run.state.log_history if name in entry]
+
+
+def trained(run):
+    return {name: p.detach().clone() for name, p in run.model.named_parameters() if p.requires_grad}
+
+
+def test_short_form_trains(tmp_path, dataset, monkeypatch):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index in range(4):
+        dataset[index]["image"].save(folder / f"{index}.png")
+    tiny = AutoUnifiedProcessor.from_pretrained(CHECKPOINT, generation_size=(64, 32, 16), condition_size=(42, 42, 14))
+    model = AutoUnifiedModel.from_pretrained(CHECKPOINT)
+    model.save_pretrained(tmp_path / "model")
+    tiny.save_pretrained(tmp_path / "model")
+    run = RecATrainer(
+        str(tmp_path / "model"), config(tmp_path / "out", dataset_name=str(folder), max_steps=2, save_strategy="steps")
+    )
+    run.train()
+    assert run.state.global_step == 2
+    assert (tmp_path / "out" / "checkpoint-2" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("task", ["reconstruct", "caption"])
+def test_accumulation_equals_one_large_batch(tmp_path, model, dataset, processor, task):
+    weights = {"reca_weight": float(task == "reconstruct"), "image_to_text_weight": float(task == "caption")}
+    run = trainer(model, tmp_path, dataset, processor, lora=False, **weights)
+    if task == "caption":  # BAGEL's image-to-text loss only reaches weights that RecA freezes
+        run.model.requires_grad_(True)
+    rows = [
+        {
+            "image": dataset[index]["image"].resize((64, 48)),
+            "task": task,
+            "text": dataset[index]["caption"],
+            "question": None,
+            "source": str(index),
+            "skipped": [],
+        }
+        for index in range(4)
+    ]
+    sampler = run.get_train_dataloader().batch_sampler
+    draw = next(iter(sampler))[0]._replace(task=task, size=(48, 64), instruction="describe")
+    rows = [{**row, "draw": draw._replace(seed=100 + index)} for index, row in enumerate(rows)]
+
+    def gradients(*micro_batches):
+        run.model.zero_grad()
+        batches = iter([run.data_collator(rows[start:end]) for start, end in micro_batches])
+        batches, _ = run.get_batch_samples(batches, len(micro_batches), torch.device("cpu"))
+        total = sum(run.training_step(run.model, batch) for batch in batches)
+        return total, {name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None}
+
+    whole_loss, whole = gradients((0, 4))
+    parts_loss, parts = gradients((0, 3), (3, 4))
+    torch.testing.assert_close(parts_loss, whole_loss, rtol=1e-6, atol=0)
+    assert whole.keys() == parts.keys() and whole
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_is_bit_exact(tmp_path, dataset, processor, workers):
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 9,
+        "dataloader_num_workers": workers,
+        "text_to_image_weight": 0.5,
+    }
+    whole = trainer(AutoUnifiedModel.from_pretrained(CHECKPOINT), tmp_path / "whole", dataset, processor, **options)
+    whole.train()
+    first = trainer(AutoUnifiedModel.from_pretrained(CHECKPOINT), tmp_path / "parts", dataset, processor, **options)
+    first.add_callback(StopAt(4))
+    first.train()
+    second = trainer(AutoUnifiedModel.from_pretrained(CHECKPOINT), tmp_path / "parts", dataset, processor, **options)
+    second.train(resume_from_checkpoint=True)
+    assert losses(second) == losses(whole)
+    for name, weight in trained(whole).items():
+        assert torch.equal(weight, trained(second)[name]), name
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+        control.should_save = False
+
+
+def test_truncated_checkpoint_is_passed_over(tmp_path, model, dataset, processor, caplog):
+    run = trainer(model, tmp_path, dataset, processor, save_strategy="steps", save_steps=2)
+    run.train()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
+    weights = tmp_path / "checkpoint-6" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
+    with caplog.at_level(logging.WARNING, logger="transformers"):
+        logging.getLogger("transformers").propagate = True
+        assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert "adapter_model.safetensors should have" in caplog.text and "optimizer.pt" in caplog.text
+    with pytest.raises(ValueError, match=r"checkpoint-6 is not complete: adapter_model.safetensors"):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+
+
+def test_checkpoints_hold_the_adapter_and_not_the_base(tmp_path, model, dataset, processor):
+    run = trainer(model, tmp_path, dataset, processor, save_strategy="steps", save_steps=3, save_total_limit=1)
+    run.train()
+    assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["checkpoint-6"]
+    saved = load_file(tmp_path / "checkpoint-6" / "adapter_model.safetensors")
+    assert all("lora_" in name or "vae2llm" in name or "llm2vae" in name or "time_embedder" in name for name in saved)
+    assert all(tensor.dtype == torch.float32 for tensor in saved.values())
+    listed = json.loads((tmp_path / "checkpoint-6" / "checkpoint_files.json").read_text())
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= listed.keys()
+
+
+def test_evaluation_repeats_itself_at_any_batch_size(tmp_path, model, dataset, processor):
+    found = []
+    for batch_size in (1, 4, 4):
+        run = RecATrainer(
+            AutoUnifiedModel.from_pretrained(CHECKPOINT),
+            config(tmp_path, per_device_eval_batch_size=batch_size, text_to_image_weight=1.0),
+            train_dataset=dataset,
+            eval_dataset=dataset.select(range(10)),
+            processing_class=processor,
+        )
+        found.append({name: value for name, value in run.evaluate().items() if name.endswith("loss")})
+    assert found[1] == found[2]
+    assert found[0].keys() == {"eval_loss", "eval_reconstruction_loss", "eval_text_to_image_loss"}
+    for name, value in found[0].items():
+        assert value == pytest.approx(found[1][name], rel=1e-5)
+
+
+def test_terms_are_logged_and_add_up(tmp_path, model, dataset, processor):
+    run = trainer(model, tmp_path, dataset, processor, text_to_image_weight=0.25, gradient_accumulation_steps=2)
+    run.train()
+    total, parts = losses(run), zip(losses(run, "reconstruction_loss"), losses(run, "text_to_image_loss"), strict=True)
+    assert total == pytest.approx([(one + 0.25 * other) / 2 for one, other in parts], rel=1e-4)
+
+
+def test_lora_touches_only_the_generator(tmp_path, model, dataset, processor):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    run = trainer(model, tmp_path, dataset, processor)
+    assert all(p.dtype == torch.float32 for p in trained(run).values())
+    run.train()
+    base = run.model.get_base_model()
+    for name in base.understanding_modules:
+        assert not base.get_submodule(name).training or not list(base.get_submodule(name).parameters())
+    merged = run.model.merge_and_unload().state_dict()
+    changed = {name for name, tensor in merged.items() if not torch.equal(tensor, before[name])}
+    assert changed and all("_moe_gen" in n or n.startswith(("vae2llm", "llm2vae", "time_embedder")) for n in changed)
+    assert sum("_proj_moe_gen" in name or "mlp_moe_gen" in name for name in changed) == 14
+
+
+def test_full_training_leaves_understanding_bit_identical(tmp_path, model, dataset, processor):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer(model, tmp_path, dataset, processor, lora=False, weight_decay=0.1).train()
+    generation = tuple(f"{name}." for name in model.generation_modules)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) != name.startswith(generation), name
+
+
+def test_adapter_on_the_understanding_expert_is_refused(tmp_path, model, dataset, processor):
+    with pytest.raises(ValueError, match=r"understanding half would be trained too, such as .*mlp\.gate_proj"):
+        trainer(model, tmp_path, dataset, processor, lora=LoraConfig(target_modules=["q_proj", "gate_proj"]))
+
+
+def test_nothing_to_train_is_refused(model):
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="Nothing would be trained"):
+        check_trainable(model)
+
+
+def test_data_is_checked_before_the_model_is_loaded(tmp_path, dataset):
+    missing = "no/such/model"
+    with pytest.raises(ValueError, match="needs a caption column"):
+        RecATrainer(
+            missing, config(tmp_path, text_to_image_weight=1.0), train_dataset=dataset.remove_columns("caption")
+        )
+    with pytest.raises(ValueError, match="no column 'photo'"):
+        RecATrainer(missing, config(tmp_path, image_column="photo"), train_dataset=dataset)
+    with pytest.raises(ValueError, match="nothing to train on"):
+        RecATrainer(missing, config(tmp_path))
+    with pytest.raises(ValueError, match="no rows"):
+        RecATrainer(missing, config(tmp_path), train_dataset=dataset.select([]))
+
+
+def test_non_finite_loss_stops_the_run_and_names_the_rows(tmp_path, model, dataset, processor):
+    with torch.no_grad():
+        model.llm2vae.bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"reconstruction loss is nan at step 1 on row \d+"):
+        trainer(model, tmp_path, dataset, processor).train()
+
+
+def test_preview_pictures_are_drawn(tmp_path, model, dataset, processor):
+    run = trainer(
+        model,
+        tmp_path,
+        dataset,
+        processor,
+        max_steps=2,
+        preview_steps=1,
+        preview_images=2,
+        preview_prompts=["boat"],
+        preview_generation_kwargs={"num_inference_steps": 2},
+    )
+    run.train()
+    pictures = sorted(path.name for path in (tmp_path / "previews").iterdir())
+    assert pictures == ["before_after.png", "step-000000.png", "step-000001.png", "step-000002.png"]
+    first, last = (Image.open(tmp_path / "previews" / f"step-00000{step}.png") for step in (0, 2))
+    assert first.size == last.size and first.tobytes() != last.tobytes()
