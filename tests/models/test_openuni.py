@@ -14,6 +14,7 @@ from torch import nn
 from reca_trainer.models import openuni
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor, detect
 from reca_trainer.models.checkpoint import CheckpointError
+from reca_trainer.models.openuni.configuration_openuni import INTERNVL3_1B
 from tests.conftest import Golden
 
 CHECKPOINT = Golden("openuni").checkpoint
@@ -53,6 +54,54 @@ def draws(model, batch, seed=0):
 def same_weights(one, other):
     one, other = one.state_dict(), other.state_dict()
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+LARGE = {
+    "internvl_config": {
+        **INTERNVL3_1B,
+        "text_config": {
+            **INTERNVL3_1B["text_config"],
+            "hidden_size": 1536,
+            "intermediate_size": 8960,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 12,
+        },
+    },
+    "connector_config": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 24,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "image_size", "parameters"),
+    [
+        ({}, 512, (938_193_024, 52_364_544, 591_747_872, 2_066_688, 312_250_275, 646_408_480)),
+        (
+            {**LARGE, "transformer_config": {"sample_size": 16}},
+            512,
+            (2_088_957_440, 221_910_528, 1_604_462_752, 3_541_248, 312_250_275, 1_830_307_744),
+        ),
+        (
+            {**LARGE, "transformer_config": {"sample_size": 32, "qk_norm": "rms_norm_across_heads"}},
+            1024,
+            (2_088_957_440, 221_910_528, 1_604_641_952, 3_541_248, 312_250_275, 1_830_486_944),
+        ),
+    ],
+    ids=["B-512", "L-512", "L-1024"],
+)
+def test_published_sizes(config, image_size, parameters):
+    config = openuni.Config(**config)
+    with torch.device("meta"):
+        model = openuni.Model(config)
+    model.freeze_understanding()
+    parts = (model.internvl, model.connector, model.transformer, model.projector, model.vae)
+    trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    assert (*[sum(value.numel() for value in part.parameters()) for part in parts], trained) == parameters
+    assert (config.image_size, config.condition_size, config.num_image_tokens) == (image_size, 448, 256)
 
 
 def test_reca_step_changes_only_what_generates(model, batch):
