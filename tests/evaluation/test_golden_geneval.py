@@ -45,8 +45,8 @@ def test_summary(number):
     rows = []
     for index, case in enumerate(cases):
         score = float(verdict(case, SETS[number]["options"]).correct)
-        rows.append({"id": str(index), "score": score, "parts": {case["metadata"]["tag"]: [score, 1]}})
-    summary = summarize(rows, overall="mean of parts")
-    assert {tag: part["score"] for tag, part in summary["parts"].items()} == pytest.approx(expected["by_tag"])
+        rows.append({"id": str(index), "score": score, "categories": {case["metadata"]["tag"]: [score, 1]}})
+    summary = summarize(rows, overall="mean of categories")
+    assert {tag: one["score"] for tag, one in summary["categories"].items()} == pytest.approx(expected["by_tag"])
     assert summary["overall"]["score"] == pytest.approx(expected["overall_mean_of_tags"])
     assert summary["images"] == expected["images"]

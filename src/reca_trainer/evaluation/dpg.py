@@ -146,7 +146,7 @@ class DPGBench:
         return {
             "tag": "dpg",
             "score": sum(met.values()) / len(met),
-            "parts": parts,
+            "categories": parts,
             "reason": "\n".join(failed),
             "answers": answers,
             "unreadable": sum(answer is None for answer in read.values()),

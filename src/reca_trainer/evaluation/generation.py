@@ -182,7 +182,7 @@ def score_images(
     the end. Under `accelerate launch` the prompts are dealt out to the processes, and every process returns all rows.
 
     Args:
-        score: gives the rows of one prompt's images. Each needs `score` in [0, 1] and `parts`, the sums and weights
+        score: gives the rows of one prompt's images. Each needs `score` in [0, 1] and `categories`, the sums and weights
             that go into the named scores of the report: `{name: [sum, weight]}`.
         scorer: what the scores depend on besides the image (detector, judge, …). Rows of another scorer are redone.
     """

@@ -452,7 +452,7 @@ class GenEval:
             "tag": tag,
             "correct": decision.correct,
             "score": score,
-            "parts": {tag: [score, 1]},
+            "categories": {tag: [score, 1]},
             "reason": reason,
             "details": details,
         }

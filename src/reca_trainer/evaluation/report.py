@@ -14,26 +14,26 @@ import numpy as np
 
 from reca_trainer.evaluation.generation import replacing
 
-Overall = Literal["mean of parts", "mean of images"]
+Overall = Literal["mean of categories", "mean of images"]
 Z = 1.959964  # two-sided 95 %
 
 
 def summarize(rows: list[dict[str, Any]], overall: Overall) -> dict[str, Any]:
-    """Scores in [0, 1] with 95 % intervals: overall, and each part that the rows name.
+    """Scores in [0, 1] with 95 % intervals: overall, and each category that the rows name.
 
-    A part's score is the sum of its `parts` entries over the sum of their weights. Its interval is Wilson's, for the
+    A category's score is the sum of its `categories` entries over the sum of their weights. Its interval is Wilson's, for the
     number of independent answers that explains how much the prompts differ (Korn and Graubard, 1998); where nothing
-    differs, each prompt counts as one answer. The interval of a mean of parts combines theirs (Zou and Donner, 2008).
+    differs, each prompt counts as one answer. The interval of a mean of categories combines theirs (Zou and Donner, 2008).
 
     Args:
-        rows: one per image, with `id` of the prompt, `score`, and `parts`: `{name: [sum, weight]}`.
-        overall: the mean of the parts' scores, whatever their sizes, or of the images' scores.
+        rows: one per image, with `id` of the prompt, `score`, and `categories`: `{name: [sum, weight]}`.
+        overall: the mean of the categories' scores, whatever their sizes, or of the images' scores.
     """
     if not rows:
         raise ValueError("There is nothing to summarize: no image was scored.")
     parts = {name: _estimate(*_by_prompt(rows, name)) for name in _names(rows)}
-    total = _mean(list(parts.values())) if overall == "mean of parts" else _estimate(*_by_prompt(rows))
-    return {"overall": total, "parts": parts, "images": len(rows), "prompts": len({row["id"] for row in rows})}
+    total = _mean(list(parts.values())) if overall == "mean of categories" else _estimate(*_by_prompt(rows))
+    return {"overall": total, "categories": parts, "images": len(rows), "prompts": len({row["id"] for row in rows})}
 
 
 def compare_rows(
@@ -58,27 +58,27 @@ def compare_rows(
         return changes.sum() / weights.sum(), changes[drawn].sum(1) / weights[drawn].sum(1)
 
     parts = {name: difference(name) for name in _names(base)}
-    if overall == "mean of parts":
+    if overall == "mean of categories":
         total = tuple(sum(both) / len(parts) for both in zip(*parts.values(), strict=True))
     else:
         total = difference(None)
 
-    def interval(change: float, resampled: np.ndarray) -> dict[str, float]:
+    def estimate(change: float, resampled: np.ndarray) -> dict[str, float]:
         low, high = np.percentile(resampled, [2.5, 97.5])
         return {"difference": float(change), "low": float(low), "high": float(high)}
 
-    return {"overall": interval(*total), "parts": {name: interval(*part) for name, part in parts.items()}}
+    return {"overall": estimate(*total), "categories": {name: estimate(*part) for name, part in parts.items()}}
 
 
 def _names(rows: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row["parts"]))
+    return list(dict.fromkeys(name for row in rows for name in row["categories"]))
 
 
 def _by_prompt(rows: list[dict[str, Any]], name: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Sums and weights of one part, or of the images' scores, per prompt that has any: two float arrays `[prompts]`."""
+    """Sums and weights of one category, or of the images' scores, per prompt that has any: two float arrays `[prompts]`."""
     prompts: dict[str, list[float]] = {}
     for row in rows:
-        value, weight = (row["score"], 1) if name is None else row["parts"].get(name, (0, 0))
+        value, weight = (row["score"], 1) if name is None else row["categories"].get(name, (0, 0))
         if weight:
             sums = prompts.setdefault(row["id"], [0.0, 0.0])
             sums[0] += value
@@ -90,18 +90,18 @@ def _by_prompt(rows: list[dict[str, Any]], name: str | None = None) -> tuple[np.
 def _estimate(sums: np.ndarray, weights: np.ndarray) -> dict[str, float]:
     score, prompts = float(sums.sum() / weights.sum()), len(sums)
     residuals = sums - score * weights
-    variance = float((residuals**2).sum() / weights.sum() ** 2 * prompts / max(prompts - 1, 1))
-    independent = score * (1 - score) / variance if variance > 1e-12 and prompts > 1 else prompts
+    variance = float((residuals**2).sum() / weights.sum() ** 2)
+    independent = score * (1 - score) / variance if variance > 1e-12 else prompts
     spread = Z**2 / independent
     center = (score + spread / 2) / (1 + spread)
     half = math.sqrt(spread * score * (1 - score) + spread**2 / 4) / (1 + spread)
     return {"score": score, "low": min(center - half, score), "high": max(center + half, score)}
 
 
-def _mean(parts: list[dict[str, float]]) -> dict[str, float]:
-    score = sum(part["score"] for part in parts) / len(parts)
-    below = math.sqrt(sum((part["score"] - part["low"]) ** 2 for part in parts)) / len(parts)
-    above = math.sqrt(sum((part["high"] - part["score"]) ** 2 for part in parts)) / len(parts)
+def _mean(categories: list[dict[str, float]]) -> dict[str, float]:
+    score = sum(one["score"] for one in categories) / len(categories)
+    below = math.sqrt(sum((one["score"] - one["low"]) ** 2 for one in categories)) / len(categories)
+    above = math.sqrt(sum((one["high"] - one["score"]) ** 2 for one in categories)) / len(categories)
     return {"score": score, "low": score - below, "high": score + above}
 
 
@@ -109,22 +109,37 @@ def write_report(folder: str | Path, report: dict[str, Any]) -> str:
     """Write `report.json` and `report.md` into `folder` and return the latter.
 
     Args:
-        report: `summarize`'s result with `title`, `overall_is`, `notes` (sentences a reader must see) and what made it.
+        report: `title`, `notes` (sentences a reader must see), what made the scores, and either `summarize`'s result with
+            `overall_is`, or `means`: `{name: {"mean", "margin"}}` of scores that are no shares.
     """
-    folder = Path(folder)
-    rows = [("overall", report["overall"]), *report["parts"].items()]
-    lines = [f"### {report['title']}", "", "| | score | 95 % interval |", "|---|---|---|"]
-    lines += [
-        f"| {name} | {100 * e['score']:.2f} | {100 * e['low']:.1f} to {100 * e['high']:.1f} |" for name, e in rows
-    ]
-    lines += [
-        "",
-        f"{report['images']} images of {report['prompts']} prompts; overall is the {report['overall_is']}.",
-        "",
-    ]
-    lines += [f"{note}\n" for note in report["notes"]]
-    text = "\n".join(lines)
+    lines = [f"### {report['title']}", ""]
+    if "means" in report:
+        lines += ["| | mean | 95 % interval |", "|---|---|---|"]
+        lines += [f"| {name} | {one['mean']:.4g} | {_margin(**one)} |" for name, one in report["means"].items()]
+        lines += ["", f"{report['images']} images."]
+    else:
+        rows = [("overall", report["overall"]), *report["categories"].items()]
+        lines += ["| | score | 95 % interval |", "|---|---|---|"]
+        lines += [f"| {name} | {percent(e['score'])} | {interval(e)} |" for name, e in rows]
+        lines += [
+            "",
+            f"{report['images']} images of {report['prompts']} prompts; overall is the {report['overall_is']}.",
+        ]
+    lines += [line for note in report["notes"] for line in ("", note)]
+    text = "\n".join(lines) + "\n"
     for name, content in (("report.json", json.dumps(report, indent=2) + "\n"), ("report.md", text)):
-        with replacing(folder / name) as temporary:
+        with replacing(Path(folder) / name) as temporary:
             temporary.write_text(content)
     return text
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def interval(estimate: dict[str, float]) -> str:
+    return f"{percent(estimate['low'])} to {percent(estimate['high'])}"
+
+
+def _margin(mean: float, margin: float | None) -> str:
+    return "" if margin is None else f"{mean - margin:.4g} to {mean + margin:.4g}"

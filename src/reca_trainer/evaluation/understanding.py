@@ -68,12 +68,12 @@ def answer_questions(
 
 
 def is_right(prediction: str, answer: str) -> bool:
-    """Whether a prediction is the answer or begins with it, letter case, punctuation and articles aside: "No, it is
-    not." answers "no"; "nothing" and "not a cat" do not."""
+    """Whether a prediction is the answer or begins with it, letter case, punctuation and a leading article aside: "No, it
+    is not." answers "no"; "nothing" and "not a cat" do not."""
     said, wanted = _words(prediction), _words(answer)
     return bool(wanted) and said[: len(wanted)] == wanted
 
 
 def _words(text: str) -> list[str]:
     words = re.sub(f"[{re.escape(string.punctuation)}]", " ", text.lower()).split()
-    return [word for word in words if word not in ("a", "an", "the")]
+    return words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words
