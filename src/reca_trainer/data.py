@@ -21,6 +21,7 @@ import fsspec
 import numpy as np
 import torch
 from datasets import Dataset, Features, Image, IterableDataset, List, Value, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from torch.utils.data import Sampler, get_worker_info
 
@@ -74,19 +75,17 @@ def load_image_dataset(
 
     Raises:
         FileNotFoundError: nothing at that path.
-        ValueError: a kind of file that is not read, or nothing in it.
+        ValueError: a local source that cannot be read (unknown kind, damaged archive, no such split) or without rows.
     """
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
-    if path.is_file():
-        kind = _FILE_KINDS.get(path.suffix.lower())
-        if kind is None:
-            raise ValueError(
-                f"Cannot read {name} as a dataset: expected a folder of images or one of {', '.join(_FILE_KINDS)}."
-            )
-        dataset = load_dataset(kind, data_files={split: str(path)}, split=split, streaming=streaming, **hub)
-    elif path.is_dir():
-        dataset = _load_folder(path, split, config_name, streaming, hub)
+    if path.exists():
+        try:
+            load = _load_folder if path.is_dir() else _load_file
+            dataset = load(path, config_name, {"split": split, "streaming": streaming, **hub})
+        except Exception as error:  # what `datasets` says of a damaged archive does not name it
+            reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+            raise ValueError(f"Cannot read {name} as a dataset: {reason or error}") from error
     elif name.startswith(("/", ".", "~")) or name.count("/") > 1 or path.suffix.lower() in _FILE_KINDS:
         raise FileNotFoundError(f"There is no file or folder {name} to read images from.")
     else:
@@ -96,19 +95,26 @@ def load_image_dataset(
     return dataset
 
 
-def _load_folder(path: Path, split: str, config_name: str | None, streaming: bool, hub: dict[str, Any]):
+def _load_file(path: Path, config_name: str | None, options: dict[str, Any]):
+    kind = _FILE_KINDS.get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(f"expected a folder of images or one of {', '.join(_FILE_KINDS)}.")
+    return load_dataset(kind, config_name, data_files={options["split"]: str(path)}, **options)
+
+
+def _load_folder(path: Path, config_name: str | None, options: dict[str, Any]):
+    split = options["split"]
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         saved = load_from_disk(str(path))
         if not isinstance(saved, Dataset):
             if split not in saved:
-                raise ValueError(f"{path} has no split {split!r}; it has {', '.join(saved)}.")
+                raise ValueError(f"there is no split {split!r}, but {', '.join(saved)}.")
             saved = saved[split]
-        return saved.to_iterable_dataset() if streaming else saved
+        return saved.to_iterable_dataset() if options["streaming"] else saved
     files = [file for file in path.rglob("*") if not file.is_dir()]
     kinds = {file.suffix.lower() for file in files if file.is_file()}
     if not kinds & (_IMAGE_SUFFIXES | set(_FILE_KINDS)):
-        raise ValueError(f"There are no images, and no {', '.join(_FILE_KINDS)} files, in the folder {path}.")
-    options = {"split": split, "streaming": streaming, **hub}
+        raise ValueError(f"there are no images, and no {', '.join(_FILE_KINDS)} files, in this folder.")
     # `datasets` takes splits from file names too: of a plain folder of pictures, it would put test_1.jpg elsewhere.
     if config_name is None and not any(child.name.lower() in _SPLIT_FOLDERS for child in path.iterdir()):
         if shards := sorted(str(file) for file in path.glob("*.tar")):
@@ -162,13 +168,12 @@ def find_columns(
     elif image_column not in possible:
         raise ValueError(f"The column {image_column!r} does not hold images. The dataset's columns: {available}.")
 
-    def usual(names: tuple[str, ...], *types: type) -> str | None:
-        return next((n for n in names if n in features and isinstance(features[n], (*types, type(None)))), None)
-
+    captions = [name for name in CAPTION_COLUMNS if name in features and _may_hold_captions(features[name])]
+    conversations = [name for name in CONVERSATION_COLUMNS if isinstance(features.get(name), (List, dict, type(None)))]
     return Columns(
         image=image_column,
-        caption=caption_column or usual(CAPTION_COLUMNS, Value, List),
-        conversation=conversation_column or usual(CONVERSATION_COLUMNS, List, dict),
+        caption=caption_column or next(iter(captions), None),
+        conversation=conversation_column or next((name for name in conversations if name in features), None),
     )
 
 
@@ -177,6 +182,11 @@ def _may_hold_images(feature: Any) -> bool:
     if isinstance(feature, dict):
         return "bytes" in feature and set(feature) <= {"bytes", "path"}
     return feature is None or isinstance(feature, Image) or _type_name(feature).endswith(("string", "binary"))
+
+
+def _may_hold_captions(feature: Any) -> bool:
+    one = feature.feature if isinstance(feature, List) else feature
+    return one is None or _type_name(one).endswith("string")
 
 
 def _type_name(feature: Any) -> str:
@@ -609,7 +619,8 @@ class StreamingRows(torch.utils.data.IterableDataset):
         stream = self.datasets[task]
         if self._plan.shuffle:
             seed = _hash(self._plan.seed, 4, TASKS.index(task), epoch, number)
-            stream = stream.shuffle(seed=seed % 2**32, buffer_size=self.buffer_size)
+            # One shard at a time: reading several takes threads, which `datasets` waits seconds for after each pass.
+            stream = stream.shuffle(seed=seed % 2**32, buffer_size=self.buffer_size, max_buffer_input_shards=1)
         bad = 0
         # Not `iter(stream)`: inside a worker that would leave out the shards of the other workers.
         for row, batch in enumerate(stream.iter(batch_size=1)):
