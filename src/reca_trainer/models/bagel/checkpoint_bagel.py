@@ -56,7 +56,8 @@ def read_config(folder: Path, vision_layers: int) -> BagelConfig:
     (`vit_config.json` says one more than is used)."""
     text, vision = (json.loads((folder / f"{name}_config.json").read_text()) for name in ("llm", "vit"))
     top = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
-    vision = {name: vision[name] for name in vision if name not in ("model_type", "rope", "num_hidden_layers")}
+    decided_here = ("model_type", "rope", "num_hidden_layers", "vision_use_head")
+    vision = {name: vision[name] for name in vision if name not in decided_here}
     tokenizer = Qwen2TokenizerFast.from_pretrained(folder)
     ids = {
         name: tokenizer.convert_tokens_to_ids(token)

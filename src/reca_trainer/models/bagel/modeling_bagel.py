@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -282,7 +283,7 @@ class BagelModel(UnifiedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ("BagelDecoderLayer", "SiglipEncoderLayer")
-    _keep_in_fp32_modules_strict = ("vae",)  # published in float32, and small
+    _keep_in_fp32_modules_strict = ("vae.encoder", "vae.decoder")  # published in float32, and small
     lora_target_modules = (
         r"language_model\.model\.layers\.\d+\.(self_attn\.[qkvo]_proj_moe_gen|mlp_moe_gen\.(gate|up|down)_proj)"
     )
@@ -631,7 +632,7 @@ class BagelModel(UnifiedModel):
         x = latents.to(self.device, torch.float32)
         times = shift_timesteps(torch.linspace(1, 0, num_inference_steps + 1), timestep_shift).tolist()
         low, high = guidance_interval
-        for now, following in zip(times[:-1], times[1:], strict=True):
+        for now, following in pairwise(times):
             timesteps = torch.full((count,), now, device=self.device)
             guided = guidance_scale > 1 and low < now <= high
             velocities = {

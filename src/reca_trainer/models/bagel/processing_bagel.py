@@ -110,7 +110,7 @@ class BagelProcessor(UnifiedProcessor):
             label = [-100] * len(row)
             if answers is not None:
                 answer = self._split(answers[index])
-                row, label = row + answer, label + [-100, *answer[1:]]
+                row, label = row + answer, [*label, -100, *answer[1:]]
             rows.append(row)
             labels.append(label)
         length = max(map(len, rows))

@@ -1,0 +1,242 @@
+"""BAGEL beyond the reference cases: loading, batching, generation and adapters."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import save_torch_state_dict
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor
+from reca_trainer.models.bagel import Config, Model, read_published, write_published
+from reca_trainer.models.checkpoint import CheckpointError
+
+CHECKPOINT = Path(__file__).parents[1] / "golden" / "bagel" / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoUnifiedModel.from_pretrained(CHECKPOINT).eval()
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoUnifiedProcessor.from_pretrained(
+        CHECKPOINT, generation_size=(64, 32, 16), condition_size=(42, 42, 14), understanding_size=(70, 28, 14)
+    )
+
+
+def pictures(count, size=(64, 48)):
+    rng = np.random.default_rng(count)
+    return [Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def batch(processor, task, count):
+    captions = ["a red kite", "two boats near an old stone bridge", "a lamp", "the harbour at night"][:count]
+    images = pictures(count)
+    if task == "edit":
+        images = list(zip(images, pictures(count + 1)[:count], strict=True))
+    text = None if task == "reconstruct" else captions
+    return processor(images=images, text=text, instruction="Describe the picture.", task=task)
+
+
+def generators(count):
+    return [torch.Generator().manual_seed(index) for index in range(count)]
+
+
+def rows(tensors, selection):
+    return {
+        name: value[selection] if torch.is_tensor(value) and len(value) > 1 else value
+        for name, value in tensors.items()
+    }
+
+
+def settings(model):
+    """The configuration without what says where and when it was saved."""
+    return {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "architectures", "dtype")}
+
+
+def test_save_pretrained_round_trip_is_exact(model, processor, tmp_path):
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again = AutoUnifiedModel.from_pretrained(tmp_path)
+    assert type(again) is Model
+    assert settings(again) == settings(model)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert torch.equal(again.latent_pos_embed.table, model.latent_pos_embed.table)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "bagel"
+    other = AutoUnifiedProcessor.from_pretrained(tmp_path)
+    assert (other.generation_size, other.condition_size) == (processor.generation_size, processor.condition_size)
+    first, second = (batch(p, "caption", 2) for p in (processor, other))
+    assert torch.equal(first["input_ids"], second["input_ids"])
+
+
+def test_published_round_trip_is_byte_equal(model, processor, tmp_path):
+    write_published(model, processor, tmp_path)
+    for name in ("ema.safetensors", "ae.safetensors"):
+        written, published = load_file(tmp_path / name), load_file(CHECKPOINT / name)
+        assert written.keys() == published.keys()
+        for key, tensor in published.items():
+            assert written[key].dtype == tensor.dtype and torch.equal(written[key], tensor), key
+    again = read_published(tmp_path)
+    assert settings(again) == settings(model)
+
+
+def test_sharded_checkpoint_in_bfloat16(model, tmp_path):
+    for path in CHECKPOINT.iterdir():
+        if path.name != "ema.safetensors":
+            shutil.copy(path, tmp_path)
+    weights = load_file(CHECKPOINT / "ema.safetensors")
+    save_torch_state_dict(weights, tmp_path, filename_pattern="model{suffix}.safetensors", max_shard_size="200KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    again = AutoUnifiedModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for name, p in again.named_parameters() if not name.startswith("vae.")} == {torch.bfloat16}
+    assert {p.dtype for p in again.vae.parameters()} == {torch.float32}
+    assert torch.equal(again.vae2llm.weight, model.vae2llm.weight.bfloat16())
+    next(tmp_path.glob("model-00002*")).unlink()
+    with pytest.raises(CheckpointError, match=r"lists the shard model-00002.*not there"):
+        AutoUnifiedModel.from_pretrained(tmp_path)
+
+
+def test_wrong_keys_are_listed(tmp_path):
+    shutil.copytree(CHECKPOINT, tmp_path, dirs_exist_ok=True)
+    weights = load_file(CHECKPOINT / "ema.safetensors")
+    del weights["llm2vae.bias"]
+    weights["language_model.model.norm.weight"] = torch.ones(3)
+    weights["stray.weight"] = torch.ones(1)
+    save_file(weights, tmp_path / "ema.safetensors")
+    with pytest.raises(CheckpointError) as error:
+        AutoUnifiedModel.from_pretrained(tmp_path)
+    message = str(error.value)
+    assert "missing (1): llm2vae.bias" in message and "unexpected (1): stray.weight" in message
+    assert "language_model.model.norm.weight: (3,) in the file, (64,) in the model" in message
+
+
+def test_truncated_weights_and_unknown_folders_are_refused(tmp_path):
+    shutil.copytree(CHECKPOINT, tmp_path / "cut")
+    path = tmp_path / "cut" / "ema.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=r"ema\.safetensors cannot be read"):
+        AutoUnifiedModel.from_pretrained(tmp_path / "cut")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="no checkpoint of a known family"):
+        AutoUnifiedModel.from_pretrained(tmp_path / "empty")
+    with pytest.raises(CheckpointError, match="neither a folder on this machine nor a Hub repository id"):
+        AutoUnifiedModel.from_pretrained(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("task", ["reconstruct", "generate", "caption", "edit"])
+def test_a_batch_is_its_samples(model, processor, task):
+    """Padding, batching and per-sample generators leave every sample's loss what it is on its own."""
+    whole = batch(processor, task, 4)
+    corruption = model.sample_corruption(whole, generators(4))
+    with torch.no_grad():
+        together = model(corruption=corruption, **whole)
+        for index in range(4):
+            one = rows(whole, slice(index, index + 1))
+            alone = model.sample_corruption(one, generators(4)[index : index + 1])
+            for name, tensor in alone.items():
+                assert torch.equal(tensor[0], corruption[name][index]), name
+            output = model(corruption=alone, **one)
+            torch.testing.assert_close(output.loss, together.per_sample_loss[index], rtol=1e-4, atol=1e-5)
+
+
+def test_instruction_may_be_left_out(model, processor):
+    with_it = batch(processor, "reconstruct", 2)
+    without = processor(images=pictures(2), instruction="", task="reconstruct")
+    assert "input_ids" in with_it and "input_ids" not in without
+    corruption = model.sample_corruption(without, generators(2))
+    with torch.no_grad():
+        assert model(corruption=corruption, **without).loss != model(corruption=corruption, **with_it).loss
+
+
+def test_cached_latents_stand_in_for_pixels(model, processor):
+    whole = batch(processor, "reconstruct", 2)
+    corruption = model.sample_corruption(whole, generators(2))
+    latents = model.encode_latents(whole["pixel_values"], corruption["posterior_noise"])
+    cached = {name: value for name, value in whole.items() if name != "pixel_values"} | {"latents": latents}
+    with torch.no_grad():
+        assert torch.equal(model(corruption=corruption, **cached).loss, model(corruption=corruption, **whole).loss)
+
+
+def test_activation_checkpointing_changes_nothing(processor):
+    model = AutoUnifiedModel.from_pretrained(CHECKPOINT)
+    model.freeze_understanding()
+    whole = batch(processor, "reconstruct", 2)
+    corruption = model.sample_corruption(whole, generators(2))
+    gradients = []
+    for enable in (False, True):
+        if enable:
+            model.activation_checkpointing_enable()
+        model.train()
+        model.zero_grad()
+        model(corruption=corruption, **whole).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_lora_targets_are_the_generators_linear_layers(model, processor):
+    model = AutoUnifiedModel.from_pretrained(CHECKPOINT)
+    layers = model.config.text_config.num_hidden_layers
+    peft = get_peft_model(model, LoraConfig(r=2, target_modules=model.lora_target_modules))
+    wrapped = [name for name, module in peft.named_modules() if hasattr(module, "lora_A")]
+    assert len(wrapped) == 7 * layers and all("_moe_gen" in name for name in wrapped)
+    peft(**batch(processor, "reconstruct", 2)).loss.backward()
+    with_gradient = {name for name, p in peft.named_parameters() if p.grad is not None}
+    assert with_gradient == {name for name, _ in peft.named_parameters() if "lora_" in name}
+
+
+def test_generation_of_a_batch_is_generation_one_by_one(model, processor):
+    prompts, images = ["a red kite over the harbour", "boats"], [*pictures(1), *pictures(1, (48, 64))]
+    options = {"num_inference_steps": 3, "height": 32, "width": 48}
+    cases = [
+        {"text": prompts},
+        {"text": prompts, "images": images[:1] * 2, "task": "reconstruct"},
+        {"images": images, "task": "reconstruct"},
+        {"text": prompts, "images": images, "task": "edit", "image_guidance_scale": 2.0},
+    ]
+    for case in cases:
+        together = model.generate_images(processor, **case, **options, generator=generators(2))
+        for index, image in enumerate(together):
+            one = {
+                name: value[index : index + 1] if isinstance(value, list) else value for name, value in case.items()
+            }
+            alone = model.generate_images(processor, **one, **options, generator=generators(2)[index : index + 1])[0]
+            assert image.size == (48, 32)
+            assert np.abs(np.asarray(image, int) - np.asarray(alone, int)).max() <= 1
+    answers = model.generate_text(processor, prompts, images[:1] * 2, max_new_tokens=6)
+    assert answers == [model.generate_text(processor, [p], images[:1], max_new_tokens=6)[0] for p in prompts]
+
+
+def test_images_of_one_batch_share_a_size(processor):
+    with pytest.raises(ValueError, match="come out at different sizes"):
+        processor(images=[*pictures(1), *pictures(1, (48, 64))], instruction="Describe.", task="reconstruct")
+
+
+def test_default_configuration_is_the_published_model():
+    with torch.device("meta"):
+        model = Model(Config())
+    count = {
+        name: sum(p.numel() for p in model.get_submodule(name).parameters())
+        for name in ("language_model", "vit_model", "connector", "time_embedder", "vae2llm", "llm2vae", "vae")
+    }
+    assert count == {
+        "language_model": 14_141_252_608,
+        "vit_model": 402_552_736,
+        "connector": 16_980_992,
+        "time_embedder": 13_769_728,
+        "vae2llm": 232_960,
+        "llm2vae": 229_440,
+        "vae": 83_819_683,
+    }
+    model.freeze_understanding()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert (sum(p.numel() for p in trained), len(trained)) == (6_539_861_056, 401)
