@@ -15,6 +15,7 @@ from reca_trainer.models import openuni
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor, detect
 from reca_trainer.models.checkpoint import CheckpointError
 from reca_trainer.models.openuni.configuration_openuni import INTERNVL3_1B
+from reca_trainer.shapes.tokenizer import make_tokenizer
 from tests.conftest import Golden
 
 CHECKPOINT = Golden("openuni").checkpoint
@@ -310,14 +311,16 @@ def test_tokenizer_without_its_json_file_gives_the_same_ids(processor, batch, tm
     assert torch.equal(other(images=pictures(2), instruction=INSTRUCTION)["input_ids"], batch["input_ids"])
 
 
-def test_tiny_model_trains_and_generates(processor):
+def test_tiny_model_trains_and_generates():
     torch.manual_seed(0)
-    config = openuni.Config.tiny(len(processor.tokenizer), processor.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"))
+    tokenizer = make_tokenizer()
+    config = openuni.Config.tiny(len(tokenizer) + 3)
     model = openuni.Model(config)
     assert sum(parameter.numel() for parameter in model.parameters()) < 2e6
-    own = openuni.Processor.from_config(config, processor.tokenizer)
+    own = openuni.Processor.tiny(config, tokenizer)
+    assert len(tokenizer) + 3 == len(own.tokenizer)
     batch = own(images=pictures(4), instruction=INSTRUCTION, task="reconstruct")
-    assert batch["pixel_values"].shape == (4, 3, 64, 64)
+    assert batch["pixel_values"].shape == (4, 3, 32, 32)
     model.freeze_understanding()
     corruption = draws(model, batch)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
@@ -330,7 +333,9 @@ def test_tiny_model_trains_and_generates(processor):
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
     images = model.generate_images(own, images=pictures(1), task="reconstruct", num_inference_steps=2)
-    assert images[0].size == (64, 64)
+    assert images[0].size == (32, 32)
+    with pytest.raises(ValueError, match="the config expects"):
+        openuni.Processor.tiny(openuni.Config.tiny(99), tokenizer)
 
 
 @pytest.mark.parametrize(

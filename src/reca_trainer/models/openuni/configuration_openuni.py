@@ -118,22 +118,21 @@ class OpenUniConfig(PreTrainedConfig):
         return self.transformer_config["sample_size"] * self.spatial_compression_ratio
 
     @classmethod
-    def tiny(cls, vocab_size: int = 512, image_token_id: int = 511) -> OpenUniConfig:
-        """About a million parameters in the published structure: 64×64 images as 8×8 latents, 16 understanding
-        embeddings of a 56×56 condition, 16 queries.
+    def tiny(cls, vocab_size: int) -> OpenUniConfig:
+        """About a million parameters in the published structure: 32×32 images as 8×8 latents, 16 understanding
+        embeddings and 16 queries.
 
         Args:
-            vocab_size: size of a tokenizer that has the tokens `<img>`, `</img>` and `<IMG_CONTEXT>`.
-            image_token_id: the last one's id.
+            vocab_size: of the tokenizer given to `OpenUniProcessor.tiny`, plus three image tokens that come last.
         """
         layers = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-        blocks = ["ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"]
-        channels = [16, 16, 32, 32]
+        blocks = ["ResBlock", "ResBlock", "EfficientViTBlock"]
+        channels = [16, 32, 64]
         return cls(
             internvl_config={
                 "text_config": {"model_type": "qwen2", "vocab_size": vocab_size, "num_key_value_heads": 2, **layers},
-                "vision_config": {"attention_bias": True, "image_size": 56, "patch_size": 7, **layers},
-                "image_token_id": image_token_id,
+                "vision_config": {"attention_bias": True, "image_size": 32, "patch_size": 4, **layers},
+                "image_token_id": vocab_size - 1,
                 "image_seq_length": 16,
                 "tie_word_embeddings": False,
             },
@@ -158,10 +157,10 @@ class OpenUniConfig(PreTrainedConfig):
                 "decoder_block_types": blocks,
                 "encoder_block_out_channels": channels,
                 "decoder_block_out_channels": channels,
-                "encoder_layers_per_block": [1, 1, 1, 1],
-                "decoder_layers_per_block": [1, 1, 1, 1],
-                "encoder_qkv_multiscales": [[], [], [], [5]],
-                "decoder_qkv_multiscales": [[], [], [], [5]],
+                "encoder_layers_per_block": [1, 1, 1],
+                "decoder_layers_per_block": [1, 1, 1],
+                "encoder_qkv_multiscales": [[], [], [5]],
+                "decoder_qkv_multiscales": [[], [], [5]],
             },
             num_queries=16,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,27 @@ class OpenUniProcessor(UnifiedProcessor):
         """The processor that fits a model's configuration."""
         sizes = {name: getattr(config, name) for name in ("image_size", "condition_size", "num_image_tokens")}
         return cls(tokenizer, **{**sizes, **overrides})
+
+    @classmethod
+    def tiny(cls, config: OpenUniConfig, tokenizer: PreTrainedTokenizerBase) -> OpenUniProcessor:
+        """The processor of an `OpenUniConfig.tiny`.
+
+        Args:
+            tokenizer: with Qwen2's `<|im_start|>` and `<|im_end|>`; a copy of it gets the image tokens it lacks.
+
+        Raises:
+            ValueError: tokenizer and config differ in vocabulary size or image token.
+        """
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.add_tokens(["<img>", "</img>", "<IMG_CONTEXT>"], special_tokens=True)
+        ids = len(tokenizer), tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+        expected = config.internvl_config.text_config.vocab_size, config.internvl_config.image_token_id
+        if ids != expected:
+            raise ValueError(
+                f"With image tokens the tokenizer has {ids[0]} entries, of which <IMG_CONTEXT> is number {ids[1]}, but "
+                f"the config expects {expected[0]} and {expected[1]}."
+            )
+        return cls.from_config(config, tokenizer)
 
     def __call__(
         self,
