@@ -361,6 +361,18 @@ def test_loads_what_plain_transformers_saves(tmp_path, processor, tied):
     assert type(AutoUnifiedProcessor.from_pretrained(tmp_path)) is janus.Processor
 
 
+def test_a_config_that_says_tied_does_not_overwrite_a_head_of_its_own(tmp_path, model, processor):
+    """transformers' `JanusConfig` ties by default, Janus' language head was trained apart from the embeddings."""
+    model.config.tie_word_embeddings = True
+    janus.write_published(model, processor, tmp_path)
+    for again in (
+        AutoUnifiedModel.from_pretrained(tmp_path),
+        transformers.JanusForConditionalGeneration.from_pretrained(tmp_path),
+    ):
+        assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+        assert torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().weight)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_plain_transformers_loads_and_generates_the_same_from_what_we_save(tmp_path, processor, tied):
     model = build(tie_word_embeddings=tied)
@@ -507,6 +519,17 @@ def test_bfloat16_weights_give_nearly_the_same_losses(model, processor):
         torch.testing.assert_close(output.loss, model(**batch).loss, rtol=2e-2, atol=2e-2)
 
 
+@torch.no_grad()
+def test_mixed_precision_trains_on_the_same_image_tokens(model, processor):
+    batch = processor(images=pictures((16, 16), (50, 40)), instruction=INSTRUCTION)
+    expected = model(**batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(**batch)
+    assert output.prediction.dtype == torch.bfloat16 and output.loss.dtype == torch.float32
+    assert torch.equal(output.target, expected.target)
+    torch.testing.assert_close(output.loss, expected.loss, rtol=2e-2, atol=2e-2)
+
+
 # Batches
 
 
@@ -533,7 +556,7 @@ def test_a_tiny_janus_takes_any_tokenizer():
     assert batch["input_ids"][0, 0] == config.text_config.bos_token_id
     assert (batch["input_ids"] == config.image_token_id).sum() == 16
     assert len(tokenizer) == 6  # untouched
-    with pytest.raises(ValueError, match="12 entries.*262"):
+    with pytest.raises(ValueError, match=r"12 entries.*262"):
         janus.Processor.tiny(janus.Config.tiny(), tokenizer)
 
 

@@ -11,7 +11,7 @@ token that begins an image:
 from __future__ import annotations
 
 import contextlib
-import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -63,8 +63,6 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
         self.model.vqmodel.eval()
         return self
 
-    # `generate` reads off the signature of `forward` what to prepare (positions, masks, encoded images).
-    @functools.wraps(transformers.JanusForConditionalGeneration.forward, assigned=(), updated=())
     def forward(self, task: str | None = None, corruption: dict[str, torch.Tensor] | None = None, **batch: Any):
         """Compute one task's loss, or run transformers' forward if there is no `task`.
 
@@ -86,6 +84,9 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
         if task == "caption":
             return self._caption(**batch)
         raise ValueError(f"task is {task!r}; Janus knows reconstruct, generate and caption.")
+
+    # `generate` reads off the signature of `forward` what to prepare: positions, masks, encoded images.
+    forward.__signature__ = inspect.signature(transformers.JanusForConditionalGeneration.forward)
 
     def _reconstruct(
         self, input_ids: torch.Tensor, condition_pixel_values: torch.Tensor, pixel_values: torch.Tensor
