@@ -207,7 +207,7 @@ def recon_loss(info, tensors, model, processor, check):
         encoded = model.mar.encode(latents, visible)
         check("masked_x_enc", encoded, tensors["masked_x_enc"])
         check("fused_x_enc", model._fuse(encoded, visible, context_mask, context), tensors["fused_x_enc"])
-        z = model._predict(latents, mask, context, context_mask)
+        z = model._predict(latents, visible, context, context_mask)
         check("decoder_z", z, tensors["decoder_z"])
         x0, draws, diffusion = latents.flatten(1, 2)[:, None], inputs["corruption"], GaussianDiffusion()
         x_t = diffusion.add_noise(x0, draws["noise"], draws["timesteps"])

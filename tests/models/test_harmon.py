@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from reca_trainer.models import harmon
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
 from reca_trainer.models.checkpoint import CheckpointError
-from reca_trainer.models.harmon.modeling_harmon import hidden_counts, kept_timesteps
+from reca_trainer.models.harmon.modeling_harmon import Visible, hidden_counts, kept_timesteps
 from tests.conftest import Golden
 
 PUBLISHED = Golden("harmon").checkpoint
@@ -98,12 +98,12 @@ def test_count_supervised_weights_samples_to_the_batch_loss(model, processor, pi
 def test_hidden_pixels_do_not_reach_the_text_to_image_prediction(model, processor, pictures):
     batch = make_batch(processor, pictures, "generate")
     corruption = model.sample_corruption(batch, generators())
-    corruption["mask"][:] = True
+    visible = Visible.of(torch.ones_like(corruption["mask"]))
     with torch.no_grad():
         latents = model.encode_image(batch["pixel_values"])
         context = model._embed(batch["input_ids"], batch["attention_mask"], None)[:2]
-        one = model._predict(latents, corruption["mask"], *context)
-        other = model._predict(torch.randn_like(latents), corruption["mask"], *context)
+        one = model._predict(latents, visible, *context)
+        other = model._predict(torch.randn_like(latents), visible, *context)
     assert torch.equal(one, other)
 
 
@@ -160,14 +160,49 @@ def test_lora_is_on_every_linear_layer_of_the_generator_and_nowhere_else(model, 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_stays_near_float32(model, processor, pictures, dtype):
+def test_half_precision_stays_near_float32(model, processor, pictures, dtype, tmp_path):
     batch = make_batch(processor, pictures, "reconstruct")
     corruption = model.sample_corruption(batch, generators())
+    model.save_pretrained(tmp_path)
+    half = AutoUnifiedModel.from_pretrained(tmp_path, dtype=dtype)
+    assert half.llm.dtype == dtype and half.vae.dtype == torch.float32
+    half.generate_images(processor, ["a dog"], num_inference_steps=2)
     with torch.no_grad():
         exact = model(corruption=corruption, **batch).loss
-        half = model.to(dtype)(corruption=corruption, **batch).loss
+        half = half(corruption=corruption, **batch).loss
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, exact, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_autocast_stays_near_float32(model, processor, pictures, task):
+    batch = make_batch(processor, pictures, task)
+    corruption = model.sample_corruption(batch, generators())
+    exact = model(corruption=corruption, **batch).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(corruption=corruption, **batch).loss
+    mixed.backward()
+    assert mixed.dtype == torch.float32
+    torch.testing.assert_close(mixed, exact, rtol=0.02, atol=0)
+
+
+def test_a_quantised_generator_trains_through_lora(processor, pictures):
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoUnifiedModel.from_pretrained(PUBLISHED, quantization_config=quantization, device_map="cpu")
+    names = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+    assert names and not any(name.startswith(("vae.", "mar.diffloss.", "llm.lm_head")) for name in names)
+    model = prepare_model_for_kbit_training(model)
+    adapted = get_peft_model(model, LoraConfig(target_modules=model.lora_target_modules))
+    adapted.train()
+    processor = harmon.Processor(processor.tokenizer, image_size=64)
+    for task in TASKS:
+        output = adapted(**make_batch(processor, pictures, task))
+        output.loss.backward()
+        assert torch.isfinite(output.loss)
+    assert all("lora_" in name for name, p in adapted.named_parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +351,9 @@ def test_write_published_is_the_inverse_of_read_published(published, tmp_path):
     model = AutoUnifiedModel.from_pretrained(published, dtype=torch.bfloat16)
     harmon.write_published(model, AutoUnifiedProcessor.from_pretrained(published), tmp_path / "written")
     before, after = load_file(published / "model.safetensors"), load_file(tmp_path / "written" / "model.safetensors")
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[key].float(), after[key].float()) for key in before
+    )
     again = AutoUnifiedModel.from_pretrained(tmp_path / "written", dtype=torch.bfloat16)
     assert same_weights(model, again)
     assert {**again.config.to_dict(), "_name_or_path": ""} == {**model.config.to_dict(), "_name_or_path": ""}

@@ -97,7 +97,7 @@ class HarmonConfig(PreTrainedConfig):
         depends on its explicit randomness alone. The processor needs `image_size=32`."""
         text = {"vocab_size": vocab_size, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
                 "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}  # fmt: skip
-        mar = {"encoder_embed_dim": 48, "encoder_depth": 2, "encoder_num_heads": 4, "decoder_embed_dim": 64,
+        mar = {"encoder_embed_dim": 64, "encoder_depth": 2, "encoder_num_heads": 4, "decoder_embed_dim": 96,
                "decoder_depth": 2, "decoder_num_heads": 4, "img_size": 32, "vae_stride": 4, "vae_embed_dim": 4,
                "class_num": 1, "attn_dropout": 0.0, "proj_dropout": 0.0, "buffer_size": 4, "diffloss_d": 2,
                "diffloss_w": 96, "num_sampling_steps": "ddim20"}  # fmt: skip

@@ -169,7 +169,7 @@ class Mar(nn.Module):
 
     def encode(self, latents: Tensor, visible: Visible | None = None) -> Tensor:
         """Encode latents `[B, h, w, C]`, all of them or the `visible` ones, to `[B, K + V, E]`, buffers first."""
-        x = self.z_proj(latents.flatten(1, 2).to(self.z_proj.weight.dtype))  # [B, L, E]
+        x = self.z_proj(latents.flatten(1, 2).to(self.fake_latent.dtype))  # [B, L, E]
         buffers = self.fake_latent.to(x.dtype).expand(len(x), self.buffer_size, -1)
         x = torch.cat([buffers, x], dim=1)
         x = self.z_proj_ln(x + self.position_embeddings(self.encoder_pos_embed_learned, latents.shape[1:3]))
@@ -371,8 +371,9 @@ class DenoisingMLP(nn.Module):
         self.final_layer = FinalLayer(width, 2 * channels)
 
     def forward(self, x: Tensor, timesteps: Tensor, z: Tensor) -> Tensor:
-        condition = self.time_embed(timesteps) + self.cond_embed(z)
-        x = self.input_proj(x.to(self.input_proj.weight.dtype))
+        dtype = self.input_proj.weight.dtype
+        condition = self.time_embed(timesteps) + self.cond_embed(z.to(dtype))
+        x = self.input_proj(x.to(dtype))
         for block in self.res_blocks:
             x = block(x, condition)
         return self.final_layer(x, condition).float()  # [..., 2C]
@@ -454,6 +455,8 @@ class HarmonModel(UnifiedModel):
         r"|proj_(in|out)\.[02]"
     )
     supports_gradient_checkpointing = True
+    _keep_in_fp32_modules = ("vae", "mar.diffloss")  # never float16, never quantised
+    _keep_in_fp32_modules_strict = ("vae",)  # small and frozen: never bfloat16 either
     _no_split_modules = ("Qwen2DecoderLayer", "MarBlock", "ResidualBlock")
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -522,6 +525,7 @@ class HarmonModel(UnifiedModel):
             raise ValueError(f"task is {task!r}; Harmon knows 'reconstruct', 'generate' and 'caption'.")
         if corruption is None:
             corruption = self.sample_corruption(batch)
+        visible = Visible.of(corruption["mask"]).to(self.device)
         corruption = {name: value.to(self.device) for name, value in corruption.items()}
 
         latents = self.encode_image(batch["pixel_values"])  # [B, h, w, C]
@@ -532,7 +536,7 @@ class HarmonModel(UnifiedModel):
             understanding = self._scale_gradient(self.understand(condition_latents))  # [B, S, H]
         context, context_mask, _ = self._embed(batch["input_ids"], batch.get("attention_mask"), understanding)
 
-        z = self._predict(latents, corruption["mask"], context, context_mask)  # [B, L, D]
+        z = self._predict(latents, visible, context, context_mask)  # [B, L, D]
         losses, prediction = self.mar.diffloss(
             z[:, None], latents.flatten(1, 2)[:, None], corruption["timesteps"], corruption["noise"]
         )  # [B, M, L], [B, M, L, C]
@@ -547,9 +551,8 @@ class HarmonModel(UnifiedModel):
             understanding_embeds=understanding,
         )
 
-    def _predict(self, latents: Tensor, mask: Tensor, context: Tensor, context_mask: Tensor) -> Tensor:
-        """What the diffusion head is conditioned on, `[B, L, D]`, from the tokens that `mask` leaves and the context."""
-        visible = Visible.of(mask)
+    def _predict(self, latents: Tensor, visible: Visible, context: Tensor, context_mask: Tensor) -> Tensor:
+        """What the diffusion head is conditioned on, `[B, L, D]`, from the visible tokens and the context."""
         encoded = self.mar.encode(latents, visible)
         fused = self._fuse(encoded, visible, context_mask, context)
         return self.mar.decode(fused, visible, tuple(latents.shape[1:3]))
@@ -650,7 +653,7 @@ class HarmonModel(UnifiedModel):
         if visible.valid is not None:
             valid[:, :-buffers] = visible.valid
         mask = torch.cat([context_mask, valid], dim=1)
-        inputs = tokens if context is None else torch.cat([context.to(tokens.dtype), tokens], dim=1)
+        inputs = tokens if context is None else torch.cat([context, tokens.to(context.dtype)], dim=1)
         hidden = self.llm.model(
             inputs_embeds=inputs,
             attention_mask=mask,
