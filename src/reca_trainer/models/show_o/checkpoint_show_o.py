@@ -99,19 +99,10 @@ def read_published_processor(
     folder = show_o_folder(folder)
     vq_folder, clip_folder, llm_folder = find_parts(folder, vq_model, vision_tower, llm)
     config = read_config(folder, vq_folder, clip_folder, llm_folder)
-    processor = ShowOProcessor(AutoTokenizer.from_pretrained(llm_folder), **{
-        "image_size": config.image_size,
-        "vq_scale_factor": config.vq_scale_factor,
-        "codebook_size": config.codebook_size,
-        "clip_image_size": config.vision_config.image_size if config.w_clip_vit else None,
-        "clip_patch_size": config.vision_config.patch_size if config.w_clip_vit else 14,
-    } | kwargs)  # fmt: skip
-    if processor.mask_token_id != config.mask_token_id:
-        raise CheckpointError(
-            f"The tokenizer in {llm_folder} has {len(processor.tokenizer)} tokens, with Show-o's special ones; {folder} "
-            f"expects {config.image_token_offset}."
-        )
-    return processor
+    try:
+        return ShowOProcessor.from_config(AutoTokenizer.from_pretrained(llm_folder), config, **kwargs)
+    except ValueError as error:
+        raise CheckpointError(f"The tokenizer in {llm_folder} does not fit {folder}: {error}") from error
 
 
 def part_name(repository: str) -> str:

@@ -93,8 +93,16 @@ class ShowOConfig(PreTrainedConfig):
             raise ValueError(f"num_vq_tokens is {self.num_vq_tokens}, which is no square.")
 
     @classmethod
-    def tiny(cls, llm_vocab_size: int = 512, eos_token_id: int = 0, w_clip_vit: bool = True) -> ShowOConfig:
-        """A Show-o of well under a million parameters for 32 × 32 images of 64 tokens, to be trained from scratch."""
+    def tiny(
+        cls, vocab_size: int = 512, eos_token_id: int = 0, image_size: int = 32, w_clip_vit: bool = True
+    ) -> ShowOConfig:
+        """Under a million parameters; an image token covers 4 × 4 pixels.
+
+        Args:
+            vocab_size: of the tokenizer, without Show-o's special tokens.
+            eos_token_id: the tokenizer's.
+            image_size: side of the images in pixels, a multiple of 8.
+        """
         vq_config = {
             "base_channels": 32,
             "latent_channels": 8,
@@ -104,7 +112,7 @@ class ShowOConfig(PreTrainedConfig):
             "decoder_layers_per_block": [1, 1, 1],
         }
         text_config = PhiConfig(
-            vocab_size=llm_vocab_size + len(SPECIAL_TOKENS) + 2 ** vq_config["latent_channels"] + 1,
+            vocab_size=vocab_size + len(SPECIAL_TOKENS) + 2 ** vq_config["latent_channels"] + 1,
             hidden_size=64,
             intermediate_size=256,
             num_hidden_layers=3,
@@ -116,7 +124,7 @@ class ShowOConfig(PreTrainedConfig):
             intermediate_size=96,
             num_hidden_layers=3,
             num_attention_heads=4,
-            image_size=32,
+            image_size=image_size,
             patch_size=8,
         )
         return cls(
@@ -124,8 +132,8 @@ class ShowOConfig(PreTrainedConfig):
             vision_config=vision_config,
             vq_config=vq_config,
             w_clip_vit=w_clip_vit,
-            llm_vocab_size=llm_vocab_size,
-            num_vq_tokens=64,
+            llm_vocab_size=vocab_size,
+            num_vq_tokens=(image_size // 4) ** 2,
             bos_token_id=eos_token_id,
             eos_token_id=eos_token_id,
         )

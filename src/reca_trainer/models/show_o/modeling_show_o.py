@@ -160,6 +160,9 @@ class ShowOModel(UnifiedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.model.embed_tokens
 
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.lm_head
+
     @property
     def generation_modules(self) -> list[str]:
         return ["language_model", "mm_projector"] if self.config.w_clip_vit else ["language_model"]
@@ -219,12 +222,16 @@ class ShowOModel(UnifiedModel):
         """Over the whole vocabulary, at the positions of `hidden` `[B, T, D]` whose label `[B, T]` is not -100."""
         supervised = labels != -100
         target = labels[supervised]
+        if not len(target):
+            raise ValueError(
+                "No token of this batch is supervised; are its questions so long that the answers are cut?"
+            )
         logits = self.language_model.lm_head(hidden[supervised])
         token_loss = F.cross_entropy(logits.float(), target, reduction="none")
         per_token = torch.zeros(supervised.shape, device=hidden.device)
         per_token = per_token.masked_scatter(supervised, token_loss.detach())
         return UnifiedOutput(
-            loss=token_loss.sum() / max(len(target), 1),
+            loss=token_loss.mean(),
             per_sample_loss=per_token.sum(1) / supervised.sum(1).clamp(min=1),
             prediction=logits,
             target=target,
@@ -235,7 +242,8 @@ class ShowOModel(UnifiedModel):
     def tokenize_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`[B, 3, H, W]` in [-1, 1] -> ids of their image tokens `[B, n]`."""
         with torch.autocast(pixel_values.device.type, enabled=False):
-            return self.vq_model.encode(pixel_values.float()) + self.config.image_token_offset
+            dtype = self.vq_model.decoder.conv_in.weight.dtype
+            return self.vq_model.encode(pixel_values.to(dtype)) + self.config.image_token_offset
 
     def encode_condition(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The condition image `[B, 3, h, w]` -> embeddings `[B, P, D]` (CLIP variant) or token ids `[B, P]`."""
@@ -383,6 +391,8 @@ class ShowOModel(UnifiedModel):
         num_inference_steps: int = 50,
         guidance_scale: float = 5.0,
         temperature: float = 1.0,
+        height: int | None = None,
+        width: int | None = None,
     ) -> list[Image.Image]:
         """See `UnifiedModel.generate_images`. `edit` is inpainting; the authors use 16 steps and guidance 1.75 for it.
 
@@ -390,11 +400,21 @@ class ShowOModel(UnifiedModel):
             mask_images: one per image for `edit`; what is white is generated anew, guided by `text`.
             guidance_scale: classifier-free guidance away from an empty caption; off at 0.
             temperature: of the noise in the confidences that decide which tokens are kept; it fades over the steps.
+            height, width: nothing but the model's `image_size`.
         """
+        side = self.config.image_size
+        if (height or side, width or side) != (side, side):
+            raise ValueError(f"This Show-o generates images of {side} × {side} pixels only, not {height} × {width}.")
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}.")
+        if task not in ("generate", "reconstruct", "edit"):
+            raise ValueError(f"Show-o does not generate images for the task {task!r}.")
         if task == "edit" and (images is None or mask_images is None):
             raise ValueError("Inpainting needs `images` and `mask_images`.")
         if task == "reconstruct" and images is None:
             raise ValueError("Reconstruction needs `images`.")
+        if task != "reconstruct" and text is None:
+            raise ValueError("Text-to-image and inpainting need `text`; an empty string for no guidance by words.")
         training = self.training
         self.eval()
         condition, known = None, None
@@ -505,7 +525,7 @@ class ShowOModel(UnifiedModel):
         """Ids `[B, n]` of a square image -> `[B, 3, H, W]` float32, about [-1, 1]."""
         codes = (tokens - self.config.image_token_offset).clamp(0, self.config.codebook_size - 1)
         with torch.autocast(tokens.device.type, enabled=False):
-            return self.vq_model.decode(codes)
+            return self.vq_model.decode(codes).float()
 
     @staticmethod
     def to_images(pixels: torch.Tensor) -> list[Image.Image]:
@@ -516,7 +536,7 @@ class ShowOModel(UnifiedModel):
     def token_mask(self, mask_images: list[Image.Image]) -> torch.Tensor:
         """White areas of masks -> the tokens under them `[B, n]` bool; masks are cut like their images."""
         side = math.isqrt(self.config.num_vq_tokens)
-        masks = [resize_and_crop(image.convert("L"), self.config.image_size) for image in mask_images]
+        masks = [resize_and_crop(image, self.config.image_size).convert("L") for image in mask_images]
         values = torch.from_numpy(np.stack([np.asarray(mask) for mask in masks])).float()[:, None] / 255
         values = F.interpolate(values, (side, side), mode="bicubic", align_corners=False)
         return (values.flatten(1) >= 0.5).to(self.device)
@@ -539,37 +559,48 @@ class ShowOModel(UnifiedModel):
         images: list[Image.Image] | None = None,
         *,
         max_new_tokens: int = 100,
+        temperature: float = 0.0,
+        generator: Generators = None,
     ) -> list[str]:
-        """See `UnifiedModel.generate_text`. Greedy, as the authors' evaluation is."""
+        """See `UnifiedModel.generate_text`. Greedy at `temperature` 0, as the authors' evaluation is, else sampled."""
         training = self.training
         self.eval()
         conditions = [None] * len(text)
         if images is not None:
             conditions = self.encode_condition(processor.understanding_pixels(images).to(self.device)).split(1)
+        generators = generator if isinstance(generator, list) else [generator] * len(text)
+        questions = processor.questions(text, images is not None)
         answers = []
-        for input_ids, condition in zip(processor.questions(text, images is not None), conditions, strict=True):
-            ids, _ = self.answer(input_ids.to(self.device), condition, max_new_tokens)
+        for input_ids, condition, one in zip(questions, conditions, generators, strict=True):
+            ids, _ = self.answer(input_ids.to(self.device), condition, max_new_tokens, temperature, one)
             answers.append(processor.tokenizer.decode(ids, skip_special_tokens=True).strip())
         self.train(training)
         return answers
 
     @torch.no_grad()
     def answer(
-        self, input_ids: torch.Tensor, condition: torch.Tensor | None, max_new_tokens: int
+        self,
+        input_ids: torch.Tensor,
+        condition: torch.Tensor | None,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
     ) -> tuple[list[int], torch.Tensor]:
-        """Continue one sequence `[1, T]` greedily up to its EOS: the new ids, and the logits `[new, vocabulary]` that chose
-        them."""
+        """Continue one sequence `[1, T]` up to its EOS: the new ids, and the logits `[new, vocabulary]` they are from."""
         cache = DynamicCache(config=self.config.text_config)
         embeds, _ = self.embed(input_ids, condition)
         mask = self.attention_mask("caption", input_ids, None)
         ids, logits = [], []
-        while len(ids) < max_new_tokens:
+        while len(ids) < max_new_tokens and self.config.eos_token_id not in ids:
             logits.append(self.language_model.lm_head(self.attend(embeds, mask, cache)[:, -1]).float())
-            ids.append(int(logits[-1].argmax()))
-            if ids[-1] == self.config.eos_token_id:
-                break
-            embeds, mask = self.language_model.model.embed_tokens(input_ids.new_tensor([[ids[-1]]])), None
-        return ids, torch.cat(logits) if logits else torch.empty(0, self.config.text_config.vocab_size)
+            if temperature > 0:
+                probabilities = (logits[-1][0] / temperature).softmax(-1).cpu()
+                ids.append(int(torch.multinomial(probabilities, 1, generator=generator)))
+            else:
+                ids.append(int(logits[-1].argmax()))
+            # A new token sees all before it, so it needs no mask.
+            embeds, mask = self.language_model.model.embed_tokens(input_ids.new_tensor([ids[-1:]])), None
+        return ids, torch.cat(logits)
 
 
 def build_mid_block(channels: int) -> UNetMidBlock2D:

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import CLIPImageProcessorPil
+from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase
 
-from reca_trainer.models.show_o.configuration_show_o import CONDITION_TOKEN_ID, SPECIAL_TOKENS
+from reca_trainer.models.show_o.configuration_show_o import CONDITION_TOKEN_ID, SPECIAL_TOKENS, ShowOConfig
 from reca_trainer.models.unified import UnifiedProcessor
 
 # The sentences that precede an image during the CLIP variant's visual instruction tuning, which are LLaVA's.
@@ -72,6 +72,13 @@ class ShowOProcessor(UnifiedProcessor):
         self.recon_text_length = recon_text_length
         self.down_scale = down_scale
         self.resize_back = resize_back
+        if tokenizer.eos_token_id is None:
+            raise ValueError("The tokenizer has no EOS token, which Show-o puts around every text.")
+        if clip_image_size is None and not resize_back and image_size % (down_scale * vq_scale_factor):
+            raise ValueError(
+                f"An image of {image_size} pixels shrunk {down_scale} times is no whole number of tokens of "
+                f"{vq_scale_factor} pixels."
+            )
         if tokenizer.pad_token is None:
             tokenizer.add_special_tokens({"pad_token": SPECIAL_TOKENS[0]})
         tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
@@ -91,6 +98,33 @@ class ShowOProcessor(UnifiedProcessor):
                 "them, the loss falls to zero and text-to-image generation collapses. Use down_scale=2 or more.",
                 stacklevel=2,
             )
+
+    @classmethod
+    def from_config(cls, tokenizer: PreTrainedTokenizerBase, config: ShowOConfig, **kwargs: Any) -> ShowOProcessor:
+        """The processor of a model.
+
+        Args:
+            tokenizer: of `config.llm_vocab_size` tokens.
+            kwargs: further arguments of the class.
+
+        Raises:
+            ValueError: the tokenizer has another number of tokens.
+        """
+        clip = config.vision_config
+        sizes = {
+            "image_size": config.image_size,
+            "vq_scale_factor": config.vq_scale_factor,
+            "codebook_size": config.codebook_size,
+            "clip_image_size": clip and clip.image_size,
+            "clip_patch_size": clip.patch_size if clip else 14,
+        }
+        processor = cls(tokenizer, **{**sizes, **kwargs})
+        if processor.mask_token_id != config.mask_token_id:
+            raise ValueError(
+                f"The tokenizer has {len(tokenizer)} tokens with Show-o's special ones, the model expects "
+                f"{config.image_token_offset}."
+            )
+        return processor
 
     @property
     def num_image_tokens(self) -> int:
@@ -241,11 +275,11 @@ class ShowOProcessor(UnifiedProcessor):
             return self.crop(images)
         side = self.clip_image_size
         clip = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-        return clip(images, return_tensors="pt")["pixel_values"]
+        return clip([without_ends(image) for image in images], return_tensors="pt")["pixel_values"]
 
     def crop(self, images: list[Image.Image]) -> torch.Tensor:
         """`[B, 3, H, W]` float32 in [-1, 1]: the shorter side resized to `image_size`, bicubic, and the centre cut out."""
-        return to_pixels([resize_and_crop(image.convert("RGB"), self.image_size) for image in images])
+        return to_pixels([resize_and_crop(image, self.image_size) for image in images])
 
     def _tokenize(self, text: str) -> list[int]:
         # a caption that spells out a special token does not get to use it
@@ -294,8 +328,18 @@ class ShowOProcessor(UnifiedProcessor):
         return {"input_ids": input_ids, "attention_mask": (input_ids != self.pad_id).long()}
 
 
+def without_ends(image: Image.Image) -> Image.Image:
+    """RGB, and of a very long strip only the middle, which is all that a crop keeps: the shorter side of 20,000 × 3 pixels
+    resized to 512 would take gigabytes."""
+    width, height = image.size
+    image, keep = image.convert("RGB"), 16 * min(width, height)
+    left, top = max(width - keep, 0) // 2, max(height - keep, 0) // 2
+    return image.crop((left, top, width - left, height - top)) if left or top else image
+
+
 def resize_and_crop(image: Image.Image, side: int) -> Image.Image:
-    """The central square of `side` pixels after the shorter side was resized to it, bicubic."""
+    """RGB, the central square of `side` pixels after the shorter side was resized to it, bicubic."""
+    image = without_ends(image)
     width, height = image.size
     size = (side, int(side * height / width)) if width < height else (int(side * width / height), side)
     left, top = (round((length - side) / 2) for length in size)
