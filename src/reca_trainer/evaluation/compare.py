@@ -13,12 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from PIL import Image
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from reca_trainer.evaluation.evaluate import add_benchmark_arguments, evaluate
-from reca_trainer.evaluation.generation import replacing
+from reca_trainer.evaluation.generation import processes, replacing
 from reca_trainer.evaluation.report import compare_rows, interval, percent
 from reca_trainer.images import decode_image
 
@@ -47,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     if len(args.models) < 2:
         parser.error("there is nothing to compare: give at least two models")
     runs = [_run(args, name, number) for number, name in enumerate(args.models)]
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         print(compare(runs, args.output_dir, args.thumbnail))
 
 

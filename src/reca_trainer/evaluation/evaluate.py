@@ -11,14 +11,21 @@ import math
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
 
 from reca_trainer.data import find_columns, load_image_dataset
 from reca_trainer.evaluation import dpg, geneval, reconstruction, understanding
-from reca_trainer.evaluation.generation import Prompt, find_images, generate, read_metadata, replacing, score_images
+from reca_trainer.evaluation.generation import (
+    Prompt,
+    find_images,
+    generate,
+    processes,
+    read_metadata,
+    replacing,
+    score_images,
+)
 from reca_trainer.evaluation.judge import EndpointJudge, LocalJudge
 from reca_trainer.evaluation.report import Z, summarize, write_report
 from reca_trainer.images import decode_image
@@ -85,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.images and args.benchmark not in ("geneval", "dpg"):
         parser.error(f"{args.benchmark} needs a --model; it does not score images made elsewhere")
     text = evaluate(args, args.output_dir, args.model, args.adapter, args.images)
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         print(text)
 
 
@@ -129,9 +136,9 @@ def evaluate(
             prompts = spread([Prompt(name, data["prompt"], data) for name, data in found.items()], args.limit)
         elif any(Path(images).glob("*.png")):
             grids, images = images, folder / "images"
-            if PartialState().is_main_process:
+            if processes().is_main_process:
                 dpg.read_grids(grids, prompts, images)
-            PartialState().wait_for_everyone()
+            processes().wait_for_everyone()
     scorer = _geneval(args) if args.benchmark == "geneval" else _dpg(args)
     rows = score_images(prompts, lambda prompt: find_images(images, prompt.id)[:count], scorer, folder, scorer.scorer)
 
@@ -146,7 +153,7 @@ def evaluate(
         **summarize(rows, overall),
         **(_geneval_text(scorer.scorer) if args.benchmark == "geneval" else _dpg_text(scorer.scorer, rows)),
     }
-    if PartialState().is_main_process and args.grids:
+    if processes().is_main_process and args.grids:
         dpg.write_grids(images, prompts, args.grids)
     return _write(folder, report)
 
@@ -154,7 +161,7 @@ def evaluate(
 def load_model(model: str, adapter: str | None, dtype: str) -> tuple[UnifiedModel, UnifiedProcessor]:
     """A model, with its adapter if any, on this process's device."""
     processor = AutoUnifiedProcessor.from_pretrained(model)
-    unified = AutoUnifiedModel.from_pretrained(model, dtype=dtype).to(PartialState().device).eval()
+    unified = AutoUnifiedModel.from_pretrained(model, dtype=dtype).to(processes().device).eval()
     if adapter is not None:
         unified = PeftModel.from_pretrained(unified, adapter).eval().get_base_model()
     return unified, processor
@@ -182,7 +189,7 @@ def spread(items: list[Any], limit: int | None) -> list[Any]:
 
 
 def _geneval(args: argparse.Namespace) -> geneval.GenEval:
-    device = PartialState().device
+    device = processes().device
     return geneval.GenEval(
         geneval.Detector(args.detector, args.detector_revision, device),
         geneval.ColorClassifier(args.color_classifier, args.color_classifier_revision, device),
@@ -205,7 +212,7 @@ def _dpg(args: argparse.Namespace) -> dpg.DPGBench:
     if args.judge_url:
         judge: Any = EndpointJudge(args.judge_url, args.judge)
     else:
-        judge = LocalJudge(args.judge, args.judge_revision, PartialState().device, batch_size=args.batch_size)
+        judge = LocalJudge(args.judge, args.judge_revision, processes().device, batch_size=args.batch_size)
     return dpg.DPGBench(judge, args.judge_instruction)
 
 
@@ -221,7 +228,7 @@ def _dpg_text(scorer: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, A
 
 
 def _evaluate_dataset(args: argparse.Namespace, folder: Path, about: dict[str, Any], sampling: dict[str, Any]) -> str:
-    state = PartialState()
+    state = processes()
     dataset = load_image_dataset(args.dataset, args.dataset_split)
     column = find_columns(dataset).image
     chosen = spread(list(range(len(dataset))), args.limit)
@@ -278,7 +285,7 @@ def _mean(values: list[float]) -> dict[str, float | None]:
 
 
 def _write(folder: Path, report: dict[str, Any]) -> str:
-    if not PartialState().is_main_process:
+    if not processes().is_main_process:
         return ""
     return write_report(folder, report)
 

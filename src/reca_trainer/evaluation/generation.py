@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
 
 from reca_trainer.models.unified import UnifiedModel, UnifiedProcessor
@@ -40,6 +41,12 @@ class Prompt:
     def __post_init__(self):
         if not self.id or Path(self.id).name != self.id or self.id in (".", ".."):
             raise ValueError(f"The prompt id {self.id!r} cannot be the name of a folder.")
+
+
+def processes() -> PartialState:
+    """The processes of this run and this one's device, also where there is no accelerator to find."""
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=cpu)
 
 
 def generate(
@@ -67,7 +74,7 @@ def generate(
     Raises:
         ValueError: `folder` holds images of other prompts, of another seed or made with other settings.
     """
-    folder, sampling, state = Path(folder), sampling or {}, PartialState()
+    folder, sampling, state = Path(folder), sampling or {}, processes()
     if state.is_main_process:
         _claim(folder, prompts, {**(settings or {}), "seed": seed, "sampling": sampling})
     state.wait_for_everyone()
@@ -186,7 +193,7 @@ def score_images(
             that go into the named scores of the report: `{name: [sum, weight]}`.
         scorer: what the scores depend on besides the image (detector, judge, …). Rows of another scorer are redone.
     """
-    folder, state = Path(folder), PartialState()
+    folder, state = Path(folder), processes()
     scorer = json.loads(json.dumps(scorer))
     mine = prompts[state.process_index :: state.num_processes]
     for prompt in tqdm(mine, desc="score", unit="prompt", disable=not state.is_main_process):
