@@ -98,8 +98,8 @@ class RecATrainer(Trainer):
         self.loss_weights = dict(zip(TASKS, (args.reca_weight, i2t, args.text_to_image_weight), strict=True))
         self.task_pattern = args.task_pattern(self.loss_weights)
         self.images.check(self.task_pattern)
-        if len(self.task_pattern) > 1 and args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = True  # a task may not reach every trained weight
+        if args.ddp_find_unused_parameters is None:  # one of several tasks may not reach every trained weight
+            args.ddp_find_unused_parameters = len(self.task_pattern) > 1
 
         if isinstance(model, PeftModel):
             if peft_config is not None:
