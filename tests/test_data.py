@@ -6,6 +6,7 @@ import shutil
 import tarfile
 import zipfile
 from collections import Counter
+from itertools import islice
 
 import accelerate
 import datasets
@@ -626,6 +627,24 @@ def test_each_epoch_of_a_stream_is_reshuffled_and_reproducible(workers):
     assert epochs[0] == epochs[2] != epochs[1]
     for epoch in epochs:
         assert sorted(value for batch in epoch for _, value in batch) == list(range(20))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_endless_stream_resumes_exactly_in_a_later_pass(workers):
+    rows = streaming_rows(stream_of(range(20)), batch_size=2, endless=True)
+
+    def loader():
+        return DataLoader(rows, batch_size=None, collate_fn=contents, num_workers=workers)
+
+    per_pass = sum(1 for _ in streaming_rows(stream_of(range(20)), batch_size=2))
+    whole = list(islice(loader(), 3 * per_pass))
+    passes = [whole[start : start + per_pass] for start in range(0, len(whole), per_pass)]
+    for one in passes:
+        assert sorted(value for batch in one for _, value in batch) == list(range(20))
+    assert passes[0] != passes[1]
+    assert len({drawn.seed for batch in whole for drawn, _ in batch}) == 60
+    skipped = per_pass + 3
+    assert list(islice(accelerate.skip_first_batches(loader(), skipped), 5)) == whole[skipped : skipped + 5]
 
 
 def test_an_unshuffled_stream_keeps_its_order_and_its_seeds():

@@ -520,6 +520,8 @@ class StreamingRows(torch.utils.data.IterableDataset):
         datasets: each task's `IterableDataset` (or `Dataset`).
         columns: each task's `Columns`.
         buckets: the `(height, width)` targets to choose from.
+        endless: go on with the next, reshuffled pass instead of ending the epoch. `Trainer` counts the steps of a source
+            without a length from its beginning, so this is what lets a run of several passes resume exactly.
         buffer_size: rows in the shuffle buffer, encoded.
         on_bad_image: `"raise"`, or `"skip"`: rows without a readable header are left out, and a neighbour takes the
             place of one that turns out damaged later.
@@ -543,6 +545,7 @@ class StreamingRows(torch.utils.data.IterableDataset):
         drop_last: bool = False,
         instructions: Mapping[str, Sequence[str]] | None = None,
         instruction_dropout: float = 0.0,
+        endless: bool = False,
         buffer_size: int = 1000,
         on_bad_image: str = "raise",
     ):
@@ -555,6 +558,7 @@ class StreamingRows(torch.utils.data.IterableDataset):
         self.columns = dict(columns)
         self.buckets = list(buckets)
         self.drop_last = drop_last
+        self.endless = endless
         self.buffer_size = buffer_size
         self.on_bad_image = on_bad_image
         self.datasets = {}
@@ -573,9 +577,9 @@ class StreamingRows(torch.utils.data.IterableDataset):
         epoch, pattern, anchor = int(self._epoch), self._plan.pattern, self._plan.anchor
         worker = get_worker_info()
         workers, this_worker = (worker.num_workers, worker.id) if worker else (1, 0)
-        batches = {
-            task: self._pass(task, epoch, 0) if task == anchor else self._passes(task, epoch) for task in self.datasets
-        }
+        batches = {task: self._passes(task, epoch) for task in self.datasets}
+        if not self.endless:
+            batches[anchor] = self._pass(anchor, epoch, 0)
         for step in count():
             batch = next(batches[pattern[step % len(pattern)]], None)
             if batch is None:
