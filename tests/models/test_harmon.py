@@ -3,27 +3,29 @@
 import json
 import shutil
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from reca_trainer.models import harmon
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
 from reca_trainer.models.checkpoint import CheckpointError
 from reca_trainer.models.harmon.modeling_harmon import Visible, hidden_counts, kept_timesteps
-from tests.conftest import Golden
 
-PUBLISHED = Golden("harmon").checkpoint
+PUBLISHED = Path(__file__).parents[1] / "golden" / "harmon" / "checkpoint"
 TASKS = ("reconstruct", "generate", "caption")
 
 
 @pytest.fixture(scope="module")
 def processor():
-    processor = harmon.read_published_processor(PUBLISHED)
-    processor.image_size = 32
-    return processor
+    tokenizer = harmon.read_published_processor(PUBLISHED).tokenizer
+    return harmon.Processor.tiny(harmon.Config.tiny(vocab_size=len(tokenizer)), tokenizer)
 
 
 @pytest.fixture
@@ -305,6 +307,17 @@ def test_long_prompts_keep_the_turn_around_them(processor):
     assert long[-5:] == short[-5:]
 
 
+def test_the_tiny_processor_brings_the_turn_markers(processor):
+    letters = Tokenizer(WordLevel({letter: n for n, letter in enumerate("abc?")}, "?"))
+    letters = PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="?")
+    with pytest.raises(ValueError, match="im_end"):
+        harmon.Processor(letters)
+    with pytest.raises(ValueError, match="vocabulary"):
+        harmon.Processor.tiny(harmon.Config.tiny(vocab_size=5), letters)
+    tiny = harmon.Processor.tiny(harmon.Config.tiny(vocab_size=6), letters)
+    assert tiny.target_sizes() == [(32, 32)] and tiny.end_id == 5 and len(letters) == 4
+
+
 def test_the_processor_comes_back_with_its_settings(processor, tmp_path):
     processor = harmon.Processor(processor.tokenizer, image_size=64, max_prompt_length=40)
     processor.tokenizer.chat_template = "{{ messages }}"
@@ -329,8 +342,6 @@ def published(tmp_path):
 
 @pytest.fixture
 def training_layout(tmp_path):
-    if not (PUBLISHED / "original").is_dir():
-        pytest.skip("these reference cases have no training layout")
     folder = tmp_path / "training"
     shutil.copytree(PUBLISHED / "original", folder)
     shutil.copy(PUBLISHED / "config.json", folder)

@@ -93,8 +93,12 @@ class HarmonConfig(PreTrainedConfig):
 
     @classmethod
     def tiny(cls, vocab_size: int = 512, **kwargs: Any) -> HarmonConfig:
-        """About 0.7 million parameters for 32×32 images as 8×8 tokens. Without dropout, so that a training step
-        depends on its explicit randomness alone. The processor needs `image_size=32`."""
+        """About 0.9 million parameters in the published structure, for 32×32 images as 8×8 tokens. Without dropout, so
+        that a training step depends on its explicit randomness alone.
+
+        Args:
+            vocab_size: at least that of the tokenizer given to `HarmonProcessor.tiny` and two turn markers.
+        """
         text = {"vocab_size": vocab_size, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
                 "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}  # fmt: skip
         mar = {"encoder_embed_dim": 64, "encoder_depth": 2, "encoder_num_heads": 4, "decoder_embed_dim": 96,

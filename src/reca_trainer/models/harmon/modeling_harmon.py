@@ -579,7 +579,7 @@ class HarmonModel(UnifiedModel):
         by_sample = torch.zeros(supervised.shape, device=losses.device).masked_scatter(supervised, losses.detach())
         return UnifiedOutput(
             loss=losses.mean(),
-            per_sample_loss=by_sample.sum(1) / supervised.sum(1),
+            per_sample_loss=by_sample.sum(1) / supervised.sum(1).clamp(min=1),
             prediction=logits,
             target=target,
             understanding_embeds=understanding,

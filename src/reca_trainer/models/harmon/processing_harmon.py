@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from reca_trainer.models.harmon.configuration_harmon import HarmonConfig
 from reca_trainer.models.unified import TASKS, UnifiedProcessor
 
 USER, ANSWER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
@@ -26,6 +28,9 @@ class HarmonProcessor(UnifiedProcessor):
         image_token_id (`int`): marks the image's place in `input_ids`; the model puts the embeddings there.
         max_prompt_length (`int`): tokens of a prompt; longer text is cut, the chat turn around it stays whole.
         max_caption_length (`int`): tokens of question and answer together, the image counted as one.
+
+    Raises:
+        ValueError: the tokenizer lacks one of the two.
     """
 
     def __init__(
@@ -38,10 +43,31 @@ class HarmonProcessor(UnifiedProcessor):
         **kwargs: Any,
     ):
         super().__init__(tokenizer, **kwargs)
+        if missing := {"<|im_start|>", "<|im_end|>"} - tokenizer.get_vocab().keys():
+            raise ValueError(f"The tokenizer lacks {', '.join(sorted(missing))}; Harmon needs Qwen2.5-Instruct's.")
         self.image_size = image_size
         self.image_token_id = image_token_id
         self.max_prompt_length = max_prompt_length
         self.max_caption_length = max_caption_length
+
+    @classmethod
+    def tiny(cls, config: HarmonConfig, tokenizer: PreTrainedTokenizerBase) -> HarmonProcessor:
+        """The processor of a `HarmonConfig.tiny`.
+
+        Args:
+            tokenizer: any; a copy of it gets `<|im_start|>` and `<|im_end|>` if it lacks them.
+
+        Raises:
+            ValueError: the tokenizer has more entries than the config's vocabulary.
+        """
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+        if len(tokenizer) > config.text_config.vocab_size:
+            raise ValueError(
+                f"With the turn markers the tokenizer has {len(tokenizer)} entries, but the config's vocabulary only "
+                f"{config.text_config.vocab_size}."
+            )
+        return cls(tokenizer, image_size=config.mar_config.img_size, image_token_id=config.image_token_id)
 
     @property
     def end_id(self) -> int:
