@@ -16,13 +16,14 @@ A batch is a plain dict. Its keys mean the same in every family:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import ModelOutput
 
 TASKS = ("reconstruct", "caption", "generate")
@@ -60,11 +61,14 @@ class UnifiedModel(PreTrainedModel):
             an image-to-text loss beside the reconstruction loss (paper, section 3); if not, understanding is frozen.
         lora_target_modules: regular expression that fully matches the names of the generator's linear layers.
         lora_modules_to_save: names of small generator layers trained in full beside the LoRA adapters.
+        quantized_modules: regular expression that fully matches the names of the linear layers a `BitsAndBytesConfig`
+            quantises; by default `lora_target_modules`. All others stay as they are.
     """
 
     shares_weights: bool = False
     lora_target_modules: str = ""
     lora_modules_to_save: tuple[str, ...] = ()
+    quantized_modules: str = ""
     main_input_name = "pixel_values"
 
     @property
@@ -132,6 +136,17 @@ class UnifiedModel(PreTrainedModel):
     ) -> list[str]:
         """Answer each question in `text`, about the image at the same place in `images` if given."""
         raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> UnifiedModel:
+        """As `PreTrainedModel.from_pretrained`; of a `BitsAndBytesConfig` that names no `llm_int8_skip_modules`, all
+        layers but `quantized_modules` are skipped."""
+        if isinstance(quantization_config, BitsAndBytesConfig) and not quantization_config.llm_int8_skip_modules:
+            quantization_config = copy.deepcopy(quantization_config)
+            # The entries of this list are regular expressions too: one that matches every name but these.
+            skip = rf"(?!(?:{cls.quantized_modules or cls.lora_target_modules})$).*"
+            quantization_config.llm_int8_skip_modules = [skip]
+        return super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
 
     def freeze_understanding(self) -> None:
         """Leave exactly `generation_modules` trainable, which is what RecA trains."""

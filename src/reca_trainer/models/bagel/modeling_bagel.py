@@ -288,6 +288,7 @@ class BagelModel(UnifiedModel):
         r"language_model\.model\.layers\.\d+\.(self_attn\.[qkvo]_proj_moe_gen|mlp_moe_gen\.(gate|up|down)_proj)"
     )
     lora_modules_to_save = ("vae2llm", "llm2vae", "time_embedder")
+    quantized_modules = r"language_model\.model\.layers\.\d+\..*"  # both experts
 
     def __init__(self, config: BagelConfig):
         super().__init__(config)
