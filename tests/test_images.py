@@ -120,7 +120,9 @@ def test_what_is_no_image_at_all_is_an_image_error(source):
         decode_image(source, "row 3")
 
 
-def test_the_size_limit_is_checked_before_any_pixel_is_decoded():
+@pytest.mark.parametrize("pillow_limit", [Image.MAX_IMAGE_PIXELS, None])
+def test_the_size_limit_is_checked_before_any_pixel_is_decoded(monkeypatch, pillow_limit):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillow_limit)  # many scripts switch Pillow's own limit off
     side = math.isqrt(MAX_PIXELS)
     assert image_size(png_of_claimed_size(side, side)) == (side, side)
     for read in (decode_image, image_size):
