@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from reca_trainer.models.checkpoint import CheckpointError
 from reca_trainer.models.unified import UnifiedModel, UnifiedProcessor
 
-FAMILIES = ("bagel", "janus", "openuni", "harmon")
+FAMILIES = ("bagel", "janus", "openuni", "harmon", "show_o")
 
 
 def family(name: str) -> ModuleType:

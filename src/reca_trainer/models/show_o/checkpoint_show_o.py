@@ -303,7 +303,7 @@ def write_published(model: ShowOModel, processor: ShowOProcessor, folder: Path) 
     }
     weights = {"": own, part_name(VQ_MODEL): vq}
     if config.w_clip_vit:
-        vision_config = config.vision_config.to_dict() | {"architectures": ["CLIPVisionModel"]}
+        vision_config = config.vision_config.to_dict()
         vision_config.pop("dtype", None)
         files[part_name(VISION_TOWER)], weights[part_name(VISION_TOWER)] = vision_config, clip
     for name, content in files.items():

@@ -120,8 +120,8 @@ class ShowOConfig(PreTrainedConfig):
             qk_layernorm=True,
         )
         vision_config = CLIPVisionConfig(
-            hidden_size=48,
-            intermediate_size=96,
+            hidden_size=64,
+            intermediate_size=128,
             num_hidden_layers=3,
             num_attention_heads=4,
             image_size=image_size,

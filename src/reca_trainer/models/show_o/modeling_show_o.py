@@ -142,7 +142,7 @@ class ShowOModel(UnifiedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ("PhiDecoderLayer", "CLIPEncoderLayer", "ResnetBlock2D")
-    _keep_in_fp32_modules_strict = ("vq_model",)  # tokens are signs, which rounding flips
+    _keep_in_fp32_modules = _keep_in_fp32_modules_strict = ("vq_model",)  # tokens are signs, which rounding flips
     lora_target_modules = r"language_model\.model\.layers\.\d+\.(self_attn\.([qkv]_proj|dense)|mlp\.fc[12])"
 
     def __init__(self, config: ShowOConfig):
