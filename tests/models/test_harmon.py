@@ -244,6 +244,21 @@ def test_images_do_not_depend_on_their_batch(model, processor):
     assert model.training and not model.vae.training
 
 
+def test_linear_guidance_grows_with_the_share_of_revealed_tokens(model, processor):
+    length = 64
+    context = model._embed(*processor.pad(processor.prompt_ids(["a dog", ""], "generate")), None)[:2]
+    draws = model.sample_noise(1, (8, 8), torch.Generator().manual_seed(0))
+
+    def sample(scale, schedule):
+        with torch.no_grad():
+            return model.sample_latents(*context, **draws, grid=(8, 8), num_inference_steps=1,
+                                        guidance_scale=scale, guidance_schedule=schedule)  # fmt: skip
+
+    # the last iteration counts one token as hidden
+    assert torch.equal(sample(3.0, "linear"), sample(1 + 2 * (length - 1) / length, "constant"))
+    assert not torch.equal(sample(3.0, "linear"), sample(3.0, "constant"))
+
+
 @pytest.mark.parametrize("guidance_schedule", ["constant", "linear"])
 def test_reconstruction_of_another_size(model, processor, pictures, guidance_schedule):
     images = model.generate_images(
