@@ -10,7 +10,9 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import BitsAndBytesConfig
 
+from reca_trainer.adapters import attach
 from reca_trainer.models import openuni
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor, detect
 from reca_trainer.models.checkpoint import CheckpointError
@@ -128,7 +130,7 @@ def test_lora_touches_exactly_the_generators_linear_layers(model, batch):
     linear = {
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(("connector.", "transformer."))
+        if isinstance(module, nn.Linear) and name.startswith(("connector.", "projector", "transformer."))
     }
     adapted = get_peft_model(model, LoraConfig(target_modules=model.lora_target_modules, r=2))
     assert set(adapted.targeted_module_names) == linear
@@ -223,6 +225,28 @@ def test_bfloat16_keeps_the_autoencoder_and_the_loss_in_float32(batch):
     losses = [one(**batch, corruption=draws(one, batch)).loss for one in (model, reference)]
     assert losses[0].dtype == torch.float32
     torch.testing.assert_close(*losses, rtol=0.05, atol=0)
+
+
+def test_autocast_keeps_the_loss_in_float32(model, batch):
+    corruption = draws(model, batch)
+    exact = model(**batch, corruption=corruption).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(**batch, corruption=corruption).loss
+    mixed.backward()
+    assert mixed.dtype == torch.float32
+    torch.testing.assert_close(mixed, exact, rtol=0.05, atol=0)
+
+
+def test_a_quantised_generator_trains_through_lora(batch):
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoUnifiedModel.from_pretrained(CHECKPOINT, quantization_config=quantization, device_map="cpu")
+    quantised = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+    assert {name.split(".")[0] for name in quantised} == {"connector", "projector", "transformer"}
+    adapted = attach(model, LoraConfig(r=2))
+    adapted.train()
+    adapted(**batch, corruption=draws(model, batch)).loss.backward()
+    gradients = {name: value.grad for name, value in adapted.named_parameters() if value.grad is not None}
+    assert gradients and all("lora_" in name and value.isfinite().all() for name, value in gradients.items())
 
 
 def test_published_dtypes_do_not_override_the_requested_one(folder, published):

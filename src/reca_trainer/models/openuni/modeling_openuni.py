@@ -39,13 +39,13 @@ class OpenUniModel(UnifiedModel):
     shares_weights = False
     lora_target_modules = (
         r"connector\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
-        r"|transformer\.(.+\.)?(to_[qkv]|to_out\.0|linear(_[12])?|proj_out)"
+        r"|projector|transformer\.(.+\.)?(to_[qkv]|to_out\.0|linear(_[12])?|proj_out)"
     )
-    lora_modules_to_save = ("projector",)
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _no_split_modules = ("InternVLVisionLayer", "Qwen2DecoderLayer", "SiglipEncoderLayer", "SanaTransformerBlock")
-    _keep_in_fp32_modules_strict = ("vae",)  # published in float32, and never quantised
+    _keep_in_fp32_modules = ("vae",)  # never float16, never quantised
+    _keep_in_fp32_modules_strict = ("vae",)  # nor bfloat16: it is small and published in float32
 
     def __init__(self, config: OpenUniConfig):
         super().__init__(config)
