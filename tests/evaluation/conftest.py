@@ -1,5 +1,6 @@
 """A small unified model that draws, and tiny randomly initialised detectors and classifiers."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from reca_trainer.evaluation.geneval import COLORS
+from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
 from reca_trainer.models.unified import UnifiedModel, UnifiedOutput, UnifiedProcessor, per_sample
 
 SIDE = 16
@@ -89,6 +91,18 @@ class PainterModel(UnifiedModel):
 def painter():
     torch.manual_seed(0)
     return SimpleNamespace(model=PainterModel(PainterConfig()), processor=PainterProcessor())
+
+
+@pytest.fixture(scope="session")
+def bagel_folder(tmp_path_factory):
+    """The tiny BAGEL of the reference cases, with a processor for images of its size."""
+    source, folder = Path(__file__).parents[1] / "golden" / "bagel" / "checkpoint", tmp_path_factory.mktemp("bagel")
+    AutoUnifiedModel.from_pretrained(source).save_pretrained(folder)
+    processor = AutoUnifiedProcessor.from_pretrained(source)
+    processor.generation_size, processor.condition_size = (32, 32, 16), (28, 28, 14)
+    processor.understanding_size = (56, 28, 14)
+    processor.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

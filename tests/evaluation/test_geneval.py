@@ -1,6 +1,5 @@
 import hashlib
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,8 +19,6 @@ from reca_trainer.evaluation.geneval import (
     decide,
     prompts,
 )
-
-BAGEL = str(Path(__file__).parents[1] / "golden" / "bagel" / "checkpoint")
 
 
 def sha256(lines):
@@ -163,13 +160,13 @@ def test_an_image_is_scored_as_its_detections_say(detector_folder, clip_folder, 
 
 
 @pytest.fixture(scope="module")
-def whole_path(tmp_path_factory, detector_folder, clip_folder):
+def whole_path(tmp_path_factory, bagel_folder, detector_folder, clip_folder):
     """generate → detect → classify → score → report, as the command runs it."""
 
     def run(folder):
-        command = f"--model {BAGEL} --benchmark geneval --output_dir {folder} --limit 12 --images_per_prompt 2"
+        command = f"--model {bagel_folder} --benchmark geneval --output_dir {folder} --limit 12 --images_per_prompt 2"
         command += f" --batch_size 3 --dtype float32 --detector {detector_folder} --color_classifier {clip_folder}"
-        evaluate.main([*command.split(), "--sampling", "num_inference_steps=2", "height=32", "width=32"])
+        evaluate.main([*command.split(), "--sampling", "num_inference_steps=2"])
         return json.loads((folder / "report.json").read_text())
 
     folder = tmp_path_factory.mktemp("geneval")

@@ -12,6 +12,8 @@ from tqdm.auto import tqdm
 from reca_trainer.evaluation.generation import batched
 from reca_trainer.models.unified import UnifiedModel, UnifiedProcessor
 
+ARTICLES = ("a", "an", "the")
+
 
 def understanding_accuracy(
     model: UnifiedModel,
@@ -71,9 +73,12 @@ def is_right(prediction: str, answer: str) -> bool:
     """Whether a prediction is the answer or begins with it, letter case, punctuation and a leading article aside: "No, it
     is not." answers "no"; "nothing" and "not a cat" do not."""
     said, wanted = _words(prediction), _words(answer)
+    if len(wanted) > 1 and wanted[0] in ARTICLES:
+        wanted = wanted[1:]
+    if said and said[0] in ARTICLES and said[:1] != wanted[:1]:  # the answer may be a choice called A
+        said = said[1:]
     return bool(wanted) and said[: len(wanted)] == wanted
 
 
 def _words(text: str) -> list[str]:
-    words = re.sub(f"[{re.escape(string.punctuation)}]", " ", text.lower()).split()
-    return words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words
+    return re.sub(f"[{re.escape(string.punctuation)}]", " ", text.lower()).split()
