@@ -237,7 +237,7 @@ class RecATrainer(Trainer):
         columns = {task: images.columns[task] for task in tasks}
         sizes = self.processing_class.target_sizes()
         if images.is_streaming:
-            rows = StreamingRows(datasets, columns, sizes, on_bad_image=args.on_bad_image, **plan)
+            rows = StreamingRows(datasets, columns, sizes, on_bad_image=args.on_bad_image, endless=training, **plan)
             return EpochDataLoader(rows, batch_size=None, **loading)
         rows = RowDataset(datasets, columns, on_bad_image=args.on_bad_image)
         buckets = {task: images.buckets(task, sizes, args.on_bad_image) for task in tasks}
