@@ -16,6 +16,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch.utils.data import DataLoader
 from transformers import BitsAndBytesConfig, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints, set_seed
 from transformers.utils import logging
 
@@ -301,32 +302,79 @@ class RecATrainer(Trainer):
                 logger.warning(f"There is no checkpoint in {self.args.output_dir} to resume from; starting anew.")
         elif isinstance(resume_from_checkpoint, str | os.PathLike):
             check_complete(Path(resume_from_checkpoint))
+        if resume_from_checkpoint:
+            self._check_data_order(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Write the checkpoint aside and rename it when all of it is on disk: a folder called `checkpoint-N` is whole."""
+        """Write the checkpoint aside and rename it when all of it is on disk: a folder called `checkpoint-N` is whole.
+
+        Raises:
+            OSError: it could not be written; earlier checkpoints are untouched.
+        """
         final = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staging = final.parent / f".{final.name}.partial"
         if self.is_world_process_zero():
+            for abandoned in final.parent.glob(f".{PREFIX_CHECKPOINT_DIR}-*.partial"):
+                shutil.rmtree(abandoned, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            with self._output_dir(staging):
+                super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                self._finish_checkpoint(staging / final.name, final)
+        except Exception as error:  # each writer has its own error for a full disk
             shutil.rmtree(staging, ignore_errors=True)
+            raise OSError(
+                f"The checkpoint of step {self.state.global_step} could not be written to {final.parent}: {error}. "
+                f"{shutil.disk_usage(final.parent).free / 1e6:,.1f} MB are free there. Make room or choose another "
+                f"output_dir; earlier checkpoints are whole, and resume_from_checkpoint=True goes on from the last one."
+            ) from error
         self.accelerator.wait_for_everyone()
-        with self._output_dir(staging):
-            super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            seal(staging / final.name)
-            if final.exists():
-                shutil.rmtree(final)
-            (staging / final.name).rename(final)
-            sync(final.parent)
-            staging.rmdir()
-            rotate_checkpoints(
-                output_dir=str(final.parent),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=False,
+
+    def _finish_checkpoint(self, written: Path, final: Path) -> None:
+        if self.state.best_model_checkpoint == str(written):
+            self.state.best_model_checkpoint = str(final)
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+        (written / DATA_ORDER).write_text(json.dumps(self._data_order(), indent=1))
+        seal(written)
+        if final.exists():
+            shutil.rmtree(final)
+        written.rename(final)
+        sync(final.parent)
+        written.parent.rmdir()
+        rotate_checkpoints(
+            output_dir=str(final.parent),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=True,  # the newest may have a lower number than one left over from another run, or damaged
+        )
+
+    def _data_order(self) -> dict[str, Any]:
+        """What decides which images a step sees: a run can only be resumed where it is the same."""
+        args = self.args
+        return {
+            "images per micro-batch (per_device_train_batch_size x processes)": args.train_batch_size
+            * args.world_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "micro-batches of each task": self.task_pattern,
+            "seed": args.seed if args.data_seed is None else args.data_seed,
+            "rows": None if self.images.is_streaming else {t: len(self.images.datasets[t]) for t in self.task_pattern},
+        }
+
+    def _check_data_order(self, checkpoint: Path) -> None:
+        """Raises `ValueError` if going on from `checkpoint` would show some images twice and others never."""
+        if not (checkpoint / DATA_ORDER).is_file() or self.args.ignore_data_skip:
+            return
+        before, now = json.loads((checkpoint / DATA_ORDER).read_text()), self._data_order()
+        changed = [f"{name}: {value}, now {now.get(name)}" for name, value in before.items() if value != now.get(name)]
+        if changed:
+            raise ValueError(
+                f"{checkpoint} cannot be resumed exactly, because these differ: {'; '.join(changed)}. Another number of "
+                "processes is fine if images per micro-batch stay the same. Restore them, or pass ignore_data_skip=True "
+                "to go on from these weights at the beginning of an epoch."
             )
-        self.accelerator.wait_for_everyone()
 
     @contextlib.contextmanager
     def _output_dir(self, folder: Path):
@@ -434,6 +482,7 @@ class EpochDataLoader(DataLoader):
 
 
 SEAL = "checkpoint_files.json"
+DATA_ORDER = "data_order.json"
 
 
 def seal(folder: Path) -> None:
