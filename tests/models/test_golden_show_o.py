@@ -53,7 +53,8 @@ def load_model(checkpoint):
 
 
 def load_processor(checkpoint, case):
-    return read_published_processor(golden.checkpoint / checkpoint, max_text_length=case["max_seq_length"])
+    sizes = {"max_text_length": case["max_seq_length"], "recon_text_length": DIMS["recon_text_pad_length"]}
+    return read_published_processor(golden.checkpoint / checkpoint, **sizes)
 
 
 def pil(pixels):
@@ -74,7 +75,7 @@ def allowed(bits, length):
 
 def draws(tensors, *names):
     """The draws of one kind in the order consumed."""
-    order = sorted(key for key in tensors if key.startswith("draw."))
+    order = sorted((key for key in tensors if key.startswith("draw.")), key=lambda key: int(key.split(".")[1]))
     return [tensors[key] for key in order if key.split(".", 2)[2] in names]
 
 

@@ -74,13 +74,12 @@ class ShowOProcessor(UnifiedProcessor):
         self.resize_back = resize_back
         if tokenizer.eos_token_id is None:
             raise ValueError("The tokenizer has no EOS token, which Show-o puts around every text.")
-        if clip_image_size is None and not resize_back and image_size % (down_scale * vq_scale_factor):
+        if clip_image_size is None and image_size // down_scale < vq_scale_factor:
             raise ValueError(
-                f"An image of {image_size} pixels shrunk {down_scale} times is no whole number of tokens of "
-                f"{vq_scale_factor} pixels."
+                f"An image of {image_size} pixels shrunk {down_scale} times is smaller than one token of {vq_scale_factor} "
+                "pixels."
             )
-        if tokenizer.pad_token is None:
-            tokenizer.add_special_tokens({"pad_token": SPECIAL_TOKENS[0]})
+        tokenizer.add_special_tokens({"pad_token": SPECIAL_TOKENS[0]})
         tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
         super().__init__(tokenizer, **kwargs)
         ids = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
