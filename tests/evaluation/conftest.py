@@ -13,6 +13,11 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
     Mask2FormerImageProcessorPil,
@@ -155,4 +160,45 @@ def clip_folder(tmp_path_factory):
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
     CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def judge_folder(tmp_path_factory):
+    """A LLaVA with random weights, large enough that its answers depend on image and question."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("llava")
+    words = ["[UNK]", "[BOS]", "[EOS]", "[PAD]", "<image>", "yes", "no", "is", "it", "red", "or", "with", ".", "?"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        bos_token="[BOS]",
+        eos_token="[EOS]",
+        pad_token="[PAD]",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+        tokenizer=tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template="{% for message in messages %}{% for part in message['content'] %}"
+        "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}",
+    ).save_pretrained(folder)
+    layer = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "initializer_range": 1.0}
+    vision = CLIPVisionConfig(**layer, num_hidden_layers=2, image_size=16, patch_size=8)
+    text = LlamaConfig(
+        **layer,
+        num_hidden_layers=1,
+        num_key_value_heads=2,
+        vocab_size=len(words),
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=3,
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=4, image_seq_length=4)
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
     return str(folder)

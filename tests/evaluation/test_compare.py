@@ -1,0 +1,110 @@
+import json
+import re
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+
+from reca_trainer.evaluation import compare, evaluate
+from reca_trainer.evaluation.compare import compare as compare_runs
+from reca_trainer.models.auto import AutoUnifiedModel
+
+
+def write_run(folder, scores, prompts=None, **report):
+    """The output of `evaluate`: per prompt the scores of its images, drawn as planes whose red says the score."""
+    rows = []
+    for prompt, values in scores.items():
+        for number, value in enumerate(values):
+            path = folder / "images" / prompt / "samples" / f"{number:05}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (300, 200), (int(255 * value), 80, 80)).save(path)
+            row = {"id": prompt, "filename": f"images/{prompt}/samples/{number:05}.png", "score": float(value)}
+            row |= {"prompt": (prompts or {}).get(prompt, f"prompt {prompt}"), "tag": "counting", "reason": ""}
+            rows.append({**row, "categories": {"counting": [float(value), 1]}})
+    about = {"benchmark": "geneval", "model": folder.name, "adapter": None, "seed": 0, "sampling": {}, "scorer": {}}
+    summary = evaluate.summarize(rows, "mean of categories")
+    about |= {
+        "title": "GenEval",
+        "overall_is": "mean of categories",
+        "notes": ["Not comparable <to papers>."],
+        **summary,
+    }
+    (folder / "report.json").write_text(json.dumps({**about, **report}))
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    base = {"right": [1, 1], "lost": [1, 1], "won": [0, 0], "wrong": [0, 0]}
+    tuned = {"right": [1, 1], "lost": [0, 0], "won": [1, 1], "wrong": [0, 0]}
+    prompts = {"wrong": 'a "photo" of <script>alert(1)</script> & more'}
+    return [write_run(tmp_path / "base", base, prompts), write_run(tmp_path / "tuned", tuned, prompts)]
+
+
+def test_the_page_shows_wrong_ones_first(runs, tmp_path):
+    compare_runs(runs, tmp_path / "out")
+    page = (tmp_path / "out/compare.html").read_text()
+    shown = re.findall(r"<small>counting · (\w+)</small>", page)
+    assert shown == ["lost", "wrong", "right", "won"]  # lost what the base could do, never right; then the right ones
+    assert page.count("<figure") == 16 and page.count('<figure class="right"') == 8
+    assert page.count('data-differ="1"') == 2
+
+
+def test_the_page_needs_nothing_else_and_trusts_no_prompt(runs, tmp_path):
+    compare_runs(runs, tmp_path / "out")
+    page = (tmp_path / "out/compare.html").read_text()
+    assert set(re.findall(r'(?:src|href)="([^:"]*):', page)) == {"data"}
+    assert "http" not in page and "alert(1)</script>" not in page and "&lt;script&gt;alert(1)" in page
+    assert page.count("<script>") == 1
+
+
+def test_the_table_gives_paired_differences(runs, tmp_path):
+    text = compare_runs(runs, tmp_path / "out")
+    assert (tmp_path / "out/compare.md").read_text() == text
+    assert "|  | base | tuned | difference |" in text and "| overall | 50.0 (" in text and "| +0.0 (" in text
+    assert "Not comparable <to papers>." in text
+    result = json.loads((tmp_path / "out/compare.json").read_text())
+    assert result["names"] == ["base", "tuned"]
+    [difference] = result["differences"]
+    assert (
+        difference["overall"]["difference"] == 0 and difference["overall"]["low"] < 0 < difference["overall"]["high"]
+    )
+
+
+@pytest.mark.parametrize(("name", "value"), [("seed", 1), ("sampling", {"guidance_scale": 2}), ("scorer", {"d": 1})])
+def test_runs_under_other_conditions_are_not_compared(tmp_path, name, value):
+    one, other = write_run(tmp_path / "a", {"p": [1]}), write_run(tmp_path / "b", {"p": [1]}, **{name: value})
+    with pytest.raises(ValueError, match=f"b has {name} .*a has "):
+        compare_runs([one, other], tmp_path)
+
+
+def test_a_base_its_adapter_and_a_finished_run(bagel_folder, detector_folder, clip_folder, tmp_path, capsys):
+    torch.manual_seed(0)
+    model = AutoUnifiedModel.from_pretrained(bagel_folder)
+    lora = LoraConfig(target_modules=model.lora_target_modules, init_lora_weights=False)
+    get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+
+    options = "--benchmark geneval --limit 6 --images_per_prompt 1 --batch_size 2 --dtype float32 --detector"
+    options += f" {detector_folder} --color_classifier {clip_folder} --sampling num_inference_steps=2"
+    evaluate.main(f"--model {bagel_folder} {options} --output_dir {tmp_path / 'before'}".split())
+    models = f"{bagel_folder} {tmp_path / 'adapter'} {tmp_path / 'before'}"
+    compare.main(f"{models} {options} --output_dir {tmp_path / 'out'}".split())
+
+    result = json.loads((tmp_path / "out/compare.json").read_text())
+    assert len(result["differences"]) == 2 and "overall" in capsys.readouterr().out
+    images = [
+        [path.read_bytes() for path in sorted((tmp_path / run).glob("images/*/samples/*.png"))]
+        for run in result["runs"]
+    ]
+    assert images[0] == images[2]  # same seeds, same images
+    assert all(a != b for a, b in zip(images[0], images[1], strict=True))  # the adapter acts
+    report = json.loads((tmp_path / result["runs"][1] / "report.json").read_text())
+    assert (report["model"], report["adapter"]) == (bagel_folder, str(tmp_path / "adapter"))
+    assert (tmp_path / "out/compare.html").read_text().count("<figure") == 18
+
+
+def test_one_model_is_no_comparison(tmp_path):
+    with pytest.raises(SystemExit):
+        compare.main(["only", "--benchmark", "geneval", "--output_dir", str(tmp_path)])
