@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import validate_repo_id
 
-from reca_trainer.models.checkpoint import CheckpointError
+from reca_trainer.models.checkpoint import CheckpointError, LazyTensor, load_strict, open_weights
 from reca_trainer.models.unified import UnifiedModel, UnifiedProcessor
 
 FAMILIES = ("bagel", "janus", "openuni", "harmon", "show_o")
@@ -56,7 +56,60 @@ def detect(folder: Path) -> tuple[ModuleType, bool]:
     )
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a PEFT adapter and not a model."""
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def open_lazily(model_or_path: UnifiedModel | str | Path, **hub: Any) -> UnifiedModel:
+    """A checkpoint's model on the meta device, with its weights, unread, as `lazy_weights`. Of a loaded model, its
+    own weights without those of an adapter."""
+    if isinstance(model_or_path, UnifiedModel):
+        weights = {}
+        for name, tensor in model_or_path.state_dict().items():
+            if ".lora_" not in name and ".modules_to_save." not in name:
+                weights[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = LazyTensor(tensor)
+        model = load_strict(type(model_or_path), model_or_path.config, weights, "the loaded model", lazy=True)
+    else:
+        folder = resolve(model_or_path, **hub)
+        package, published = detect(folder)
+        if published:
+            model = package.read_published(folder, lazy=True)
+        else:
+            config = package.Config.from_pretrained(folder)
+            model = load_strict(package.Model, config, open_weights(folder, "model.safetensors"), folder, lazy=True)
+    model.name_or_path = getattr(model_or_path, "name_or_path", str(model_or_path))
+    return model
+
+
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit of a Hub snapshot's folder; `None` of any other."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def adapter_base(folder: Path, base_model: str | None, hub: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The base model an adapter names, or `base_model`, and the arguments to get it with: those in `hub`, and the
+    revision that the adapter pins.
+
+    Raises:
+        CheckpointError: the adapter names no base, or one that only existed where it was trained.
+    """
+    config = json.loads((folder / "adapter_config.json").read_text())
+    named, pinned = config.get("base_model_name_or_path"), {**hub, "revision": None}
+    base = base_model or named
+    if not base:
+        raise CheckpointError(f"{folder}/adapter_config.json names no base model; pass base_model.")
+    if base == named:
+        pinned["revision"] = config.get("revision")
+        if commit_of(folder) and (Path(base).expanduser().is_absolute() or ".." in Path(base).parts):
+            raise CheckpointError(
+                f"The adapter in {folder} was trained on {base!r}, which is a path and not a Hub repository; pass "
+                "base_model to say where that model is."
+            )
+    return base, pinned
 
 
 class AutoUnifiedModel:
@@ -70,17 +123,29 @@ class AutoUnifiedModel:
         Args:
             pretrained_model_name_or_path: folder or Hub id.
             kwargs: `revision`, `token`, `cache_dir`, `local_files_only` for the Hub; `dtype` (default float32),
-                `device_map`, `quantization_config`, … as for `PreTrainedModel.from_pretrained`.
+                `device_map`, `quantization_config`, … as for `PreTrainedModel.from_pretrained`. For an adapter also
+                `base_model`, to use in place of the base it names, and `is_trainable`.
+
+        Returns:
+            The model; for an adapter, the `PeftModel` around its base, at the revision the adapter was trained on.
 
         Raises:
             CheckpointError: the family is unknown, or keys are missing, unexpected or wrongly shaped.
         """
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        base_model, is_trainable = kwargs.pop("base_model", None), kwargs.pop("is_trainable", False)
         folder = resolve(pretrained_model_name_or_path, **hub)
+        if is_adapter(folder):
+            from reca_trainer.adapters import load_adapter  # stands on this module
+
+            base, pinned = adapter_base(folder, base_model, hub)
+            model = AutoUnifiedModel.from_pretrained(base, **pinned, **kwargs)
+            return load_adapter(model, folder, is_trainable=is_trainable)
         package, published = detect(folder)
         load = package.read_published if published else package.Model.from_pretrained
         model = load(folder, **kwargs)
         model.name_or_path = model.config._name_or_path = str(pretrained_model_name_or_path)
+        model.config._commit_hash = commit_of(folder)
         return model
 
 
@@ -91,7 +156,14 @@ class AutoUnifiedProcessor:
     def from_pretrained(pretrained_model_name_or_path: str | Path, **kwargs: Any) -> UnifiedProcessor:
         """Load a processor; arguments as for `AutoUnifiedModel.from_pretrained`."""
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        base_model = kwargs.pop("base_model", None)
         folder = resolve(pretrained_model_name_or_path, **hub)
+        if is_adapter(folder):
+            base, pinned = adapter_base(folder, base_model, hub)
+            if not (folder / "processor_config.json").is_file():
+                return AutoUnifiedProcessor.from_pretrained(base, **pinned, **kwargs)
+            package, _ = detect(resolve(base, **pinned))
+            return package.Processor.from_pretrained(folder, **kwargs)
         package, published = detect(folder)
         if published:
             return package.read_published_processor(folder, **kwargs)

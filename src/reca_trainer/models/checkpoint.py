@@ -1,4 +1,4 @@
-"""Published checkpoint layouts, read lazily and strictly.
+"""Checkpoints, read lazily and strictly, written shard by shard and atomically.
 
 A family's `checkpoint_<family>.py` translates file and key names; what all of them need is here: files are opened, not
 read, and each tensor is materialised only when transformers' own loader places (casts, quantises) it in the model. Host
@@ -7,13 +7,18 @@ memory therefore never holds a second copy of the weights.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Iterable
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
 from reca_trainer.models.unified import UnifiedModel
@@ -35,6 +40,13 @@ class LazyTensor:
     def __getitem__(self, index: Any) -> torch.Tensor:
         tensor = self.source[...]
         return (self.transform(tensor) if self.transform else tensor)[index]
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape `self[...]` will have, worked out without reading the tensor."""
+        source = self.source.get_shape() if hasattr(self.source, "get_shape") else self.source.shape
+        empty = torch.empty(tuple(source), device="meta")
+        return (self.transform(empty) if self.transform else empty).shape
 
     def map(self, transform: Callable[[torch.Tensor], torch.Tensor]) -> LazyTensor:
         """The same tensor with one more step after reading."""
@@ -84,6 +96,7 @@ def load_strict(
     state_dict: dict[str, LazyTensor],
     source: str | Path,
     ignore_missing: Iterable[str] = (),
+    lazy: bool = False,
     **kwargs: Any,
 ) -> UnifiedModel:
     """Build `model_class` on the meta device and stream `state_dict` into it through transformers' loader.
@@ -91,29 +104,158 @@ def load_strict(
     Args:
         source: where the weights come from, for messages.
         ignore_missing: keys that may be absent because the model ties or recomputes them.
+        lazy: leave the model on the meta device, read nothing, and give it its weights as `model.lazy_weights`.
         kwargs: as for `from_pretrained`: `dtype`, `device_map`, `quantization_config`, …
 
     Raises:
         CheckpointError: keys are missing, unexpected or wrongly shaped; the message lists them.
     """
-    kwargs.setdefault("dtype", torch.float32)
-    model, info = model_class.from_pretrained(
-        None,
-        config=config,
-        state_dict=state_dict,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # reported below, together with the other problems
-        **kwargs,
-    )
-    mismatched = sorted(f"{key}: {tuple(got)} in the file, {tuple(want)} in the model"
-                        for key, got, want in info["mismatched_keys"])  # fmt: skip
+    ignore_missing = set(ignore_missing)
+    if lazy:
+        with torch.device("meta"):
+            model = model_class(config)
+        model.lazy_weights = dequantized(state_dict)
+        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        found = {name: tensor.shape for name, tensor in model.lazy_weights.items()}
+        ignore_missing |= set(model.all_tied_weights_keys)
+        missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
+        mismatched = [(name, found[name], expected[name]) for name in found.keys() & expected.keys()
+                      if found[name] != expected[name]]  # fmt: skip
+    else:
+        kwargs.setdefault("dtype", torch.float32)
+        model, info = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=state_dict,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, together with the other problems
+            **kwargs,
+        )
+        missing, unexpected, mismatched = info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"]
     problems = {
-        "missing": sorted(set(info["missing_keys"]) - set(ignore_missing)),
-        "unexpected": sorted(info["unexpected_keys"]),
-        "wrongly shaped": mismatched,
-    }
+        "missing": sorted(set(missing) - ignore_missing),
+        "unexpected": sorted(unexpected),
+        "wrongly shaped": sorted(f"{key}: {tuple(got)} in the file, {tuple(want)} in the model"
+                                 for key, got, want in mismatched),
+    }  # fmt: skip
     if any(problems.values()):
         lines = [f"  {kind} ({len(keys)}): {', '.join(keys[:20])}{' …' if len(keys) > 20 else ''}"
                  for kind, keys in problems.items() if keys]  # fmt: skip
         raise CheckpointError(f"The weights in {source} do not fit {model_class.__name__}:\n" + "\n".join(lines))
     return model
+
+
+class _Packed:
+    """A tensor that bitsandbytes stored in 4 or 8 bits, as a `LazyTensor`'s source: reading it dequantises it."""
+
+    def __init__(self, weight: LazyTensor, parts: dict[str, LazyTensor]):
+        self.weight, self.parts = weight, parts
+        self.shape = weight.shape if "SCB" in parts else self.read_state().shape
+
+    def read_state(self) -> Any:
+        from bitsandbytes.functional import QuantState  # takes seconds to import, and few checkpoints need it
+
+        return QuantState.from_dict({name: tensor[...] for name, tensor in self.parts.items()}, device="cpu")
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
+
+        if "SCB" in self.parts:
+            return int8_vectorwise_dequant(self.weight[...], self.parts["SCB"][...])[index]
+        return dequantize_4bit(self.weight[...], self.read_state())[index]
+
+
+def dequantized(state_dict: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """`state_dict` with every weight that bitsandbytes packed put in place of its parts."""
+    weights: dict[str, LazyTensor] = {}
+    packed: dict[str, dict[str, LazyTensor]] = {}
+    for key, tensor in state_dict.items():
+        name, is_part, part = key.rpartition(".weight.")
+        if not is_part and key.endswith((".SCB", ".weight_format")):
+            name, is_part, part = key.rpartition(".")
+        if is_part:
+            packed.setdefault(f"{name}.weight", {})[part] = tensor
+        else:
+            weights[key] = tensor
+    for name, parts in packed.items():
+        parts.pop("weight_format", None)
+        weights[name] = LazyTensor(_Packed(weights[name], parts))
+    return weights
+
+
+@contextlib.contextmanager
+def written_whole(folder: str | Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `folder` when all of it is on disk, and goes if anything fails.
+
+    A process that is killed leaves nothing at `folder`, only `.NAME.partial` beside it, which the next try clears.
+
+    Raises:
+        FileExistsError: `folder` exists and is not empty.
+    """
+    folder = Path(folder).expanduser().absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not empty; choose another folder to write to.")
+    staging = folder.parent / f".{folder.name}.partial"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        for path in [*staging.rglob("*"), staging]:
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    os.replace(staging, folder)
+
+
+def write_weights(
+    model: UnifiedModel, folder: Path, dtype: torch.dtype | None = None, max_shard_size: int | str = "5GB"
+) -> None:
+    """Write `model.lazy_weights` and the config in `save_pretrained` form, holding one shard in memory at a time.
+
+    Args:
+        dtype: of what is written; by default each tensor's own. Modules that the family keeps in float32 stay so.
+    """
+    limit = convert_file_size_to_int(max_shard_size)
+    keep = set(model._keep_in_fp32_modules_strict or ())
+    shard: dict[str, torch.Tensor] = {}
+    shards: list[list[str]] = []
+    elements: dict[torch.dtype, int] = {}
+    size = total = parameters = 0
+
+    def flush() -> None:
+        shards.append(list(shard))
+        save_file(shard, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shard.clear()
+
+    for name in sorted(model.lazy_weights.keys() - set(model.all_tied_weights_keys)):
+        tensor = model.lazy_weights[name][...]
+        if tensor.is_floating_point() and dtype is not None:
+            tensor = tensor.to(torch.float32 if keep & set(name.split(".")) else dtype)
+        if shard and size + tensor.nbytes > limit:
+            flush()
+            size = 0
+        shard[name] = tensor.cpu().contiguous()
+        size, total, parameters = size + tensor.nbytes, total + tensor.nbytes, parameters + tensor.numel()
+        elements[tensor.dtype] = elements.get(tensor.dtype, 0) + tensor.numel()
+    flush()
+
+    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = ["model.safetensors"]
+    else:
+        index = {
+            "metadata": {"total_parameters": parameters, "total_size": total},
+            "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    for number, file in enumerate(files, 1):
+        (folder / f"shard-{number}").rename(folder / file)
+    config = type(model.config).from_dict(model.config.to_dict())
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.architectures = [type(model).__name__]
+    config.dtype = max(elements, key=elements.get)
+    config.save_pretrained(folder)
