@@ -252,9 +252,8 @@ def is_attention_weight(name: str) -> bool:
     return bool(re.search(r"\.attentions\.0\.to_(q|k|v|out\.0)\.weight$", name))
 
 
-def write_published(model: ShowOModel, processor: ShowOProcessor, folder: Path) -> None:
-    """Write `model` in the layout that the original code reads, `folder` itself being Show-o's own part. `folder` must
-    exist.
+def write_published(model: ShowOModel, processor: ShowOProcessor, folder: str | Path) -> None:
+    """Write `model` in the layout that the original code reads, `folder` itself being Show-o's own part.
 
     The other parts lie in folders inside it, so that it also loads where the published ones do not fit or are out of
     reach.
@@ -307,7 +306,7 @@ def write_published(model: ShowOModel, processor: ShowOProcessor, folder: Path) 
         vision_config.pop("dtype", None)
         files[part_name(VISION_TOWER)], weights[part_name(VISION_TOWER)] = vision_config, clip
     for name, content in files.items():
-        (folder / name).mkdir(exist_ok=True)
+        (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / name / "config.json").write_text(json.dumps(content, indent=2) + "\n")
     for name, tensors in weights.items():
         file = "model.safetensors" if name == part_name(VISION_TOWER) else "pytorch_model.safetensors"

@@ -269,23 +269,13 @@ class ShowOModel(UnifiedModel):
             The sequence `[B, L, D]` and in it the condition `[B, P, D]`.
 
         Raises:
-            ValueError: an image has more or fewer tokens than the sequence has places for it.
+            ValueError: there are more or fewer images, or tokens of one, than sequences have places for.
         """
-        places = input_ids == CONDITION_TOKEN_ID
-        have = 0 if condition is None else condition.shape[1]
-        if bool((places.sum(1) != have).any()):
-            raise ValueError(
-                f"The sequence has {int(places[0].sum())} places for the condition image, which has {have} tokens; do the "
-                "processor's sizes belong to this model?"
-            )
-        ids = input_ids
+        places, ids = input_ids == CONDITION_TOKEN_ID, input_ids
+        check_places(places, condition, "condition")
         if target is not None:
             masked = input_ids == self.config.mask_token_id
-            if bool((masked.sum(1) != target.shape[1]).any()):
-                raise ValueError(
-                    f"The sequence has {int(masked[0].sum())} places for the target image, which has {target.shape[1]} "
-                    "tokens; do the processor's sizes belong to this model?"
-                )
+            check_places(masked, target, "target")
             ids = ids.masked_scatter(masked, target)
         table = self.language_model.model.embed_tokens
         if condition is None:
@@ -427,7 +417,7 @@ class ShowOModel(UnifiedModel):
                 known = self.tokenize_images(processor.crop(images).to(self.device))
                 known = known.masked_fill(self.token_mask(mask_images), self.config.mask_token_id)
         input_ids, mask = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
-        for tokens, _ in self.generate_tokens(  # noqa: B007 (the last step's)
+        *_, (tokens, _) = self.generate_tokens(
             input_ids,
             mask,
             self.sampling_noise(len(input_ids), generator),
@@ -436,8 +426,7 @@ class ShowOModel(UnifiedModel):
             temperature=temperature,
             condition=condition,
             known=known,
-        ):
-            pass
+        )
         pixels = self.decode_tokens(tokens)
         self.train(training)
         return self.to_images(pixels)
@@ -606,6 +595,16 @@ class ShowOModel(UnifiedModel):
 def build_mid_block(channels: int) -> UNetMidBlock2D:
     """Residual block, single-head self-attention, residual block."""
     return UNetMidBlock2D(channels, temb_channels=None, resnet_groups=32, attention_head_dim=channels)
+
+
+def check_places(places: torch.Tensor, images: torch.Tensor | None, name: str) -> None:
+    """Whether each sequence has as many `places` `[B, L]` as its image `[B, P, …]` has tokens."""
+    batch_size, tokens = (len(places), 0) if images is None else images.shape[:2]
+    if batch_size != len(places) or bool((places.sum(1) != tokens).any()):
+        raise ValueError(
+            f"{len(places)} sequences have {sorted(set(places.sum(1).tolist()))} places for the {name} image, but there are "
+            f"{batch_size} images of {tokens} tokens; do the processor's sizes belong to this model?"
+        )
 
 
 def mask_ratio(time: float | torch.Tensor) -> float | torch.Tensor:
