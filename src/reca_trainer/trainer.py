@@ -306,6 +306,13 @@ class RecATrainer(Trainer):
             self._check_data_order(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As in `Trainer`, except that a run resumed behind its last step does not take another one."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
     def _save_checkpoint(self, model, trial) -> None:
         """Write the checkpoint aside and rename it when all of it is on disk: a folder called `checkpoint-N` is whole.
 
