@@ -162,8 +162,8 @@ h2 { font-size: 1.05rem; margin: 0 0 .5rem; }
 h2 small { font-weight: 400; color: var(--muted); margin-left: .5rem; }
 .models { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); }
 h3 { font-size: .9rem; font-weight: 600; margin: 0 0 .35rem; }
-.images { display: flex; flex-wrap: wrap; gap: .5rem; }
-figure { margin: 0; width: 112px; }
+.images { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: .5rem; }
+figure { margin: 0; max-width: 224px; }
 figure img { display: block; width: 100%; border-radius: 4px; border: 3px solid var(--wrong); }
 figure.right img { border-color: var(--right); }
 figcaption { font-size: .72rem; line-height: 1.3; padding-top: .2rem; overflow-wrap: anywhere; white-space: pre-line; }
