@@ -304,6 +304,9 @@ class RecATrainer(Trainer):
             check_complete(Path(resume_from_checkpoint))
         if resume_from_checkpoint:
             self._check_data_order(Path(resume_from_checkpoint))
+        if self.is_world_process_zero():
+            for abandoned in Path(self.args.output_dir).glob(f".{PREFIX_CHECKPOINT_DIR}-*.partial"):
+                shutil.rmtree(abandoned)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -321,10 +324,6 @@ class RecATrainer(Trainer):
         """
         final = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staging = final.parent / f".{final.name}.partial"
-        if self.is_world_process_zero():
-            for abandoned in final.parent.glob(f".{PREFIX_CHECKPOINT_DIR}-*.partial"):
-                shutil.rmtree(abandoned, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
         try:
             with self._output_dir(staging):
                 super()._save_checkpoint(model, trial)
