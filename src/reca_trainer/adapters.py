@@ -328,7 +328,6 @@ class _MergedParameter:
 
     def __init__(self, layer: BaseTunerLayer, key: str, stored: dict[str, LazyTensor]):
         self.layer, self.key, self.stored = layer, key, stored
-        self.shape = stored[key].shape
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         base = self.layer.get_base_layer()

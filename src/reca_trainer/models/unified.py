@@ -146,7 +146,14 @@ class UnifiedModel(PreTrainedModel):
             # The entries of this list are regular expressions too: one that matches every name but these.
             skip = rf"(?!(?:{cls.quantized_modules or cls.lora_target_modules})$).*"
             quantization_config.llm_int8_skip_modules = [skip]
-        return super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
+        loaded = super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
+        for module in model.modules():
+            # In eval mode on some CPUs bitsandbytes repacks 4-bit weights for bfloat16 inference, for good: training
+            # then has no gradients, and rows that are no whole number of blocks do not work at all.
+            if getattr(module, "support_avx512bf16_for_cpu", False):
+                module.support_avx512bf16_for_cpu = False
+        return loaded
 
     def freeze_understanding(self) -> None:
         """Leave exactly `generation_modules` trainable, which is what RecA trains."""
