@@ -1,10 +1,19 @@
-"""One training run in a process of its own: `python -m tests.reliability.run OUTPUT_DIR OPTIONS_JSON`.
+"""One training run in a process of its own: `python -m tests.reliability.run OUTPUT_DIR OPTIONS_JSON`, or `start(…)`.
 
-Leaves the saved adapter, `losses.json` and, while it runs, checkpoints in OUTPUT_DIR. The options are those of
-`RecAConfig`, and `resume`, `streaming`, `full` (train the generator without an adapter).
+Leaves the saved adapter, `losses.json`, `rows.json` (what was trained on, step by step) and, while it runs, checkpoints
+in OUTPUT_DIR. The options are those of `RecAConfig`, and
+
+- `resume`, `streaming`, `full` (train the generator without an adapter), `rows` (of the dataset),
+- `bad_rows`: rows whose image is no image,
+- `die_at`: kill -9 at the so-manyth file operation below OUTPUT_DIR; -1: only count them, in `operations.txt`,
+- `file_limit`: bytes a file may have; writing more fails, as on a full disk.
 """
 
 import json
+import multiprocessing
+import os
+import resource
+import signal
 import sys
 from pathlib import Path
 
@@ -16,31 +25,67 @@ from peft import LoraConfig
 from PIL import Image
 
 from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor, RecAConfig, RecATrainer
+from tests.hostile_images import encoded
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "bagel" / "checkpoint"
+FILE_OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir"}
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload([__name__, "reca_trainer.models.bagel"])
 
 
-def dataset(rows: int = 23) -> Dataset:
-    """Random images of three shapes; `rows` is prime, so batches come out uneven."""
+def start(output_dir: Path, **options) -> multiprocessing.Process:
+    """Run in a fresh process (from a server that has the imports done); its output goes to OUTPUT_DIR/log.txt."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    return fork(_logged, str(output_dir), options)
+
+
+def fork(target, *args) -> multiprocessing.Process:
+    process = _context.Process(target=target, args=args)
+    process.start()
+    return process
+
+
+def _logged(output_dir: str, options: dict) -> None:
+    with open(Path(output_dir) / "log.txt", "a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    main(output_dir, options)
+
+
+def dataset(rows: int = 23, bad_rows=()) -> Dataset:
+    """Random images of three shapes; 23 is prime, so batches come out uneven."""
     rng = np.random.default_rng(0)
     sizes = [(64, 48), (48, 64), (64, 64)]
     images = [
         Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
         for width, height in (sizes[index % 3] for index in range(rows))
     ]
+    files = [{"bytes": encoded(image), "path": f"{index}.png"} for index, image in enumerate(images)]
+    for row in bad_rows:  # a whole header, so that the damage is found by the process that decodes it
+        files[row]["bytes"] = files[row]["bytes"][:200]
     captions = [" ".join(["boat", "kite", "harbour", "stone"][: 1 + index % 4]) for index in range(rows)]
     features = Features({"image": ImageFeature(), "caption": Value("string")})
-    return Dataset.from_dict({"image": images, "caption": captions}, features=features)
+    return Dataset.from_dict({"image": files, "caption": captions}, features=features)
 
 
-def main(output_dir: str, options: dict) -> None:
-    torch.set_num_threads(1)
-    resume, streaming, full = (options.pop(name, False) for name in ("resume", "streaming", "full"))
+class Recorder(RecATrainer):
+    """Writes down which rows every step trains on."""
+
+    rows = ()
+
+    def get_batch_samples(self, *args):
+        batches, count = super().get_batch_samples(*args)
+        self.rows = [*self.rows, [batch["sources"] for batch in batches]]
+        return batches, count
+
+
+def trainer(output_dir: str, streaming: bool, full: bool, rows: int, bad_rows=(), **options) -> Recorder:
     processor = AutoUnifiedProcessor.from_pretrained(
         CHECKPOINT, generation_size=(64, 32, 16), condition_size=(42, 42, 14), understanding_size=(70, 28, 14)
     )
-    images = dataset()
-    trainer = RecATrainer(
+    images = dataset(rows, bad_rows)
+    return Recorder(
         AutoUnifiedModel.from_pretrained(CHECKPOINT),
         RecAConfig(
             output_dir=output_dir,
@@ -59,11 +104,38 @@ def main(output_dir: str, options: dict) -> None:
         processing_class=processor,
         peft_config=None if full else LoraConfig(r=4, init_lora_weights="gaussian"),
     )
-    trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def main(output_dir: str, options: dict) -> None:
+    torch.set_num_threads(1)
+    resume, streaming, full = (options.pop(name, False) for name in ("resume", "streaming", "full"))
+    if die_at := options.pop("die_at", None):
+        operations = _die_at(die_at, output_dir)
+    if file_limit := options.pop("file_limit", None):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    run = trainer(output_dir, streaming, full, options.pop("rows", 23), **options)
+    run.train(resume_from_checkpoint=resume)
+    run.save_model()
+    if run.is_world_process_zero():
+        losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
         (Path(output_dir) / "losses.json").write_text(json.dumps(losses))
+    if die_at == -1:
+        (Path(output_dir) / "operations.txt").write_text(str(operations[0]))
+    (Path(output_dir) / f"rows-{run.args.process_index}.json").write_text(json.dumps(run.rows))
+
+
+def _die_at(number: int, folder: str) -> list[int]:
+    seen = [0]
+
+    def count(event: str, args: tuple) -> None:
+        if event in FILE_OPERATIONS and isinstance(args[0], (str, os.PathLike)) and folder in os.fspath(args[0]):
+            seen[0] += 1
+            if seen[0] == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    return seen
 
 
 if __name__ == "__main__":
