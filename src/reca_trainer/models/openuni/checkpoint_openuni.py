@@ -147,7 +147,7 @@ class _Parts:
             raise CheckpointError(
                 f"{self.checkpoint} is no OpenUni checkpoint: it lacks {', '.join(sorted(missing))}."
             )
-        self.num_queries, self.width = self.trained["meta_queries"][...].shape
+        self.num_queries, self.width = self.trained["meta_queries"].shape
         path = folder / CONFIG_NAME  # not published, but written here: what the shapes in the file do not say
         self.settings = json.loads(path.read_text()) if path.is_file() else {}
         self.sana_is_frozen = not any(key.startswith("transformer.") for key in self.trained)
@@ -184,7 +184,7 @@ class _Parts:
             internvl_config=_internvl_config(json.loads((self.internvl / "config.json").read_text()), self.internvl),
             connector_config={
                 "hidden_size": self.width,
-                "intermediate_size": len(self.trained["connector.layers.0.mlp.fc1.bias"][...]),
+                "intermediate_size": self.trained["connector.layers.0.mlp.fc1.bias"].shape[0],
                 "num_hidden_layers": len(layers),
                 # The published connectors have heads of 64 channels; the file does not say.
                 "num_attention_heads": connector.get("num_attention_heads", max(1, self.width // 64)),

@@ -141,7 +141,7 @@ class OpenUniConfig(PreTrainedConfig):
                 "in_channels": 8,
                 "out_channels": 8,
                 "sample_size": 8,
-                "num_layers": 2,
+                "num_layers": 4,  # SANA learns places from the borders, one 3×3 convolution a layer
                 "num_attention_heads": 4,
                 "attention_head_dim": 24,
                 "num_cross_attention_heads": 4,
