@@ -1,0 +1,123 @@
+"""Our models in lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval), which maintains WISE, ImgEdit, GEdit-Bench
+and the understanding benchmarks. It finds this module by itself once both packages are installed:
+
+    accelerate launch -m lmms_eval --model reca_trainer --tasks WISE \
+        --model_args pretrained=ByteDance-Seed/BAGEL-7B-MoT,adapter=me/bagel-reca,mode=images
+
+`--tasks imgedit` and `--tasks gedit_bench` the same way (`imgedit` also wants `--process_with_media`), and with
+`mode=text` any question-answering task, such as `--tasks mme`. Further `model_args` go to `generate_images` or
+`generate_text` (`num_inference_steps=50`, …).
+
+Its image benchmarks are judged by a model behind an OpenAI-compatible endpoint, named in the environment:
+`WISE_API_KEY`, `WISE_BASE_URL`, `WISE_MODEL_NAME`; the same three with `IMGEDIT_`. Scores of different judges cannot be
+compared: the published ones come from GPT-4o. lmms-eval has no GenEval and no DPG-Bench (`reca-trainer evaluate` has),
+and of ImgEdit the single-turn suite only; tasks that show several images at once are beyond the models here.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from tqdm.auto import tqdm
+
+from reca_trainer.evaluation.evaluate import load_model
+from reca_trainer.evaluation.generation import image_seed, processes, replacing
+from reca_trainer.images import decode_image
+
+
+def manifest() -> ModelManifest:
+    """The entry point of group `lmms_eval.models`."""
+    return ModelManifest("reca_trainer", simple_class_path=f"{__name__}.RecALmms")
+
+
+class RecALmms(lmms):
+    """A `UnifiedModel` that answers lmms-eval's requests with images or text.
+
+    Args:
+        pretrained: folder or Hub id of the model.
+        adapter: folder or Hub id of a PEFT adapter for it.
+        mode: `"images"` to draw (or to edit, where a task shows an image), `"text"` to answer.
+        dtype: of the weights.
+        batch_size: requests answered at once.
+        device, max_batch_size: lmms-eval passes them; accelerate chooses the device and `batch_size` holds.
+        output_dir: where images are put.
+        seed: determines, with the task and the number of the request, every image.
+        sampling: passed to `generate_images` or `generate_text`.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        adapter: str | None = None,
+        mode: str = "text",
+        dtype: str = "bfloat16",
+        batch_size: int | str = 1,
+        output_dir: str = "lmms_eval_images",
+        seed: int = 0,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+        **sampling: Any,
+    ):
+        super().__init__()
+        if mode not in ("images", "text"):
+            raise ValueError(f"mode is {mode!r}; it must be 'images' or 'text'.")
+        self.accelerator = Accelerator(cpu=processes().device.type == "cpu")
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.model, self.processor = load_model(pretrained, adapter, dtype)
+        self.mode, self.batch_size, self.seed = mode, int(batch_size), seed
+        self.output_dir, self.sampling = Path(output_dir), sampling
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        """Answer requests; an image's answer is JSON that says where it is: `{"text": "", "images": [path]}`."""
+        answers: list[str] = []
+        with tqdm(total=len(requests), desc="requests", disable=self.rank != 0) as progress:
+            while len(answers) < len(requests):
+                batch = [self._read(request) for request in requests[len(answers) : len(answers) + self.batch_size]]
+                kinds = [(one["image"] is None, one["options"]) for one in batch]
+                alike = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), len(batch))
+                answers += self._answer(batch[:alike])
+                progress.update(alike)
+        return answers
+
+    def _read(self, request: Any) -> dict[str, Any]:
+        text, options, doc_to_visual, doc_id, task, split = request.args
+        images = doc_to_visual(self.task_dict[task][split][doc_id]) or []
+        if len(images) > 1:
+            raise ValueError(f"{task}, request {doc_id}, shows {len(images)} images; these models take one at a time.")
+        image = decode_image(images[0], f"the image of {task}, request {doc_id}") if images else None
+        text = text.replace("<image>", "").strip()
+        return {"text": text, "image": image, "name": f"{task}_{doc_id}", "options": options}
+
+    def _answer(self, batch: list[dict[str, Any]]) -> list[str]:
+        texts = [one["text"] for one in batch]
+        images = None if batch[0]["image"] is None else [one["image"] for one in batch]
+        if self.mode == "text":
+            options = {name: batch[0]["options"][name] for name in ("max_new_tokens",) if name in batch[0]["options"]}
+            return self.model.generate_text(self.processor, texts, images, **options | self.sampling)
+        drawn = self.model.generate_images(
+            self.processor,
+            text=texts,
+            images=images,
+            task="generate" if images is None else "edit",
+            generator=[torch.Generator().manual_seed(image_seed(self.seed, one["name"], 0)) for one in batch],
+            **self.sampling,
+        )
+        answers = []
+        for one, image in zip(batch, drawn, strict=True):
+            path = self.output_dir / f"{one['name']}.png"
+            with replacing(path) as temporary:
+                image.save(temporary, format="PNG")
+            answers.append(json.dumps({"text": "", "images": [str(path.resolve())]}))
+        return answers
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        raise NotImplementedError("The likelihood of an answer is not part of what these models are asked for.")
+
+    def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
+        raise NotImplementedError("These models answer one request at a time, without a conversation before it.")
