@@ -28,23 +28,25 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser, Qwen2Config, SiglipVisionConfig
 
 from reca_trainer.models.bagel import Config, Model, Processor
+from reca_trainer.models.bagel.modeling_bagel import build_autoencoder
 from reca_trainer.shapes.tokenizer import make_tokenizer
 from reca_trainer.shapes.world import QUESTION_KINDS, SPARSE, Scene, World
 
 DESCRIBE = "describe the image in detail"
 WIDTH, LAYERS, HEADS, FEED_FORWARD = 128, 4, 4, 384
+AUTOENCODER_BATCH = 24
 
 
 @dataclass
 class Arguments:
     output_dir: str = field(metadata={"help": "where stages, curves and the finished checkpoint are written"})
     seed: int = field(default=0, metadata={"help": "of weights, scenes and noise"})
-    batch_size: int = field(default=64, metadata={"help": "samples a step, in every stage"})
-    autoencoder_steps: int = 2500
-    language_steps: int = 1200
-    vision_steps: int = 2000
-    generator_steps: int = 3000
-    scenes: int = field(default=16000, metadata={"help": "different scenes that the generator is trained on"})
+    batch_size: int = field(default=64, metadata={"help": "samples a step of the later stages"})
+    autoencoder_steps: int = 1500
+    language_steps: int = 700
+    vision_steps: int = 1200
+    generator_steps: int = 2000
+    scenes: int = field(default=8000, metadata={"help": "different scenes that the generator is trained on"})
 
 
 def build(world: World) -> tuple[Model, Processor]:
@@ -149,17 +151,17 @@ def train(
 def train_autoencoder(model: Model, world: World, texts: Texts, arguments: Arguments, curves: Path) -> None:
     """Absolute error and a weak pull of the posterior towards a standard normal; then the latents' shift and scale are
     measured, so that the generator's targets have unit variance."""
-    vae, rng = model.vae.train(), np.random.default_rng([arguments.seed, 1])
-    moved = World(world.resolution, world.grid, jitter=1, max_objects=world.max_objects, seed=world.seed)
+    torch.manual_seed(arguments.seed)
+    model.vae = build_autoencoder(model.config.vae_config)
+    vae, rng = model.vae, np.random.default_rng([arguments.seed, 1])
+    moved = World(world.resolution, world.grid, jitter=2, max_objects=world.max_objects, seed=world.seed)
 
     def loss_of_step(step: int) -> dict[str, torch.Tensor]:
-        half = arguments.batch_size // 4
-        still, shifted = ([where.sample(rng) for _ in range(half)] for where in (world, moved))
-        pixels = pixels_of(world, still + shifted)
+        pixels = pixels_of(moved, [moved.sample(rng) for _ in range(AUTOENCODER_BATCH)])
         posterior = vae.encode(pixels).latent_dist
         decoded = vae.decode(posterior.mean + posterior.std * torch.randn_like(posterior.mean)).sample
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
-        return {"error": (decoded - pixels).abs().mean() + 2 * (decoded - pixels).square().mean(), "kl": 1e-3 * kl}
+        return {"error": (decoded - pixels).abs().mean() + (decoded - pixels).square().mean(), "kl": 2e-3 * kl}
 
     vae.requires_grad_(True)
     train("autoencoder", list(vae.parameters()), loss_of_step, arguments.autoencoder_steps, 2e-3, curves)
@@ -241,7 +243,7 @@ def train_language(model: Model, world: World, texts: Texts, arguments: Argument
             return {"text" if step % 2 else "visual": answer_loss(model, context.repeat(each), asked), **second}
 
     expert = [n for n in model.understanding_modules if n.startswith("language_model.")]
-    train_modules(model, expert, "language", loss_of_step, arguments.language_steps, 1.5e-3, curves)
+    train_modules(model, expert, "language", loss_of_step, arguments.language_steps, 2e-3, curves)
 
 
 def train_vision(model: Model, world: World, texts: Texts, arguments: Arguments, curves: Path) -> None:
