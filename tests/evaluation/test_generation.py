@@ -125,8 +125,11 @@ def test_scores_are_kept_until_the_image_or_the_scorer_changes(painter, tmp_path
     assert run(1) == rows and len(scored) == 5
     (tmp_path / "images/00003/samples/00001.png").unlink()
     assert len(run(1)) == 9 and scored[5:] == ["00003"]
+    first, second = find_images(tmp_path / "images", "00000")
+    first.write_bytes(second.read_bytes())
+    assert run(1) and scored[6:] == ["00000"]
     run(2)
-    assert len(scored) == 11
+    assert len(scored) == 12
 
 
 def test_two_processes_make_what_one_makes(painter, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from transformers.utils.import_utils import is_serve_available
 
-from reca_trainer.evaluation import evaluate
+from reca_trainer.evaluation import compare, evaluate
 from reca_trainer.evaluation.judge import EndpointJudge, LocalJudge
 
 IMAGES = [
@@ -26,6 +26,28 @@ def test_answers_do_not_depend_on_the_batch(judge_folder):
 
 def test_the_judge_says_what_it_is(judge_folder):
     assert LocalJudge(judge_folder).source == {"name": judge_folder, "revision": None}
+
+
+def test_dpg_from_the_model_to_the_comparison(bagel_folder, judge_folder, tmp_path):
+    (tmp_path / "questions.csv").write_text(
+        "item_id,text,proposition_id,dependency,tuple,question_natural_language\n"
+        "a,A red plane.,1,0,entity - whole (plane),is it red ?\nb,A blue plane.,1,0,entity - whole (plane),is it no ?\n"
+    )
+    command = f"--benchmark dpg --prompts {tmp_path / 'questions.csv'} --judge {judge_folder} --batch_size 3"
+    command += f" --dtype float32 --sampling num_inference_steps=2 --grids {tmp_path / 'grids'} --output_dir"
+    evaluate.main(["--model", bagel_folder, *command.split(), str(tmp_path / "one")])
+    rows = [json.loads(line) for line in (tmp_path / "one/results.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == ["a"] * 4 + ["b"] * 4
+    assert Image.open(tmp_path / "grids/b.png").size == (64, 64)
+
+    compare.main([str(tmp_path / "one"), bagel_folder, *command.split(), str(tmp_path / "both")])
+    [difference] = json.loads((tmp_path / "both/compare.json").read_text())["differences"]
+    assert difference["overall"] == {"difference": 0, "low": 0, "high": 0}
+    assert set(difference["categories"]) == {"entity", "entity - whole"}
+
+    evaluate.main(["--images", str(tmp_path / "grids"), *command.split()[:-3], "--output_dir", str(tmp_path / "cut")])
+    again = [json.loads(line) for line in (tmp_path / "cut/results.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["answers"]) for row in again] == [(row["id"], row["answers"]) for row in rows]
 
 
 @pytest.fixture

@@ -1,5 +1,8 @@
 import json
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -155,3 +158,19 @@ def test_understanding_as_a_command(bagel_folder, image_folder, tmp_path):
     assert report["prompts"] == 3 and 0 <= report["overall"]["score"] <= 1
     rows = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
     assert sum(row["correct"] for row in rows) / 3 == pytest.approx(report["overall"]["score"])
+
+
+def test_two_processes_report_what_one_reports(bagel_folder, image_folder, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = f"--model {bagel_folder} --benchmark reconstruction --dataset {image_folder} --dtype float32"
+    command += " --sampling num_inference_steps=2 --output_dir"
+    evaluate.main([*command.split(), str(tmp_path / "one")])
+    done = subprocess.run(
+        [*launch, "-m", "reca_trainer.evaluation.evaluate", *command.split(), tmp_path / "two"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("report.json", "report.md", "results.jsonl"):
+        assert (tmp_path / "two" / name).read_text() == (tmp_path / "one" / name).read_text()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse before hours of generation what would fail after them."""
+    if args.benchmark == "geneval" and find_spec("scipy") is None:
+        raise SystemExit("geneval needs SciPy for its detector: pip install 'reca-trainer[evaluation]'.")
     if args.benchmark == "dpg" and not (args.prompts and args.judge):
         raise SystemExit("dpg needs --prompts (its CSV file) and --judge.")
     if args.benchmark in ("reconstruction", "understanding") and not args.dataset:

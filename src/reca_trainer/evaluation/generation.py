@@ -198,17 +198,17 @@ def score_images(
     mine = prompts[state.process_index :: state.num_processes]
     for prompt in tqdm(mine, desc="score", unit="prompt", disable=not state.is_main_process):
         paths, kept = images_of(prompt), folder / "scores" / f"{prompt.id}.json"
-        state_of_images = [[path.name, path.stat().st_size] for path in paths]
+        seen = [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in paths]
         if kept.exists():
             before = json.loads(kept.read_text())
-            if before["scorer"] == scorer and before["images"] == state_of_images:
+            if before["scorer"] == scorer and before["images"] == seen:
                 continue
         rows = [
             {"id": prompt.id, "filename": os.path.relpath(path, folder), "prompt": prompt.text, **row}
             for path, row in zip(paths, score(prompt, paths), strict=True)
         ]
         with replacing(kept) as temporary:
-            temporary.write_text(json.dumps({"scorer": scorer, "images": state_of_images, "rows": rows}))
+            temporary.write_text(json.dumps({"scorer": scorer, "images": seen, "rows": rows}))
     state.wait_for_everyone()
     rows = [row for p in prompts for row in json.loads((folder / "scores" / f"{p.id}.json").read_text())["rows"]]
     if state.is_main_process:
