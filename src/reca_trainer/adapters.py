@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import nn
 from transformers import BitsAndBytesConfig
 
@@ -25,7 +26,6 @@ from reca_trainer.models.checkpoint import (
     CheckpointError,
     LazyTensor,
     load_strict,
-    open_weights,
     write_weights,
     written_whole,
 )
@@ -58,7 +58,10 @@ def attach(model: UnifiedModel, peft_config: PeftConfig) -> PeftModel:
     try:
         peft_model = get_peft_model(model, peft_config)
     except ValueError as error:
-        raise ValueError(f"{error} The generator's linear layers are {_some(_generator_linears(model))}.") from error
+        raise ValueError(
+            f"target_modules={peft_config.target_modules!r}: {error} The generator's linear layers are "
+            f"{_some(_generator_linears(model))}."
+        ) from error
     return _prepare_to_train(peft_model)
 
 
@@ -104,7 +107,10 @@ def load_adapter(model: UnifiedModel, folder: str | os.PathLike, is_trainable: b
         raise CheckpointError(
             misfit + f"it lacks {_some(expected - stored)}, and has {_some(stored - expected)} besides."
         )
-    return _prepare_to_train(peft_model) if is_trainable else peft_model
+    if is_trainable:
+        peft_model = _prepare_to_train(peft_model)
+        set_peft_model_state_dict(peft_model, load_file(folder / SAFETENSORS_WEIGHTS_NAME))  # again, now unrounded
+    return peft_model
 
 
 def _prepare_to_train(model: PeftModel) -> PeftModel:
@@ -285,12 +291,11 @@ def write_model(
         else:
             (folder / "copy").mkdir()
             write_weights(model, folder / "copy", dtype, max_shard_size)
-            weights = open_weights(folder / "copy", "model.safetensors")
-            # Memory-mapped, so that writing them needs no memory either.
-            model.load_state_dict({name: tensor[...] for name, tensor in weights.items()}, strict=False, assign=True)
-            model.tie_weights()
+            # Its tensors are memory-mapped, so that writing them again takes no memory.
+            loaded = type(model).from_pretrained(folder / "copy", dtype="auto")
             family = importlib.import_module(type(model).__module__.rpartition(".")[0])
-            family.write_published(model, processor, folder)
+            family.write_published(loaded, processor, folder)
+            del loaded
             shutil.rmtree(folder / "copy")
     return Path(output_dir)
 
@@ -307,7 +312,9 @@ def _merged(model: UnifiedModel, adapter: Path) -> dict[str, LazyTensor]:
     for name, module in list(model.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):
             trained = module.modules_to_save[module.active_adapters[0]].state_dict()
-            weights |= {f"{name}.{key}": LazyTensor(tensor) for key, tensor in trained.items()}
+            for key, tensor in trained.items():
+                before = weights[f"{name}.{key}"]
+                weights[f"{name}.{key}"] = LazyTensor(tensor).map(lambda t, before=before: t.to(before[...].dtype))
         elif isinstance(module, BaseTunerLayer):
             own = dict(module.get_base_layer().named_parameters(recurse=False))
             stored = {key: weights[f"{name}.{key}"] for key in own}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -122,7 +123,8 @@ def load_strict(
         mismatched = [(name, found[name], expected[name]) for name in found.keys() & expected.keys()
                       if found[name] != expected[name]]  # fmt: skip
     else:
-        kwargs.setdefault("dtype", torch.float32)
+        if kwargs.get("dtype") is None:
+            kwargs["dtype"] = torch.float32
         model, info = model_class.from_pretrained(
             None,
             config=config,
@@ -219,7 +221,7 @@ def write_weights(
         dtype: of what is written; by default each tensor's own. Modules that the family keeps in float32 stay so.
     """
     limit = convert_file_size_to_int(max_shard_size)
-    keep = set(model._keep_in_fp32_modules_strict or ())
+    keep = [rf"(?:^|\.){re.escape(module)}\." for module in model._keep_in_fp32_modules_strict or ()]
     shard: dict[str, torch.Tensor] = {}
     shards: list[list[str]] = []
     elements: dict[torch.dtype, int] = {}
@@ -233,7 +235,7 @@ def write_weights(
     for name in sorted(model.lazy_weights.keys() - set(model.all_tied_weights_keys)):
         tensor = model.lazy_weights[name][...]
         if tensor.is_floating_point() and dtype is not None:
-            tensor = tensor.to(torch.float32 if keep & set(name.split(".")) else dtype)
+            tensor = tensor.to(torch.float32 if any(re.search(module, name) for module in keep) else dtype)
         if shard and size + tensor.nbytes > limit:
             flush()
             size = 0

@@ -3,6 +3,7 @@
 | file | content |
 |---|---|
 | `ema.safetensors` (or `model.safetensors`, or either sharded behind an `.index.json`) | everything but the autoencoder |
+| `model.safetensors.index.json` | which file holds which tensor: all of them `ema.safetensors` |
 | `ae.safetensors` | FLUX' autoencoder, float32, in FLUX' own key names |
 | `llm_config.json`, `vit_config.json` | dimensions; `config.json` only gives what the original hard-codes |
 """
@@ -175,13 +176,13 @@ def write_published(model: BagelModel, processor: BagelProcessor, folder: Path, 
     config = model.config
     main, autoencoder = published_state_dict(model)
     main = {key: tensor.contiguous() for key, tensor in main.items()}
-    save_torch_state_dict(
-        main,
-        folder,
-        filename_pattern="ema{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-        safe_serialization=True,
-    )
+    save_torch_state_dict(main, folder, filename_pattern="ema{suffix}.safetensors", max_shard_size=max_shard_size)
+    if not (index := folder / "ema.safetensors.index.json").is_file():
+        sizes = {"total_size": sum(tensor.nbytes for tensor in main.values())}
+        content = {"metadata": sizes, "weight_map": dict.fromkeys(sorted(main), "ema.safetensors")}
+        # Published under this name, though it lists the tensors of `ema.safetensors`.
+        index = folder / "model.safetensors.index.json"
+        index.write_text(json.dumps(content, indent=2) + "\n")
     save_file({key: tensor.contiguous() for key, tensor in autoencoder.items()}, folder / "ae.safetensors")
     processor.tokenizer.save_pretrained(folder)
 
