@@ -34,5 +34,11 @@ def load(folder: str | Path = CHECKPOINT) -> tuple[UnifiedModel, UnifiedProcesso
 
 
 def dataset(split: str = "train", size: int = 1000, seed: int = 0) -> datasets.Dataset:
-    """Scenes of the default world with the columns `image`, `text` (a sparse caption), `question` and `answer`."""
-    return World().dataset(split, size, seed)
+    """Scenes of the default world with the columns `image`, `text` (a sparse caption), `question`, `answer`, and
+    `conversations`: the latter two as an exchange, which is what the image-to-text term learns from."""
+    rows = World().dataset(split, size, seed)
+    exchanges = [
+        [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        for question, answer in zip(rows["question"], rows["answer"], strict=True)
+    ]
+    return rows.add_column("conversations", exchanges)

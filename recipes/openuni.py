@@ -1,0 +1,40 @@
+"""RecA on OpenUni: queries, connector and SANA are trained, InternVL and the autoencoder are frozen.
+
+The whole job on a tiny OpenUni and the world of shapes, in minutes on a laptop's CPU:
+
+    accelerate launch recipes/openuni.py
+
+The real run on your own images, a folder or a dataset id:
+
+    accelerate launch recipes/openuni.py --config recipes/openuni_1_6b.yaml \
+        --model_name_or_path path/to/openuni --dataset_name path/to/images
+"""
+
+from pathlib import Path
+
+from reca_trainer.models.openuni import Config, Model, Processor
+from reca_trainer.recipe import run
+from reca_trainer.shapes.pretraining import pretrain
+from reca_trainer.shapes.tokenizer import make_tokenizer
+
+
+def build():
+    tokenizer = make_tokenizer()
+    config = Config.tiny(len(tokenizer) + 3)
+    return Model(config), Processor.tiny(config, tokenizer)
+
+
+def encode(model, pixels):
+    return model.vae.encode(pixels).latent * model.vae.config.scaling_factor
+
+
+def decode(model, latents):
+    return model.vae.decode(latents / model.vae.config.scaling_factor).sample
+
+
+def tiny(**steps):
+    return pretrain(build, "vae", encode, decode, continuous=True, **steps)
+
+
+if __name__ == "__main__":
+    run(tiny, Path(__file__).with_name("openuni_tiny.yaml"))

@@ -1,0 +1,41 @@
+"""Every recipe from its command line to saved weights, with next to no steps."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+PROGRAM = """
+import runpy, sys
+from pathlib import Path
+recipe = Path(sys.argv.pop(1))
+tiny = runpy.run_path(str(recipe))["tiny"]
+from reca_trainer.recipe import run
+run(lambda: tiny(autoencoder_steps=1, understanding_steps=1), recipe.with_name(recipe.stem + "_tiny.yaml"))
+"""
+FAST = "--max_steps 2 --per_device_train_batch_size 2 --eval_strategy no --eval_on_start false --logging_steps 1 "
+FAST += "--preview_steps 2 --preview_images 1 --use_cpu true"
+
+
+@pytest.mark.parametrize(
+    ("name", "saved", "terms"),
+    [
+        ("harmon", "model.safetensors", {"reconstruction_loss", "image_to_text_loss"}),
+        ("show_o", "model.safetensors", {"reconstruction_loss", "image_to_text_loss"}),
+        ("openuni", "model.safetensors", {"reconstruction_loss"}),
+        ("janus_lora", "adapter_model.safetensors", {"reconstruction_loss", "image_to_text_loss"}),
+    ],
+)
+def test_recipe_runs_without_a_model_or_data(name, saved, terms, tmp_path):
+    command = [sys.executable, "-c", PROGRAM, str(RECIPES / f"{name}.py"), *FAST.split(), "--output_dir", "out"]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    out = tmp_path / "out"
+    assert (out / saved).is_file() and (out / "previews" / "before_after.png").is_file()
+    logged = set().union(*json.loads((out / "trainer_state.json").read_text())["log_history"])
+    assert {key for key in logged if key.endswith("_loss") and key != "train_loss"} == terms
