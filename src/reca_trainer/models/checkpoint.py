@@ -234,14 +234,16 @@ def write_weights(
 
     for name in sorted(model.lazy_weights.keys() - set(model.all_tied_weights_keys)):
         tensor = model.lazy_weights[name][...]
+        is_kept = any(re.search(module, name) for module in keep)
         if tensor.is_floating_point() and dtype is not None:
-            tensor = tensor.to(torch.float32 if any(re.search(module, name) for module in keep) else dtype)
+            tensor = tensor.to(torch.float32 if is_kept else dtype)
         if shard and size + tensor.nbytes > limit:
             flush()
             size = 0
         shard[name] = tensor.cpu().contiguous()
         size, total, parameters = size + tensor.nbytes, total + tensor.nbytes, parameters + tensor.numel()
-        elements[tensor.dtype] = elements.get(tensor.dtype, 0) + tensor.numel()
+        if not is_kept:
+            elements[tensor.dtype] = elements.get(tensor.dtype, 0) + tensor.numel()
     flush()
 
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
