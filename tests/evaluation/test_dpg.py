@@ -100,7 +100,7 @@ def test_grids_hold_the_images_in_reading_order(tmp_path):
         path = tmp_path / "images/item/samples" / f"{index:05}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (6, 4), color).save(path)
-    dpg.write_grids(tmp_path / "images", [prompt], tmp_path / "grids")
+    dpg.write_grids([prompt], lambda one: find_images(tmp_path / "images", one.id), tmp_path / "grids")
     grid = Image.open(tmp_path / "grids/item.png")
     assert grid.size == (12, 8) and grid.getpixel((11, 0)) == (0, 128, 0) and grid.getpixel((0, 7)) == (0, 0, 255)
     dpg.read_grids(tmp_path / "grids", [prompt], tmp_path / "again")

@@ -3,6 +3,7 @@ import math
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from reca_trainer.evaluation.reconstruction import (
     ClipSimilarity,
     evaluate_reconstruction,
     image_scores,
+    load_lpips,
     mean_scores,
     reconstruct,
     reconstruction_loss,
@@ -74,6 +76,12 @@ def test_similarity_of_an_image_with_itself_is_one(clip_folder):
     assert clip(noise(0), noise(0)) == pytest.approx(1, abs=1e-5)
     assert clip(noise(0), Image.new("RGB", (40, 20), "red")) < 1
     assert image_scores(noise(0), noise(0), clip)["clip_similarity"] == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")
+def test_lpips_says_what_it_needs():
+    with pytest.raises(ImportError, match="torchvision"):
+        load_lpips()
 
 
 def test_the_image_is_compared_as_the_model_was_asked_for_it(painter):

@@ -16,7 +16,7 @@ from typing import Any
 from datasets import load_dataset
 from PIL import Image
 
-from reca_trainer.evaluation.generation import Prompt, find_images, image_path, replacing
+from reca_trainer.evaluation.generation import Prompt, image_path, replacing
 from reca_trainer.images import decode_image
 
 COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
@@ -156,14 +156,14 @@ class DPGBench:
 # The published layout: one grid of 2 × 2 images per prompt
 
 
-def write_grids(folder: str | Path, prompts: list[Prompt], grids: str | Path) -> None:
+def write_grids(prompts: list[Prompt], images_of: Callable[[Prompt], list[Path]], grids: str | Path) -> None:
     """Put the first four images of each prompt into `grids`/<item id>.png, as the original scorer reads them.
 
     Raises:
         ValueError: a prompt has fewer than four images, or they differ in size.
     """
     for prompt in prompts:
-        images = [decode_image(path) for path in find_images(folder, prompt.id)[:4]]
+        images = [decode_image(path) for path in images_of(prompt)[:4]]
         if len(images) < 4 or len({image.size for image in images}) > 1:
             raise ValueError(f"A grid of {prompt.id} takes four images of one size; there are {len(images)}.")
         width, height = images[0].size

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from reca_trainer.evaluation.generation import (
     score_images,
 )
 from reca_trainer.evaluation.judge import EndpointJudge, LocalJudge
-from reca_trainer.evaluation.report import Z, summarize, write_report
+from reca_trainer.evaluation.report import Overall, Z, summarize, write_report
 from reca_trainer.images import decode_image
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
 from reca_trainer.models.unified import UnifiedModel, UnifiedProcessor
@@ -42,7 +43,7 @@ def make_parser(parser: argparse.ArgumentParser | None = None) -> argparse.Argum
     parser.add_argument("--model", help="folder or Hub id of the model")
     parser.add_argument("--adapter", help="folder or Hub id of a PEFT adapter for it")
     parser.add_argument("--images", help="score the images of this folder instead of generating them")
-    add_benchmark_arguments(parser, ("geneval", "dpg", "reconstruction", "understanding"))
+    add_benchmark_arguments(parser, tuple(BENCHMARKS))
     return parser
 
 
@@ -97,16 +98,6 @@ def main(argv: list[str] | None = None) -> None:
         print(text)
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse before hours of generation what would fail after them."""
-    if args.benchmark == "geneval" and find_spec("scipy") is None:
-        raise SystemExit("geneval needs SciPy for its detector: pip install 'reca-trainer[evaluation]'.")
-    if args.benchmark == "dpg" and not (args.prompts and args.judge):
-        raise SystemExit("dpg needs --prompts (its CSV file) and --judge.")
-    if args.benchmark in ("reconstruction", "understanding") and not args.dataset:
-        raise SystemExit(f"{args.benchmark} needs --dataset.")
-
-
 def evaluate(
     args: argparse.Namespace,
     folder: str | Path,
@@ -117,48 +108,171 @@ def evaluate(
     """Score `model` (with `adapter`), or the images of a folder, as `args` says; write everything into `folder`.
 
     Returns:
-        The report in Markdown.
+        The report in Markdown, on the main process.
     """
-    check_arguments(args)
-    folder, sampling = Path(folder), parse_sampling(args.sampling)
+    folder, run = Path(folder), BENCHMARKS[args.benchmark]
     about = {"benchmark": args.benchmark, "model": model, "adapter": adapter, "dtype": args.dtype}
-    if args.benchmark in ("reconstruction", "understanding"):
-        return _evaluate_dataset(args, folder, about, sampling)
-    all_prompts = geneval.prompts() if args.benchmark == "geneval" else dpg.read_prompts(args.prompts)
-    prompts, count = spread(all_prompts, args.limit), args.images_per_prompt
-    if images is None:
-        images, settings = folder / "images", {name: about[name] for name in ("model", "adapter", "dtype")}
-        unified, processor = load_model(model, adapter, args.dtype)
-        generate(unified, processor, prompts, images, count, args.batch_size, args.seed, sampling, settings)
-        del unified
-        clear_device_cache(garbage_collection=True)
-    else:
-        count = None
-        if args.benchmark == "geneval":
-            found = read_metadata(images)
-            prompts = spread([Prompt(name, data["prompt"], data) for name, data in found.items()], args.limit)
-        elif any(Path(images).glob("*.png")):
-            grids, images = images, folder / "images"
-            if processes().is_main_process:
-                dpg.read_grids(grids, prompts, images)
-            processes().wait_for_everyone()
-    scorer = _geneval(args) if args.benchmark == "geneval" else _dpg(args)
-    rows = score_images(prompts, lambda prompt: find_images(images, prompt.id)[:count], scorer, folder, scorer.scorer)
+    about |= {"seed": args.seed, "sampling": parse_sampling(args.sampling)}
+    report = {**about, **run(args, folder, about, images)}
+    return write_report(folder, report) if processes().is_main_process else ""
 
-    overall = "mean of categories" if args.benchmark == "geneval" else "mean of images"
-    report = {
-        **about,
-        "images_from": str(images),
-        "seed": args.seed,
-        "sampling": sampling,
-        "scorer": scorer.scorer,
-        "overall_is": overall,
-        **summarize(rows, overall),
-        **(_geneval_text(scorer.scorer) if args.benchmark == "geneval" else _dpg_text(scorer.scorer, rows)),
-    }
-    if processes().is_main_process and args.grids:
-        dpg.write_grids(images, prompts, args.grids)
-    return _write(folder, report)
+
+def _geneval(args: argparse.Namespace, folder: Path, about: dict[str, Any], images: str | None) -> dict[str, Any]:
+    if find_spec("scipy") is None:  # before hours of generation
+        raise SystemExit("geneval needs SciPy for its detector: pip install 'reca-trainer[evaluation]'.")
+    if images is None:
+        prompts = spread(geneval.prompts(), args.limit)
+        images_of = _draw(args, prompts, folder, about)
+    else:
+        metadata = read_metadata(images)
+        prompts = spread([Prompt(name, one["prompt"], one) for name, one in metadata.items()], args.limit)
+        images_of = _find(images)
+    device = processes().device
+    scorer = geneval.GenEval(
+        geneval.Detector(args.detector, args.detector_revision, device),
+        geneval.ColorClassifier(args.color_classifier, args.color_classifier_revision, device),
+    )
+    rows = score_images(prompts, images_of, scorer, folder, scorer.scorer)
+    models = (scorer.detector.source, scorer.color_classifier.source)
+    seen_by = " and ".join(f"{one['name']} ({one['revision'] or 'unversioned'})" for one in models)
+    note = (
+        f"Detected and classified by {seen_by}. GenEval's published scores come from another detector (mmdetection's "
+        "Mask2Former): these scores can be compared with each other, not with those of papers."
+    )
+    return _summary("GenEval (other detector)", scorer.scorer, rows, "mean of categories", [note])
+
+
+def _dpg(args: argparse.Namespace, folder: Path, about: dict[str, Any], images: str | None) -> dict[str, Any]:
+    if not (args.prompts and args.judge):
+        raise SystemExit("dpg needs --prompts (its CSV file) and --judge.")
+    prompts = spread(dpg.read_prompts(args.prompts), args.limit)
+    if images is None:
+        images_of = _draw(args, prompts, folder, about)
+    elif any(Path(images).glob("*.png")):
+        if processes().is_main_process:
+            dpg.read_grids(images, prompts, folder / "images")
+        processes().wait_for_everyone()
+        images_of = _find(folder / "images")
+    else:
+        images_of = _find(images)
+    if args.grids and processes().is_main_process:
+        dpg.write_grids(prompts, images_of, args.grids)
+    if args.judge_url:
+        judge: Any = EndpointJudge(args.judge_url, args.judge)
+    else:
+        judge = LocalJudge(args.judge, args.judge_revision, processes().device, batch_size=args.batch_size)
+    scorer = dpg.DPGBench(judge, args.judge_instruction)
+    rows = score_images(prompts, images_of, scorer, folder, scorer.scorer)
+    notes = [
+        f"Judged by {judge.source['name']}. DPG-Bench's published scores come from mPLUG-large: scores of different "
+        "judges cannot be compared."
+    ]
+    if unreadable := sum(row["unreadable"] for row in rows):
+        asked = sum(len(row["answers"]) for row in rows)
+        notes.append(f"{unreadable} of {asked} answers were neither yes nor no and counted as no.")
+    return _summary("DPG-Bench", scorer.scorer, rows, "mean of images", notes)
+
+
+def _draw(
+    args: argparse.Namespace, prompts: list[Prompt], folder: Path, about: dict[str, Any]
+) -> Callable[[Prompt], list[Path]]:
+    """Generate the images, then give the model's memory back to whatever looks at them."""
+    images, count = folder / "images", args.images_per_prompt
+    settings = {name: about[name] for name in ("model", "adapter", "dtype")}
+    model, processor = load_model(about["model"], about["adapter"], args.dtype)
+    generate(model, processor, prompts, images, count, args.batch_size, args.seed, about["sampling"], settings)
+    del model
+    clear_device_cache(garbage_collection=True)
+    return _find(images, count)
+
+
+def _find(images: str | Path, count: int | None = None) -> Callable[[Prompt], list[Path]]:
+    return lambda prompt: find_images(images, prompt.id)[:count]
+
+
+def _summary(
+    title: str, scorer: dict[str, Any], rows: list[dict[str, Any]], overall: Overall, notes: list[str]
+) -> dict[str, Any]:
+    return {"title": title, "scorer": scorer, "overall_is": overall, **summarize(rows, overall), "notes": notes}
+
+
+def _reconstruction(args: argparse.Namespace, folder: Path, about: dict[str, Any], images: None) -> dict[str, Any]:
+    dataset, state = _Rows(args, images_only=True), processes()
+    rows = reconstruction.score_reconstructions(
+        *load_model(about["model"], about["adapter"], args.dtype),
+        dataset,
+        range(state.process_index, len(dataset), state.num_processes),
+        args.instruction,
+        seed=args.seed,
+        clip=reconstruction.ClipSimilarity(args.clip, device=state.device) if args.clip else None,
+        lpips=reconstruction.load_lpips(state.device) if args.lpips else None,
+        **about["sampling"],
+    )
+    rows = _gather(folder, rows)
+    means = {name: _mean([row[name] for row in rows]) for name in rows[0] if name != "index"}
+    return {"title": "Reconstruction", "dataset": args.dataset, "images": len(rows), "means": means, "notes": []}
+
+
+def _understanding(args: argparse.Namespace, folder: Path, about: dict[str, Any], images: None) -> dict[str, Any]:
+    dataset, state = _Rows(args, "question", "answer"), processes()
+    rows = understanding.answer_questions(
+        *load_model(about["model"], about["adapter"], args.dtype),
+        dataset,
+        range(state.process_index, len(dataset), state.num_processes),
+        args.batch_size,
+        **about["sampling"],
+    )
+    rows = _gather(folder, rows)
+    scored = [{"id": str(row["index"]), "score": float(row["correct"]), "categories": {}} for row in rows]
+    summary = {"dataset": args.dataset, "overall_is": "share of right answers", **summarize(scored, "mean of images")}
+    return {"title": "Understanding", **summary, "notes": []}
+
+
+class _Rows:
+    """The rows of `--dataset`, decoded when they are looked at, so that it may be of any size."""
+
+    def __init__(self, args: argparse.Namespace, *columns: str, images_only: bool = False):
+        if not args.dataset:
+            raise SystemExit(f"{args.benchmark} needs --dataset.")
+        self.name, self.dataset = args.dataset, load_image_dataset(args.dataset, args.dataset_split)
+        missing = set(columns) - set(self.dataset.column_names)
+        if missing:
+            raise ValueError(f"{args.dataset} lacks the columns {', '.join(sorted(missing))}.")
+        self.column, self.images_only = find_columns(self.dataset).image, images_only
+        self.chosen = spread(list(range(len(self.dataset))), args.limit)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> Any:
+        row = self.dataset[self.chosen[index]]
+        image = decode_image(row[self.column], f"image {self.chosen[index]} of {self.name}")
+        return image if self.images_only else {**row, "image": image}
+
+
+def _gather(folder: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of all processes in the order of the data set, also kept in `results.jsonl`."""
+    rows = sorted(gather_object(rows), key=lambda row: row["index"])
+    if processes().is_main_process:
+        with replacing(folder / "results.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return rows
+
+
+def _mean(values: list[float]) -> dict[str, float | None]:
+    """Mean and the 95 % margin of its standard error, none for a single value."""
+    mean = sum(values) / len(values)
+    squares = sum((value - mean) ** 2 for value in values)
+    margin = Z * math.sqrt(squares / (len(values) - 1) / len(values)) if len(values) > 1 else None
+    return {"mean": mean, "margin": margin}
+
+
+BENCHMARKS = {
+    "geneval": _geneval,
+    "dpg": _dpg,
+    "reconstruction": _reconstruction,
+    "understanding": _understanding,
+}
 
 
 def load_model(model: str, adapter: str | None, dtype: str) -> tuple[UnifiedModel, UnifiedProcessor]:
@@ -189,108 +303,6 @@ def spread(items: list[Any], limit: int | None) -> list[Any]:
     if limit is None or limit >= len(items):
         return items
     return [items[index * len(items) // limit] for index in range(limit)]
-
-
-def _geneval(args: argparse.Namespace) -> geneval.GenEval:
-    device = processes().device
-    return geneval.GenEval(
-        geneval.Detector(args.detector, args.detector_revision, device),
-        geneval.ColorClassifier(args.color_classifier, args.color_classifier_revision, device),
-    )
-
-
-def _geneval_text(scorer: dict[str, Any]) -> dict[str, Any]:
-    seen = " and ".join(
-        f"{scorer[part]['name']} ({scorer[part]['revision'] or 'unversioned'})"
-        for part in ("detector", "color_classifier")
-    )
-    note = (
-        f"Detected and classified by {seen}. GenEval's published scores come from another detector (mmdetection's "
-        "Mask2Former): these scores can be compared with each other, not with those of papers."
-    )
-    return {"title": "GenEval (other detector)", "notes": [note]}
-
-
-def _dpg(args: argparse.Namespace) -> dpg.DPGBench:
-    if args.judge_url:
-        judge: Any = EndpointJudge(args.judge_url, args.judge)
-    else:
-        judge = LocalJudge(args.judge, args.judge_revision, processes().device, batch_size=args.batch_size)
-    return dpg.DPGBench(judge, args.judge_instruction)
-
-
-def _dpg_text(scorer: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    unreadable, asked = sum(row["unreadable"] for row in rows), sum(len(row["answers"]) for row in rows)
-    notes = [
-        f"Judged by {scorer['judge']['name']}. DPG-Bench's published scores come from mPLUG-large: scores of different "
-        "judges cannot be compared."
-    ]
-    if unreadable:
-        notes.append(f"{unreadable} of {asked} answers were neither yes nor no and counted as no.")
-    return {"title": "DPG-Bench", "notes": notes}
-
-
-def _evaluate_dataset(args: argparse.Namespace, folder: Path, about: dict[str, Any], sampling: dict[str, Any]) -> str:
-    state = processes()
-    dataset = load_image_dataset(args.dataset, args.dataset_split)
-    column = find_columns(dataset).image
-    chosen = spread(list(range(len(dataset))), args.limit)
-
-    class Rows:
-        """Decodes an image when it is looked at, so that a data set of any size fits."""
-
-        def __len__(self) -> int:
-            return len(chosen)
-
-        def __getitem__(self, index: int) -> Any:
-            row = dataset[chosen[index]]
-            image = decode_image(row[column], f"image {chosen[index]} of {args.dataset}")
-            return image if args.benchmark == "reconstruction" else {**row, "image": image}
-
-    unified, processor = load_model(about["model"], about["adapter"], args.dtype)
-    mine = range(state.process_index, len(chosen), state.num_processes)
-    if args.benchmark == "reconstruction":
-        rows = reconstruction.score_reconstructions(
-            unified,
-            processor,
-            Rows(),
-            mine,
-            args.instruction,
-            seed=args.seed,
-            clip=reconstruction.ClipSimilarity(args.clip, device=state.device) if args.clip else None,
-            lpips=reconstruction.load_lpips(state.device) if args.lpips else None,
-            **sampling,
-        )
-    else:
-        missing = {"question", "answer"} - set(dataset.column_names)
-        if missing:
-            raise ValueError(f"{args.dataset} lacks the columns {', '.join(sorted(missing))}.")
-        rows = understanding.answer_questions(unified, processor, Rows(), mine, args.batch_size, **sampling)
-    rows = sorted(gather_object(rows), key=lambda row: row["index"])
-    if state.is_main_process:
-        with replacing(folder / "results.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    report = {**about, "dataset": args.dataset, "seed": args.seed, "sampling": sampling, "notes": []}
-    if args.benchmark == "understanding":
-        scored = [{"id": str(row["index"]), "score": float(row["correct"]), "categories": {}} for row in rows]
-        summary = summarize(scored, "mean of images")
-        return _write(folder, {**report, "title": "Understanding", "overall_is": "share of right answers", **summary})
-    means = {name: _mean([row[name] for row in rows]) for name in rows[0] if name != "index"}
-    return _write(folder, {**report, "title": "Reconstruction", "images": len(rows), "means": means})
-
-
-def _mean(values: list[float]) -> dict[str, float | None]:
-    """Mean and standard error's 95 % margin, none for a single value."""
-    mean = sum(values) / len(values)
-    squares = sum((value - mean) ** 2 for value in values)
-    margin = Z * math.sqrt(squares / (len(values) - 1) / len(values)) if len(values) > 1 else None
-    return {"mean": mean, "margin": margin}
-
-
-def _write(folder: Path, report: dict[str, Any]) -> str:
-    if not processes().is_main_process:
-        return ""
-    return write_report(folder, report)
 
 
 if __name__ == "__main__":
