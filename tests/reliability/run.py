@@ -14,8 +14,11 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -40,14 +43,28 @@ def start(output_dir: Path, **options) -> multiprocessing.Process:
     return fork(_logged, str(output_dir), options)
 
 
+def start_together(output_dir: Path, processes: int, **options) -> list[multiprocessing.Process]:
+    """Likewise, `processes` of them, talking to each other over gloo; their output goes to `log-RANK.txt`."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    layout = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        fork(_logged, str(output_dir), options, {**layout, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in range(processes)
+    ]
+
+
 def fork(target, *args) -> multiprocessing.Process:
     process = _context.Process(target=target, args=args)
     process.start()
     return process
 
 
-def _logged(output_dir: str, options: dict) -> None:
-    with open(Path(output_dir) / "log.txt", "a") as log:
+def _logged(output_dir: str, options: dict, layout: Mapping[str, object] = MappingProxyType({})) -> None:
+    os.environ.update({name: str(value) for name, value in layout.items()})
+    with open(Path(output_dir) / (f"log-{layout['RANK']}.txt" if layout else "log.txt"), "a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     main(output_dir, options)

@@ -1,0 +1,133 @@
+"""Several processes give what one gives: rows, losses, weights, and errors that end all of them."""
+
+import json
+import os
+import socket
+from itertools import chain
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from reca_trainer import AutoUnifiedModel
+from tests.reliability.run import CHECKPOINT, fork, start, start_together, trainer
+
+TOLERANCE = 1e-5  # of losses, relative; weights after Adam's steps of 1e-3: absolute, a hundredth of a step
+
+
+def run(folder, processes=1, expect=0, **options):
+    options = {"max_steps": 7, "per_device_train_batch_size": 4 // processes, **options}
+    started = [start(folder, **options)] if processes == 1 else start_together(folder, processes, **options)
+    for process in started:
+        process.join()
+    log = "".join(path.read_text() for path in sorted(folder.glob("log*.txt")))
+    assert [bool(process.exitcode) for process in started] == [bool(expect)] * processes, log
+    return log
+
+
+def losses(folder):
+    return json.loads((folder / "losses.json").read_text())
+
+
+def rows(folder):
+    """Per micro-batch: the rows of all processes, one process after the other."""
+    parts = [json.loads(path.read_text()) for path in sorted(folder.glob("rows-*.json"))]
+    return [[list(chain(*same)) for same in zip(*step, strict=True)] for step in zip(*parts, strict=True)]
+
+
+def assert_equal_runs(one, other):
+    assert losses(one) == pytest.approx(losses(other), rel=TOLERANCE)
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
+    assert first.keys() == second.keys()
+    deviation = max(float((first[name] - second[name]).abs().max()) for name in first)
+    assert deviation < TOLERANCE
+    return deviation
+
+
+LAYOUTS = {
+    "epochs that end with one row": {"rows": 15},
+    "accumulation and a task mix": {
+        "gradient_accumulation_steps": 3,
+        "text_to_image_weight": 0.5,
+        "task_mix": "2:0:1",
+    },
+    "a stream with workers": {"streaming": True, "dataloader_num_workers": 1},
+    "no adapter, clipped": {"full": True, "max_grad_norm": 0.1},
+    "skipped images": {"bad_rows": [3, 11], "on_bad_image": "skip"},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if index == 0 else pytest.param(name, marks=pytest.mark.slow) for index, name in enumerate(LAYOUTS)]
+)
+def test_two_processes_equal_one(tmp_path, name, record_property):
+    options = LAYOUTS[name]
+    run(tmp_path / "one", **options)
+    run(tmp_path / "two", processes=2, **options)
+    if name == "no adapter, clipped":
+        (tmp_path / "one" / "model.safetensors").rename(tmp_path / "one" / "adapter_model.safetensors")
+        (tmp_path / "two" / "model.safetensors").rename(tmp_path / "two" / "adapter_model.safetensors")
+    record_property("deviation", assert_equal_runs(tmp_path / "one", tmp_path / "two"))
+    if name == "epochs that end with one row":
+        assert any(len(batch) == 1 for step in rows(tmp_path / "one") for batch in step)
+    for alone, shared in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        # One row on two processes is drawn by both, and counts once in the mean.
+        assert [batch * (2 if len(batch) == 1 else 1) for batch in alone] == shared
+
+
+def test_a_bad_image_on_one_process_ends_all_and_is_named(tmp_path):
+    log = run(tmp_path, processes=2, bad_rows=[3], max_steps=12, expect=1)
+    assert "ImageError: row 3 (3.png): " in log
+
+
+def test_another_number_of_processes_resumes_or_is_refused(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 4}
+    run(tmp_path / "one", **saving)
+    run(tmp_path / "parts", processes=2, max_steps=4, **saving)
+    log = run(tmp_path / "parts", resume=True, per_device_train_batch_size=2, expect=1, **saving)
+    assert "cannot be resumed exactly" in log and "(per_device_train_batch_size x processes): 4, now 2" in log
+    run(tmp_path / "parts", resume=True, **saving)
+    assert_equal_runs(tmp_path / "one", tmp_path / "parts")
+
+
+def test_fully_sharded_gradients_equal_those_of_one_process(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [fork(sharded_step, rank, port, str(tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+
+
+def sharded_step(rank, port, folder):
+    """The same batch on both processes, sharded (FSDP2) and not: same loss, same gradients, same pictures."""
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    recorder = trainer(folder, False, True, 4, per_device_train_batch_size=4)
+    batch = next(iter(recorder.get_train_dataloader()))
+    [batch], _ = recorder.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+    whole, sharded = recorder.model, AutoUnifiedModel.from_pretrained(CHECKPOINT)
+    sharded.freeze_understanding()
+    for layer in sharded.modules():
+        if type(layer).__name__ in sharded._no_split_modules:
+            fully_shard(layer)
+    fully_shard(sharded)
+    found = []
+    for model in (whole, sharded):
+        model.train()
+        loss = recorder.compute_loss(model, dict(batch)) / 2
+        loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append((loss.detach(), gradients))
+    (loss, gradients), (sharded_loss, sharded_gradients) = found
+    torch.testing.assert_close(sharded_loss, loss, rtol=TOLERANCE, atol=0)
+    assert gradients.keys() == sharded_gradients.keys()
+    for name, gradient in sharded_gradients.items():
+        assert isinstance(gradient, DTensor)
+        torch.testing.assert_close(gradient.full_tensor(), gradients[name], rtol=1e-4, atol=1e-6, msg=name)
+    dist.destroy_process_group()
