@@ -205,6 +205,7 @@ def merge_adapter(
     *,
     layout: str = "transformers",
     quantization_config: BitsAndBytesConfig | None = None,
+    processor: UnifiedProcessor | None = None,
     max_shard_size: int | str = "5GB",
 ) -> Path:
     """Write a model with an adapter merged into it, one tensor at a time, in float32, rounded once.
@@ -225,6 +226,7 @@ def merge_adapter(
         layout: `"transformers"`, our own `save_pretrained` form, or `"published"`, the family's, for its other tools. The
             latter is written through a temporary copy on disk.
         quantization_config: for `into="quantized"`; by default the one of the training, or NF4.
+        processor: to write beside the weights; by default the adapter's, or else the base's.
 
     Returns:
         `output_dir`.
@@ -251,7 +253,8 @@ def merge_adapter(
     if into != "base" and trained_on is not None and not was_quantized:
         model.lazy_weights = _as_quantized(model, trained_on, trained_dtype)
     model.lazy_weights = _merged(model, folder)
-    processor = AutoUnifiedProcessor.from_pretrained(folder, base_model=str(model.name_or_path), **hub)
+    if processor is None:
+        processor = AutoUnifiedProcessor.from_pretrained(folder, base_model=str(model.name_or_path), **hub)
     if into == "quantized":
         quantization_config = (
             quantization_config

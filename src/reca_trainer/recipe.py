@@ -34,8 +34,11 @@ def run(
     args, model_args = TrlParser((RecAConfig, ModelConfig)).parse_args_and_config(argv)
 
     dataset, eval_dataset, processor = None, None, None
+    quantization = get_quantization_config(model_args)
     if model_args.model_name_or_path is None:
         model, processor = tiny()
+        if quantization is not None:
+            model = model.name_or_path  # a model is quantised while it is loaded
         if args.dataset_name is None:
             dataset, eval_dataset = (
                 shapes.dataset("train", 2000, args.seed),
@@ -53,7 +56,7 @@ def run(
         eval_dataset=eval_dataset,
         processing_class=processor,
         peft_config=get_peft_config(model_args),
-        quantization_config=get_quantization_config(model_args),
+        quantization_config=quantization,
     )
     resume = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)

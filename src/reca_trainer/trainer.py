@@ -20,7 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints, set_seed
 from transformers.utils import logging
 
-from reca_trainer import adapters
+from reca_trainer import adapters, hub
 from reca_trainer.callbacks import CollapseAlarm, PreviewCallback
 from reca_trainer.collator import UnifiedCollator
 from reca_trainer.config import RecAConfig
@@ -86,7 +86,9 @@ class RecATrainer(Trainer):
                 processing_class = AutoUnifiedProcessor.from_pretrained(model)
             init = dict(args.model_init_kwargs or {})
             init.setdefault("dtype", adapters.default_dtype(args.bf16, peft_config is not None))
-            model = AutoUnifiedModel.from_pretrained(model, quantization_config=quantization_config, **init)
+            model = AutoUnifiedModel.from_pretrained(
+                model, quantization_config=quantization_config, is_trainable=True, **init
+            )
         elif quantization_config is not None:
             raise ValueError("quantization_config acts while a model is loaded; pass the model by name or path.")
         base = adapters.unwrap(model)
@@ -389,6 +391,112 @@ class RecATrainer(Trainer):
             yield
         finally:
             self.args.output_dir = before
+
+    # --- the Hub ---
+
+    def create_model_card(self, model_name: str | None = None, *, merged: bool = False, **card: Any) -> None:
+        """Write `README.md` into the output folder; `card` replaces entries of `hub.model_card`."""
+        if self.is_world_process_zero():
+            self._model_card(model_name, merged, **card).save(Path(self.args.output_dir) / "README.md")
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        create_pr: bool = False,
+        **card: Any,
+    ):
+        """Upload the adapter, or the fully trained model, with processor, card and previews, to `args.hub_model_id`; see
+        `hub.push`. It always waits for the upload to end, whatever `blocking` says."""
+        args, token = self.args, token or self.args.hub_token
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        repo_id = args.hub_model_id or Path(args.output_dir).absolute().name
+        self.create_model_card(repo_id, **card)
+        return hub.push(
+            args.output_dir,
+            repo_id,
+            private=args.hub_private_repo if private is None else private,
+            revision=revision or args.hub_revision,
+            token=token,
+            create_pr=create_pr,
+            commit_message=commit_message,
+        )
+
+    def push_merged_to_hub(
+        self,
+        repo_id: str,
+        into: str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        layout: str = "transformers",
+        token: str | None = None,
+        private: bool | None = None,
+        **upload: Any,
+    ):
+        """Merge the adapter (see `adapters.merge_adapter` for `into`, `dtype` and `layout`) and upload the whole model;
+        `upload` as for `hub.push`. The merged copy lies in the output folder meanwhile."""
+        folder = Path(self.args.output_dir) / ".merged"
+        self.save_model(str(folder / "adapter"), _internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        base = adapters.unwrap(self.model)
+        options = {"dtype": dtype, "layout": layout, "processor": self.processing_class}
+        try:
+            if isinstance(self.model, PeftModel):
+                source = base.name_or_path or base
+                adapters.merge_adapter(source, folder / "adapter", folder / "model", into, **options)
+            else:
+                hub.export(base, folder / "model", **options)
+            self._model_card(repo_id, merged=True).save(folder / "model" / "README.md")
+            for picture in Path(self.args.output_dir).glob("previews/before_after.png"):
+                (folder / "model" / "previews").mkdir()
+                shutil.copy(picture, folder / "model" / "previews")
+            token = token or self.args.hub_token
+            private = self.args.hub_private_repo if private is None else private
+            return hub.push(folder / "model", repo_id, token=token, private=private, **upload)
+        finally:
+            shutil.rmtree(folder)
+
+    def _model_card(self, repo_id: str | None, merged: bool, **card: Any):
+        args, base = self.args, adapters.unwrap(self.model)
+        is_adapter = isinstance(self.model, PeftModel) and not merged
+        names = ("learning_rate", "lr_scheduler_type", "warmup_steps", "per_device_train_batch_size",
+                 "gradient_accumulation_steps", "optim", "adam_beta2", "weight_decay", "max_grad_norm", "bf16", "seed",
+                 "instruction_dropout")  # fmt: skip
+        settings = {name: getattr(args, name) for name in names} | {"processes": args.world_size}
+        settings |= {f"weight of {LOSS_NAMES[task]}": weight for task, weight in self.loss_weights.items()}
+        if isinstance(self.model, PeftModel):
+            peft_config = self.model.active_peft_config
+            settings |= {name: getattr(peft_config, name, None) for name in ("r", "lora_alpha", "lora_dropout")}
+            settings["base loaded in"] = (
+                "4 bits" if getattr(base, "is_loaded_in_4bit", False)
+                else "8 bits" if getattr(base, "is_loaded_in_8bit", False) else str(base.dtype)
+            )  # fmt: skip
+        last: dict[str, float] = {}
+        for entry in self.state.log_history:
+            last |= {name: value for name, value in entry.items() if name.endswith("loss")}
+        if "train_loss" in last:
+            last["mean train_loss"] = last.pop("train_loss")
+        source = base.name_or_path or None
+        preview = Path("previews/before_after.png")
+        defaults = {
+            "base_model": source,
+            "is_adapter": is_adapter,
+            "datasets": [hub.public_name(name) for name in (args.dataset_name, args.caption_dataset_name) if name],
+            "hyperparameters": settings,
+            "losses": last,
+            "steps": self.state.global_step,
+            "license": hub.base_license(source, args.hub_token),
+            "preview": str(preview) if (Path(args.output_dir) / preview).is_file() else None,
+        }
+        return hub.model_card(
+            repo_id or args.hub_model_id or Path(args.output_dir).absolute().name, **(defaults | card)
+        )
 
 
 class TaskImages:
