@@ -166,7 +166,8 @@ h3 { font-size: .9rem; font-weight: 600; margin: 0 0 .35rem; }
 figure { margin: 0; max-width: 224px; }
 figure img { display: block; width: 100%; border-radius: 4px; border: 3px solid var(--wrong); }
 figure.right img { border-color: var(--right); }
-figcaption { font-size: .72rem; line-height: 1.3; padding-top: .2rem; overflow-wrap: anywhere; white-space: pre-line; }
+figcaption { font-size: .72rem; line-height: 1.3; padding-top: .2rem; overflow-wrap: anywhere; white-space: pre-line;
+  max-height: 9em; overflow-y: auto; }
 figcaption b { color: var(--wrong); }
 figure.right figcaption b { color: var(--right); }
 """
