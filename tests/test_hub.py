@@ -1,0 +1,245 @@
+"""Push and pull over real HTTP: huggingface_hub's client in processes of its own against a Hub on this machine."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from reca_trainer.hub import push
+from reca_trainer.models.checkpoint import CheckpointError
+from tests.hub_server import HubServer, Repo
+
+CHECKPOINT = Path(__file__).parent / "golden" / "bagel" / "checkpoint"
+
+COMMON = f"""
+import json, os, sys, time
+from pathlib import Path
+import torch
+from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor, RecAConfig, RecATrainer, adapters, hub
+time.sleep = lambda seconds: None  # the waits between tries
+CHECKPOINT = Path({str(CHECKPOINT)!r})
+
+def velocity(model):
+    base = adapters.unwrap(model)
+    generator = torch.Generator().manual_seed(0)
+    batch = {{"condition_pixel_values": torch.rand(2, 3, 42, 42, generator=generator),
+             "pixel_values": torch.rand(2, 3, 64, 48, generator=generator), "input_ids": torch.tensor([[5, 6, 7]])}}
+    corruption = base.sample_corruption(batch, generator)
+    with torch.no_grad():
+        return model.eval()(task="reconstruct", corruption=corruption, **batch).prediction
+
+def attempt(function, *args, **kwargs):
+    try:
+        result = function(*args, **kwargs)
+        return "ok " + str(getattr(result, "pr_url", None) or "")
+    except Exception as error:
+        return f"{{type(error).__name__}}: {{error}}"
+"""
+
+
+@pytest.fixture
+def server():
+    with HubServer() as server:
+        yield server
+        server.shutdown()
+
+
+def client(server, home, code):
+    """Run `code` as a user of `server` with an empty cache; returns the JSON it prints last, and all its output."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    env |= {
+        "HF_ENDPOINT": server.url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    env["HF_TOKEN"] = server.token
+    done = subprocess.run([sys.executable, "-c", COMMON + code], env=env, capture_output=True, text=True, cwd=home)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.strip().splitlines()[-1]), done.stdout + done.stderr
+
+
+TRAIN = """
+import numpy as np
+from datasets import Dataset
+from peft import LoraConfig
+from PIL import Image
+
+hub.export(CHECKPOINT, "base")
+Path("base/README.md").write_text("---\\nlicense: apache-2.0\\n---\\n")
+hub.push("base", "me/base")
+rng = np.random.default_rng(0)
+images = [Image.fromarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8)) for _ in range(4)]
+processor = AutoUnifiedProcessor.from_pretrained("me/base", generation_size=(64, 32, 16), condition_size=(42, 42, 14))
+trainer = RecATrainer(
+    "me/base",
+    RecAConfig(output_dir="run", hub_model_id="me/adapter", hub_private_repo=True, hub_token=os.environ["HF_TOKEN"],
+               max_steps=3, learning_rate=1e-2, per_device_train_batch_size=2, use_cpu=True, report_to="none",
+               save_strategy="steps", save_steps=2, preview_steps=2, preview_images=1, preview_prompts=["boat"],
+               preview_generation_kwargs={"num_inference_steps": 2}, dataset_name=None),
+    train_dataset=Dataset.from_dict({"image": images}), processing_class=processor, peft_config=LoraConfig(r=4),
+)
+trainer.train()
+trainer.push_to_hub()
+trainer.push_merged_to_hub("me/merged", layout="published")
+print(json.dumps(velocity(trainer.model).flatten().tolist()))
+"""
+
+PULL = """
+model, merged = (AutoUnifiedModel.from_pretrained(name) for name in ("me/adapter", "me/merged"))
+expected = torch.tensor(json.loads(Path("expected.json").read_text()))
+distances = [(velocity(m).flatten() - expected).abs().max().item() for m in (model, merged)]
+revision = model.active_peft_config.revision
+processor = AutoUnifiedProcessor.from_pretrained("me/adapter")
+from huggingface_hub import hf_hub_download
+card = Path(hf_hub_download("me/adapter", "README.md")).read_text()
+exec(card.split("```python")[1].split("```")[0])
+print(json.dumps({"distances": distances, "revision": revision, "sizes": processor.target_sizes()[:1],
+                  "image": Path("image.png").is_file()}))
+"""
+
+
+def test_adapter_and_merged_model_travel(tmp_path, server):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    velocity, output = client(server, tmp_path / "a", TRAIN)
+    base = server.repos["me/base"].branches["main"]
+    adapter, merged = server.repos["me/adapter"], server.repos["me/merged"]
+    assert adapter.private and not server.repos["me/base"].private
+    assert sorted(adapter.files()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        *sorted(name for name in adapter.files() if name.startswith("previews/")),
+        *sorted(name for name in adapter.files() if name.startswith(("processor", "tokenizer"))),
+    ]
+    assert "previews/before_after.png" in adapter.files() and "previews/before_after.png" in merged.files()
+    assert {"ema.safetensors", "ae.safetensors", "llm_config.json", "tokenizer.json"} <= merged.files().keys()
+    everything = b"".join([*adapter.files().values(), *merged.files().values()]) + output.encode()
+    assert b"hf_test" not in everything
+    assert str(tmp_path).encode() not in b"".join(adapter.files().values()) + b"".join(merged.files().values())
+    card = adapter.files()["README.md"].decode()
+    for part in ("license: apache-2.0", "base_model: me/base", "base_model_relation: adapter", "| learning_rate | 0.01 |",
+                 "3 steps on", "reconstruction_loss", "torch 2", "](previews/before_after.png)"):  # fmt: skip
+        assert part in card, part
+    assert not (tmp_path / "a" / "run" / ".merged").exists()
+
+    # The base moves on, and the adapter stays with the revision it was trained on; a download that is cut off goes on.
+    server.repos["me/base"].commit("main", {"ema.safetensors": b"other weights"})
+    server.fail.append(["CUT", r"ema\.safetensors", 0, 1])
+    (tmp_path / "b" / "expected.json").write_text(json.dumps(velocity))
+    found, _ = client(server, tmp_path / "b", PULL)
+    assert found["revision"] == base
+    assert found["distances"][0] == 0 and 0 < found["distances"][1] < 1e-4
+    assert found["image"]
+    ranges = [request for request in server.requests if "ema.safetensors bytes=" in request]
+    assert len(ranges) == 1 and not ranges[0].endswith("bytes=0-"), server.requests
+
+
+ATTEMPTS = """
+hub.export(CHECKPOINT, "model", "transformers")
+results = {name: attempt(hub.push, "model", f"me/{name}") for name in ("busy", "down", "taken")}
+results["pr"] = attempt(hub.push, "model", "me/busy", create_pr=True)
+results["branch"] = attempt(hub.push, "model", "me/busy", revision="experiment")
+results["unknown"] = attempt(AutoUnifiedModel.from_pretrained, "me/nothing")
+results["forbidden"] = attempt(hub.push, "model", "me/busy", token="hf_somebody_else")
+results["anonymous"] = attempt(hub.push, "model", "me/model", token=False)
+print(json.dumps(results))
+"""
+
+
+def test_refusals_are_clear_and_retries_are_bounded(tmp_path, server):
+    server.fail += [
+        ["POST", "me/busy/commit", 429, 2],
+        ["POST", "me/down/commit", 503, 1000],
+        ["POST", "me/taken/commit", 409, 1000],
+    ]
+    found, output = client(server, tmp_path, ATTEMPTS)
+    assert found["busy"].startswith("ok")
+    assert "503" in found["down"]
+    assert (
+        "409" in found["taken"]
+        and "me/taken was changed by someone else during the upload; push again" in found["taken"]
+    )
+    assert found["pr"].endswith("/me/busy/discussions/1")
+    assert "me/nothing" in found["unknown"] and "RepositoryNotFoundError" in found["unknown"]
+    assert "PermissionError: The Hub does not let you write to me/busy (403)" in found["forbidden"]
+    assert "PermissionError" in found["anonymous"] and "(401). Log in with `hf auth login`" in found["anonymous"]
+    assert "hf_somebody_else" not in output
+    commits = {name: sum(f"me/{name}/commit" in request for request in server.requests) for name in ("busy", "down")}
+    assert commits == {"busy": 3 + 2, "down": 6}
+    busy = server.repos["me/busy"]
+    assert busy.files("experiment").keys() == busy.files("main").keys() == busy.files("refs/pr/1").keys()
+    assert not server.repos["me/down"].files() and not server.repos["me/taken"].files()
+
+
+def test_upload_cut_off_in_the_middle_goes_on_without_loss(tmp_path, server):
+    code = """
+if not Path("model").exists():
+    hub.export(CHECKPOINT, "model", "transformers", max_shard_size="500KB")
+print(json.dumps(attempt(hub.push, "model", "me/model")))
+"""
+    server.cut_after = 2
+    found, _ = client(server, tmp_path, code)
+    assert not found.startswith("ok") and not server.repos["me/model"].files()
+    assert len(server.objects) == 2
+    server.cut_after = None
+    found, _ = client(server, tmp_path, code)
+    assert found.startswith("ok")
+    files = server.repos["me/model"].files()
+    assert {name: content for name, content in files.items() if name != ".gitattributes"} == {
+        path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()
+    }
+    shards = {content for name, content in files.items() if name.endswith(".safetensors")}
+    assert server.received == sum(map(len, shards))
+
+
+def test_dangerous_and_unfit_repositories_are_refused(tmp_path, server):
+    adapter = tmp_path / "adapter"
+    code = f"""
+from peft import LoraConfig
+model = adapters.attach(AutoUnifiedModel.from_pretrained(CHECKPOINT), LoraConfig(r=2))
+model.save_pretrained({str(adapter)!r})
+print(json.dumps(0))
+"""
+    client(server, tmp_path, code)
+    weights = (adapter / "adapter_model.safetensors").read_bytes()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    checkpoint = {path.name: path.read_bytes() for path in CHECKPOINT.iterdir()}
+
+    def repo(name, files):
+        server.repos[f"me/{name}"] = Repo(private=False)
+        server.repos[f"me/{name}"].commit("main", files)
+
+    def adapter_files(base, **changes):
+        return {"adapter_config.json": json.dumps({**config, "base_model_name_or_path": base, **changes}).encode()}
+
+    repo("base", checkpoint)
+    repo("good", {**adapter_files("me/base"), "adapter_model.safetensors": weights})
+    repo("pickled", {**adapter_files("me/base"), "adapter_model.bin": b"pickle"})
+    repo("climbing", {**checkpoint, "../../../../evil.json": b"{}"})
+    repo("outside", {**adapter_files("../base"), "adapter_model.safetensors": weights})
+    repo("absolute", {**adapter_files(str(CHECKPOINT)), "adapter_model.safetensors": weights})
+    repo("unpinned", {**adapter_files("me/base", revision="0" * 40), "adapter_model.safetensors": weights})
+    repo("other", {**adapter_files("me/base", target_modules="no_such_layer", modules_to_save=None), "adapter_model.safetensors": weights})  # fmt: skip
+    code = """
+names = ("good", "pickled", "climbing", "outside", "absolute", "unpinned", "other")
+print(json.dumps({name: attempt(AutoUnifiedModel.from_pretrained, f"me/{name}") for name in names}))
+"""
+    found, _ = client(server, tmp_path, code)
+    assert found["good"].startswith("ok")
+    assert "adapter_model.bin is a pickle" in found["pickled"] and "refused" in found["pickled"]
+    assert not found["climbing"].startswith("ok") and not list(tmp_path.parent.glob("**/evil.json"))
+    for name in ("outside", "absolute"):
+        assert "is a path and not a Hub repository; pass base_model" in found[name]
+    assert "RevisionNotFoundError" in found["unpinned"]
+    assert "does not fit me/base" in found["other"]
+
+
+def test_a_folder_without_weights_is_not_pushed(tmp_path):
+    (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
+    with pytest.raises(CheckpointError, match=r"holds no \.safetensors file"):
+        push(tmp_path, "me/model")
