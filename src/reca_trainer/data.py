@@ -17,6 +17,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 import fsspec
 import numpy as np
 import torch
@@ -30,6 +31,9 @@ from reca_trainer.instructions import CAPTION_QUESTIONS, INSTRUCTIONS
 from reca_trainer.models.unified import TASKS
 
 logger = logging.getLogger(__name__)
+
+# By default `load_dataset` reports even the reading of a local folder to a server that counts.
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture")
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "txt", "description")
