@@ -1,11 +1,11 @@
 """One training run in a process of its own: `python -m tests.reliability.run OUTPUT_DIR OPTIONS_JSON`, or `start(…)`.
 
-Leaves the saved adapter, `losses.json`, `rows.json` (what was trained on, step by step) and, while it runs, checkpoints
-in OUTPUT_DIR. The options are those of `RecAConfig`, and
+Leaves the saved adapter, `losses.json`, `rows-RANK.json` (what was trained on, step by step), `usage.json` and, while it
+runs, checkpoints in OUTPUT_DIR. The options are those of `RecAConfig`, and
 
 - `resume`, `streaming`, `full` (train the generator without an adapter), `rows` (of the dataset),
 - `bad_rows`: rows whose image is no image,
-- `die_at`: kill -9 at the so-manyth file operation below OUTPUT_DIR; -1: only count them, in `operations.txt`,
+- `die_at`: kill -9 at the so-manyth file operation below OUTPUT_DIR,
 - `file_limit`: bytes a file may have; writing more fails, as on a full disk.
 """
 
@@ -16,6 +16,7 @@ import resource
 import signal
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -126,8 +127,7 @@ def trainer(output_dir: str, streaming: bool, full: bool, rows: int, bad_rows=()
 def main(output_dir: str, options: dict) -> None:
     torch.set_num_threads(1)
     resume, streaming, full = (options.pop(name, False) for name in ("resume", "streaming", "full"))
-    if die_at := options.pop("die_at", None):
-        operations = _die_at(die_at, output_dir)
+    operations = _die_at(options.pop("die_at", 0), output_dir)
     if file_limit := options.pop("file_limit", None):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
@@ -137,8 +137,8 @@ def main(output_dir: str, options: dict) -> None:
     if run.is_world_process_zero():
         losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
         (Path(output_dir) / "losses.json").write_text(json.dumps(losses))
-    if die_at == -1:
-        (Path(output_dir) / "operations.txt").write_text(str(operations[0]))
+    usage = {"cpu_seconds": time.process_time(), "file_operations": operations[0]}
+    (Path(output_dir) / "usage.json").write_text(json.dumps(usage))
     (Path(output_dir) / f"rows-{run.args.process_index}.json").write_text(json.dumps(run.rows))
 
 

@@ -1,9 +1,11 @@
 """A run that is killed again and again ends bit for bit where an undisturbed one ends."""
 
+import contextlib
 import json
 import random
-import time
+import signal
 
+import psutil
 import pytest
 
 from reca_trainer.trainer import check_complete
@@ -29,11 +31,20 @@ def result(folder):
 
 
 def undisturbed(folder, options):
-    began = time.monotonic()
     process = start(folder, **options)
     process.join()
     assert process.exitcode == 0, (folder / "log.txt").read_text()
-    return time.monotonic() - began
+
+
+def killed(process, cpu_seconds):
+    """Whether the process was still running, and so was killed, when it had worked for so long."""
+    while process.exitcode is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            used = psutil.Process(process.pid).cpu_times()
+            if used.user + used.system >= cpu_seconds:
+                process.kill()
+        process.join(0.005)
+    return process.exitcode == -signal.SIGKILL
 
 
 def finish_and_compare(folder, expected, options):
@@ -51,19 +62,17 @@ def finish_and_compare(folder, expected, options):
 def survive(tmp_path, options, kills, seed):
     """Kill at `kills` random moments of a run's length, resuming after each; returns where the kills fell."""
     options = {**COMMON, **options}
-    seconds = undisturbed(tmp_path / "whole", options)
+    undisturbed(tmp_path / "whole", options)
+    seconds = json.loads((tmp_path / "whole" / "usage.json").read_text())["cpu_seconds"]
     expected = result(tmp_path / "whole")
     rng, killed_at, chain = random.Random(seed), [], 0
     while len(killed_at) < kills:
         folder, chain = tmp_path / f"chain-{chain}", chain + 1
         while len(killed_at) < kills:
             process = start(folder, resume=True, **options)
-            process.join(rng.uniform(0.2, 1) * seconds)
-            if process.exitcode is not None:  # the chain got through
+            if not killed(process, rng.uniform(0.3, 1) * seconds):  # the chain got through
                 assert process.exitcode == 0, (folder / "log.txt").read_text()
                 break
-            process.kill()
-            process.join()
             saved = [int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")]
             killed_at.append((max(saved, default=0), len(list(folder.glob(".*.partial")))))
         finish_and_compare(folder, expected, options)
@@ -102,12 +111,12 @@ SAVING = {**COMMON, "max_steps": 4, "save_steps": 1, "save_total_limit": 1}
 def saving_run(tmp_path_factory):
     """An undisturbed run and the number of its file operations."""
     folder = tmp_path_factory.mktemp("saving")
-    undisturbed(folder, {**SAVING, "die_at": -1})
-    return folder, result(folder), int((folder / "operations.txt").read_text())
+    undisturbed(folder, {**SAVING, "die_at": 0})
+    return folder, result(folder), json.loads((folder / "usage.json").read_text())["file_operations"]
 
 
 def kill_at_operation(folder, number, expected):
     process = start(folder, die_at=number, **SAVING)
     process.join()
-    assert process.exitcode == -9
+    assert process.exitcode == -signal.SIGKILL
     finish_and_compare(folder, expected, SAVING)
