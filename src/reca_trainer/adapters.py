@@ -237,7 +237,7 @@ def merge_adapter(
         FileExistsError: `output_dir` is not empty.
     """
     folder = resolve(adapter)
-    trained_on, trained_dtype = _read_quantization(folder)
+    trained_on, trained_dtype = read_quantization(folder)
     if into not in (None, "base", "dequantized", "quantized"):
         raise ValueError(f'into is "base", "dequantized" or "quantized", not {into!r}.')
     into = into or ("base" if trained_on is None else "dequantized")
@@ -382,7 +382,7 @@ def _as_quantized(model: UnifiedModel, config: BitsAndBytesConfig, dtype: torch.
     return weights
 
 
-def _read_quantization(adapter: Path) -> tuple[BitsAndBytesConfig | None, torch.dtype | None]:
+def read_quantization(adapter: Path) -> tuple[BitsAndBytesConfig | None, torch.dtype | None]:
     """How the base of an adapter was quantised in training, and what dtype it had before; `None` if it was not."""
     path = adapter / QUANTIZATION_FILE
     if not path.is_file():

@@ -6,6 +6,7 @@ import fnmatch
 import json
 import os
 import platform
+import re
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -18,9 +19,9 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import BitsAndBytesConfig
 from transformers.utils import logging
 
-from reca_trainer.adapters import write_model
-from reca_trainer.models.auto import AutoUnifiedProcessor, open_lazily
-from reca_trainer.models.checkpoint import CheckpointError
+from reca_trainer.adapters import read_quantization, write_model
+from reca_trainer.models.auto import AutoUnifiedProcessor, detect, is_adapter, open_lazily, resolve
+from reca_trainer.models.checkpoint import CheckpointError, open_weights
 from reca_trainer.models.unified import UnifiedModel, UnifiedProcessor
 
 logger = logging.get_logger(__name__)
@@ -245,3 +246,44 @@ def model_card(
         f"Inherited from the base model: {license}." if license else "That of the base model.",
     ]
     return ModelCard("\n\n".join(line for line in lines if line) + "\n")
+
+
+def describe(model_or_path: str | os.PathLike) -> dict[str, Any]:
+    """What a checkpoint or adapter is, by name: kind, family or base, modules, number of parameters. No weights are
+    read.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    folder = resolve(model_or_path)
+    if is_adapter(folder):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        weights = open_weights(folder, "adapter_model.safetensors")
+        targets = sorted({match[1] for key in weights if (match := re.search(r"([^.]+)\.lora_A\.", key))})
+        trained, _ = read_quantization(folder)
+        found = {
+            "kind": f"{config['peft_type']} adapter",
+            "base model": config.get("base_model_name_or_path"),
+            "base revision": config.get("revision") or "not pinned",
+            "base in training": "not quantised" if trained is None else f"{4 if trained.load_in_4bit else 8} bits",
+            "rank, alpha": f"{config.get('r')}, {config.get('lora_alpha')}",
+            "layers": f"{sum('.lora_A.' in key for key in weights)}: {', '.join(targets)}",
+            "trained in full": ", ".join(config.get("modules_to_save") or ()) or "none",
+            "parameters": f"{sum(tensor.shape.numel() for tensor in weights.values()):,}",
+        }
+        return {name: value for name, value in found.items() if value is not None}
+    package, published = detect(folder)
+    model = open_lazily(folder)
+    names = tuple(f"{name}." for name in model.generation_modules)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    generator = sum(size for name, size in sizes.items() if name.startswith(names) or name + "." in names)
+    quantization = getattr(model.config, "quantization_config", None)
+    return {
+        "kind": "model",
+        "family": package.Config.model_type,
+        "layout": "published" if published else "transformers",
+        "quantised": "no" if quantization is None else "4 bits" if quantization.get("load_in_4bit") else "8 bits",
+        "parameters": f"{sum(sizes.values()):,}",
+        "of its generator": f"{generator:,} ({', '.join(sorted({name.split('.')[0] for name in names}))})",
+        "experts": "shared weights" if model.shares_weights else "separate weights",
+    }

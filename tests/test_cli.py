@@ -1,0 +1,62 @@
+"""The console script, as a user types it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+
+from reca_trainer import AutoUnifiedModel
+from reca_trainer.adapters import attach
+from reca_trainer.cli import main
+
+CHECKPOINT = Path(__file__).parent / "golden" / "bagel" / "checkpoint"
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; from reca_trainer.cli import main\ntry: main(['--help'])\nfinally: print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+    for command in ("merge", "export", "push", "info", "evaluate", "compare"):
+        assert f"    {command} " in done.stdout
+
+
+def test_merge_export_and_info(tmp_path, capsys):
+    model = attach(AutoUnifiedModel.from_pretrained(CHECKPOINT), LoraConfig(r=2, init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    merged = ["merge", str(tmp_path / "adapter"), str(tmp_path / "merged"), "--dtype", "bfloat16"]
+    assert main(merged) == 0
+    assert main(["export", str(tmp_path / "merged"), str(tmp_path / "published")]) == 0
+    assert main(["export", str(tmp_path / "merged"), str(tmp_path / "nf4"), "--quantize", "nf4"]) == 0
+    weights = load_file(tmp_path / "published" / "ema.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+
+    descriptions = {}
+    for name in ("adapter", "merged", "published", "nf4"):
+        capsys.readouterr()
+        assert main(["info", str(tmp_path / name)]) == 0
+        descriptions[name] = capsys.readouterr().out
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for part in ("LORA adapter", str(CHECKPOINT), "14: down_proj, gate_proj", "llm2vae", f"{trained:,}", "2, 8"):
+        assert part in descriptions["adapter"], part
+    total = sum(p.numel() for p in model.get_base_model().parameters()) - sum(
+        p.numel() for name, p in model.named_parameters() if "lora_" in name or "modules_to_save" in name
+    )
+    for name, layout in (("merged", "transformers"), ("published", "published"), ("nf4", "transformers")):
+        assert "bagel" in descriptions[name] and layout in descriptions[name] and f"{total:,}" in descriptions[name]
+    assert "4 bits" in descriptions["nf4"]
+
+
+def test_mistakes_are_one_line_and_a_status(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "other"}))
+    assert main(["info", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("reca-trainer info: ") and "no checkpoint of a known family" in error
+    assert main(["merge", str(tmp_path / "nowhere"), str(tmp_path / "merged")]) == 1
+    assert "neither a folder on this machine nor a Hub repository id" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["melt"])
