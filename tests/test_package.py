@@ -1,0 +1,53 @@
+"""What the package promises as a whole."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import reca_trainer
+from reca_trainer.models.auto import FAMILIES
+
+SOURCE = Path(reca_trainer.__file__).parent
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, reca_trainer; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_every_public_name_can_be_imported():
+    for name in reca_trainer.__all__:
+        assert getattr(reca_trainer, name).__name__ == name
+
+
+def imports(path):
+    """Modules of this package that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("reca_trainer"):
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("reca_trainer"))
+
+
+def test_families_do_not_know_each_other_nor_the_trainer():
+    for family in FAMILIES:
+        for path in (SOURCE / "models" / family).glob("*.py"):
+            for module in imports(path):
+                others = [f"reca_trainer.models.{other}" for other in FAMILIES if other != family]
+                assert not module.startswith(tuple(others)), f"{path} imports {module}"
+                assert module not in ("reca_trainer.trainer", "reca_trainer.models.auto"), f"{path} imports {module}"
+
+
+def test_only_auto_knows_the_families():
+    for path in [*SOURCE.glob("*.py"), *(SOURCE / "evaluation").glob("*.py"), SOURCE / "models" / "unified.py"]:
+        known = [module for module in imports(path) if module.startswith("reca_trainer.models.")]
+        assert not [module for module in known if module.split(".")[2] in FAMILIES], f"{path} imports {known}"
+
+
+def test_every_family_has_the_same_files():
+    for family in FAMILIES:
+        files = {path.name for path in (SOURCE / "models" / family).glob("*.py")}
+        assert files == {"__init__.py"} | {
+            f"{part}_{family}.py" for part in ("configuration", "modeling", "processing", "checkpoint")
+        }
