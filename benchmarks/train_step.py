@@ -1,0 +1,164 @@
+"""Time one optimiser step of RecA training on random weights; prints one JSON line.
+
+python benchmarks/train_step.py --preset mid --mode lora --resolution 512 --batch_size 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+import measure
+import presets
+from reca_trainer import adapters
+from reca_trainer.plan import step_cost
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def build(options: dict[str, Any]) -> Callable[[], float]:
+    """A RecA training step of `options` (those of `make_parser`): forward, backward, clipping, optimiser."""
+    device, dtype = options["device"], DTYPES[options["dtype"]]
+    model = presets.build_model(options["preset"], dtype, device)
+    if options["mode"] == "qlora":
+        quantise(model)
+    if options["mode"] == "full":
+        model.freeze_understanding()
+        trained = model
+    else:
+        trained = adapters.attach(model, LoraConfig(r=options["lora_rank"], lora_alpha=options["lora_rank"]))
+    if options["checkpointing"]:
+        model.gradient_checkpointing_enable(**options.get("checkpointing_options", {}))
+    model.train()
+    if options["compile"]:
+        for layer in model.language_model.model.layers:
+            layer.compile(dynamic=False)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(options["optimizer"], parameters)
+    batch = presets.reconstruction_batch(
+        model, options["batch_size"], options["resolution"], options["cached_latents"]
+    )
+    batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+    generator = torch.Generator().manual_seed(1)
+
+    def step() -> float:
+        corruption = model.sample_corruption(batch, generator)
+        loss = trained(corruption=corruption, **batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    step.notes = lambda: {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "trained_parameters": sum(parameter.numel() for parameter in parameters),
+        **({"recompiles": recompiles()} if options["compile"] else {}),
+    }
+    return step
+
+
+def make_optimizer(name: str, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    if name == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, lr=1e-5)
+    return torch.optim.AdamW(parameters, lr=1e-5, fused=name == "adamw_fused", foreach=name == "adamw_foreach")
+
+
+def quantise(model: torch.nn.Module) -> None:
+    """Replace the layers that QLoRA quantises by NF4 ones of the same, random, weights."""
+    import re
+
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and re.fullmatch(model.quantized_modules, name):
+            weight, device = module.weight.data, module.weight.device
+            layer = Linear4bit(
+                module.in_features,
+                module.out_features,
+                bias=module.bias is not None,
+                compute_dtype=weight.dtype,
+                compress_statistics=True,
+                quant_type="nf4",
+                device="meta",
+            )
+            layer.weight = Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True)
+            layer.bias = module.bias
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer.to(device))
+
+
+def recompiles() -> int:
+    """How many times the compiler ran since the process started."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", default="bagel", choices=["bagel"])
+    parser.add_argument("--preset", default="mid", choices=list(presets.PRESETS))
+    parser.add_argument("--mode", default="full", choices=["full", "lora", "qlora"], help="what is trained")
+    parser.add_argument("--lora_rank", type=int, default=16)
+    parser.add_argument("--resolution", type=int, default=512, help="side of the target images in pixels")
+    parser.add_argument("--batch_size", type=int, default=2)
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations of every layer")
+    parser.add_argument("--compile", action="store_true", help="torch.compile every decoder layer, static shapes")
+    parser.add_argument("--optimizer", default="adamw_fused", choices=["adamw_fused", "adamw_foreach", "adamw_8bit"])
+    parser.add_argument("--cached_latents", action="store_true", help="leave the autoencoder out of the step")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=0, help="0: as torch decides")
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=10)
+    return parser
+
+
+def finish(result: dict[str, Any], options: dict[str, Any], peak: float) -> dict[str, Any]:
+    """Add what follows from the step time: throughput and the share of the matmul rate that the model's FLOPs reach."""
+    with torch.device("meta"):
+        model = presets.Model(presets.PRESETS[options["preset"]]())
+    batch_size = options["batch_size"]
+    batch = presets.reconstruction_batch(model, batch_size, options["resolution"], options["cached_latents"])
+    tokens = batch_size * (options["resolution"] // model.config.latent_token_stride) ** 2
+    cost = step_cost(model, batch, options["mode"], DTYPES[options["dtype"]], lora_rank=options["lora_rank"])
+    seconds = result["step_seconds_median"]
+    return {
+        **result,
+        "images_per_second": round(batch_size / seconds, 4),
+        "generator_tokens_per_second": round(tokens / seconds, 1),
+        "model_tflop_per_step": round(cost.flops / 1e12, 4),
+        "model_flops_utilisation": round(cost.flops / seconds / peak, 3),
+        "model_flops_utilisation_best": round(cost.flops / result["step_seconds_min"] / peak, 3),
+    }
+
+
+def main() -> None:
+    options = vars(make_parser().parse_args())
+    peak = measure.matmul_rate(options["device"], DTYPES[options["dtype"]], options["threads"])
+    run = measure.run_alternating(
+        {"step": (build, options)}, options["warmup"], options["steps"], rounds=1, threads=options["threads"]
+    )
+    result = finish(run["results"]["step"], options, peak)
+    print(
+        json.dumps(
+            {
+                "benchmark": "train_step",
+                **options,
+                **result,
+                "foreign_cpu": run["foreign_cpu"],
+                "matmul_gflops": round(peak / 1e9, 1),
+                **measure.environment(options["device"]),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
