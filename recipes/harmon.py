@@ -21,7 +21,7 @@ from reca_trainer.shapes.tokenizer import make_tokenizer
 def build():
     tokenizer = make_tokenizer()
     config = Config.tiny(len(tokenizer))
-    config.mar_config.buffer_size = 16
+    config.mar_config.img_size, config.mar_config.buffer_size = 16, 8
     config.vae_config["norm_num_groups"] = 8  # 32 groups of one channel would normalise colours away
     return Model(config), Processor.tiny(config, tokenizer)
 

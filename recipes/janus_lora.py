@@ -23,7 +23,7 @@ from reca_trainer.shapes.tokenizer import make_tokenizer
 
 def build():
     tokenizer = make_tokenizer()
-    config = Config.tiny(len(tokenizer) + 6)
+    config = Config.tiny(len(tokenizer) + 6, image_size=16)
     # With 32 channels, each is a group of its own at the last normalisation, which would take its colour away.
     config.vq_config.channel_multiplier = [2, 1, 2]
     return Model(config), Processor.tiny(config, tokenizer)

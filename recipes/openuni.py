@@ -33,7 +33,7 @@ def decode(model, latents):
 
 
 def tiny(**steps):
-    return pretrain(build, "vae", encode, decode, continuous=True, **steps)
+    return pretrain(build, "vae", encode, decode, continuous=True, **{"autoencoder_steps": 400, **steps})
 
 
 if __name__ == "__main__":

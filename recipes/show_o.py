@@ -21,7 +21,7 @@ from reca_trainer.shapes.tokenizer import make_tokenizer
 
 def build():
     tokenizer = make_tokenizer()
-    config = Config.tiny(len(tokenizer), tokenizer.eos_token_id)
+    config = Config.tiny(len(tokenizer), tokenizer.eos_token_id, image_size=16)
     # With 32 channels, each is a group of its own at the last normalisation, which would take its colour away.
     config.vq_config |= {"encoder_channel_multipliers": [1, 1, 2], "decoder_channel_multipliers": [2, 1, 1]}
     return Model(config), Processor.from_config(tokenizer, config)

@@ -2,11 +2,15 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from reca_trainer import shapes
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 PROGRAM = """
@@ -39,3 +43,21 @@ def test_recipe_runs_without_a_model_or_data(name, saved, terms, tmp_path):
     assert (out / saved).is_file() and (out / "previews" / "before_after.png").is_file()
     logged = set().union(*json.loads((out / "trainer_state.json").read_text())["log_history"])
     assert {key for key in logged if key.endswith("_loss") and key != "train_loss"} == terms
+
+
+def test_pretraining_is_kept_for_the_next_run(tmp_path):
+    tiny = runpy.run_path(str(RECIPES / "show_o.py"))["tiny"]
+    steps = {"autoencoder_steps": 1, "understanding_steps": 1, "cache_dir": tmp_path}
+    first, _ = tiny(**steps)
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    second, _ = tiny(**steps)
+    assert len(kept) == 2 and kept == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    tiny(**{**steps, "understanding_steps": 2})
+    assert len(list(tmp_path.iterdir())) == 3  # the autoencoder of another understanding is the same
+
+
+def test_the_image_to_text_term_learns_from_the_questions_of_the_shapes():
+    row = shapes.dataset("train", 1)[0]
+    question, answer = row["conversations"]
+    assert (question["value"], answer["value"]) == (row["question"], row["answer"])

@@ -31,8 +31,8 @@ def pretrain(
     decode: Callable[[UnifiedModel, Tensor], Tensor],
     *,
     continuous: bool,
-    autoencoder_steps: int = 500,
-    understanding_steps: int = 500,
+    autoencoder_steps: int = 900,
+    understanding_steps: int = 400,
     seed: int = 0,
     cache_dir: str | Path | None = None,
 ) -> tuple[UnifiedModel, UnifiedProcessor]:
@@ -54,7 +54,7 @@ def pretrain(
         model, processor = build()
         recipe = [model.config.to_json_string(), *map(inspect.getsource, (build, encode, decode, _minimise))]
         stages = {
-            fit_autoencoder: (autoencoder, encode, decode, continuous, autoencoder_steps, seed),
+            fit_autoencoder: (processor, autoencoder, encode, decode, continuous, autoencoder_steps, seed),
             fit_understanding: (processor, autoencoder, understanding_steps, seed),
         }
         for fit, arguments in stages.items():
@@ -72,19 +72,20 @@ def pretrain(
 
 def fit_autoencoder(
     model: UnifiedModel,
+    processor: UnifiedProcessor,
     autoencoder: str,
     encode: Callable[[UnifiedModel, Tensor], Tensor],
     decode: Callable[[UnifiedModel, Tensor], Tensor],
     continuous: bool,
     steps: int,
     seed: int = 0,
-    batch_size: int = 6,
+    batch_size: int = 8,
     learning_rate: float = 3e-3,
 ) -> None:
     """Minimise the absolute and squared error of decoded scenes, see `pretrain` for the arguments."""
     world, rng = World(), np.random.default_rng([seed, 1])
-    scenes = [np.asarray(world.render(world.sample(rng)), dtype=np.float32) for _ in range(512)]
-    pixels = torch.from_numpy(np.stack(scenes) / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
+    images = [world.render(world.sample(rng)) for _ in range(512)]
+    pixels = processor(images=images, instruction=DESCRIBE, task="reconstruct")["pixel_values"]
 
     def loss_of_step(step: int) -> Tensor:
         target = pixels[torch.from_numpy(rng.integers(len(pixels), size=batch_size))]
