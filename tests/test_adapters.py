@@ -218,6 +218,8 @@ def test_merging_rounds_once(tmp_path):
     for name, tensor in found.items():
         assert tensor.dtype == (torch.float32 if name.startswith("vae.") else torch.bfloat16)
         assert torch.equal(tensor, exact[name].to(tensor.dtype)), name
+    merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "float32", dtype=torch.float32)
+    assert_same_bytes(tensors(tmp_path / "float32"), {name: tensor.contiguous() for name, tensor in exact.items()})
     assert distance(velocity(AutoUnifiedModel.from_pretrained(tmp_path / "merged")), velocity(model)) < 0.02
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -247,12 +248,13 @@ def merge_adapter(
     if model_or_path is None:
         model_or_path, hub = adapter_base(folder, None, {})
     model = open_lazily(model_or_path, **hub)
+    stored = model.lazy_weights
     was_quantized = getattr(model.config, "quantization_config", None) is not None
     if into == "base" and was_quantized:
         raise ValueError(f'{model.name_or_path} is itself stored quantised: use into="dequantized".')
     if into != "base" and trained_on is not None and not was_quantized:
         model.lazy_weights = _as_quantized(model, trained_on, trained_dtype)
-    model.lazy_weights = _merged(model, folder)
+    model.lazy_weights = _merged(model, folder, lambda name: dtype or stored[name][...].dtype)
     if processor is None:
         processor = AutoUnifiedProcessor.from_pretrained(folder, base_model=str(model.name_or_path), **hub)
     if into == "quantized":
@@ -303,7 +305,7 @@ def write_model(
     return Path(output_dir)
 
 
-def _merged(model: UnifiedModel, adapter: Path) -> dict[str, LazyTensor]:
+def _merged(model: UnifiedModel, adapter: Path, dtype_of: Callable[[str], torch.dtype]) -> dict[str, LazyTensor]:
     """`model.lazy_weights` with the adapter merged in, by PEFT's own layers, when each tensor is read."""
     for module in model.modules():
         for key, parameter in module._parameters.items():
@@ -316,14 +318,16 @@ def _merged(model: UnifiedModel, adapter: Path) -> dict[str, LazyTensor]:
         if isinstance(module, ModulesToSaveWrapper):
             trained = module.modules_to_save[module.active_adapters[0]].state_dict()
             for key, tensor in trained.items():
-                before = weights[f"{name}.{key}"]
-                weights[f"{name}.{key}"] = LazyTensor(tensor).map(lambda t, before=before: t.to(before[...].dtype))
+                full_name = f"{name}.{key}"
+                weights[full_name] = LazyTensor(tensor).map(lambda t, name=full_name: t.to(dtype_of(name)))
         elif isinstance(module, BaseTunerLayer):
             own = dict(module.get_base_layer().named_parameters(recurse=False))
             stored = {key: weights[f"{name}.{key}"] for key in own}
             if trains_bias and "bias" in own:
                 stored["bias"] = LazyTensor(own["bias"].detach())
-            weights |= {f"{name}.{key}": LazyTensor(_MergedParameter(module, key, stored)) for key in own}
+            for key in own:
+                merged = LazyTensor(_MergedParameter(module, key, stored))
+                weights[f"{name}.{key}"] = merged.map(lambda t, name=f"{name}.{key}": t.to(dtype_of(name)))
     return weights
 
 
@@ -334,7 +338,7 @@ def _placeholder(tensor: torch.Tensor) -> nn.Parameter:
 
 
 class _MergedParameter:
-    """A parameter of one layer with its adapter merged in, as a `LazyTensor`'s source."""
+    """A parameter of one layer with its adapter merged in, in float32, as a `LazyTensor`'s source."""
 
     def __init__(self, layer: BaseTunerLayer, key: str, stored: dict[str, LazyTensor]):
         self.layer, self.key, self.stored = layer, key, stored
@@ -351,7 +355,7 @@ class _MergedParameter:
         self.layer._caches.clear()
         for key, tensor in before.items():
             setattr(base, key, _placeholder(tensor))
-        return merged.to(before[self.key].dtype)[index]
+        return merged[index]
 
 
 def _as_quantized(model: UnifiedModel, config: BitsAndBytesConfig, dtype: torch.dtype | None) -> dict[str, LazyTensor]:
