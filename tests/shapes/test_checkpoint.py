@@ -1,0 +1,57 @@
+"""The embedded default: what ships, and that it knows its world."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from reca_trainer import shapes
+from reca_trainer.shapes.detector import Detector
+from reca_trainer.shapes.score import compare_images, held_out_scenes, judge_dense, questions, score
+from reca_trainer.shapes.world import World, normalise_answer
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return shapes.load()
+
+
+def test_the_record_beside_the_weights_is_true(loaded):
+    record = json.loads((shapes.CHECKPOINT / "pretraining.json").read_text())
+    weights = (shapes.CHECKPOINT / "model.safetensors").read_bytes()
+    assert hashlib.sha256(weights).hexdigest() == record["sha256"]
+    assert len(weights) <= 12e6
+    assert sum(parameter.numel() for parameter in loaded[0].parameters()) == record["parameters"]
+
+
+@pytest.mark.parametrize("kind", ["where-is", "what-is-at"])
+def test_it_knows_where_things_are_in_scenes_with_unseen_combinations(loaded, kind):
+    model, processor = loaded
+    world = World()
+    asked = questions(world, kind, 100)
+    answers = model.generate_text(
+        processor, [text for _, text, _ in asked], images=[world.render(scene) for scene, _, _ in asked]
+    )
+    right = [normalise_answer(got) == want for got, (_, _, want) in zip(answers, asked, strict=True)]
+    assert np.mean(right) >= 0.95
+
+
+@torch.no_grad()
+def test_its_autoencoder_keeps_what_is_in_a_scene(loaded):
+    model, processor = loaded
+    world, scenes = World(), held_out_scenes(World(), 100)
+    pictures = [world.render(scene) for scene in scenes]
+    pixels = processor.to_pixels(pictures, processor.generation_size)
+    decoded = model.decode_latents(model.encode_latents(pixels, torch.zeros(len(pixels), 4, 8, 8)))
+    array = ((decoded * 0.5 + 0.5).clamp(0, 1) * 255).permute(0, 2, 3, 1).to(torch.uint8).numpy()
+    images = [Image.fromarray(one) for one in array]
+    assert judge_dense(Detector(world)(images), [world.facts(scene) for scene in scenes])["soft"]["mean"] >= 0.98
+    assert compare_images(images, pictures)["psnr"]["mean"] >= 28
+
+
+def test_its_score_is_the_same_twice(loaded):
+    first, second = (score(*loaded, size=2, batch_size=5, sampling=shapes.SAMPLING, progress=False) for _ in range(2))
+    assert first == second
