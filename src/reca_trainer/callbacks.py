@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from reca_trainer import adapters
 from reca_trainer.config import PREVIEW_PROMPTS
 from reca_trainer.data import RowDataset, TaskBatchSampler
 
@@ -36,6 +36,8 @@ class PreviewCallback(TrainerCallback):
         self.rows: list[dict] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        # Sharded weights are gathered for `forward` alone, unless told of other methods that need them.
+        register_fsdp_forward_method(self.trainer.model, "generate_images")
         self.draw()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -57,8 +59,8 @@ class PreviewCallback(TrainerCallback):
         model; the first saves."""
         trainer = self.trainer
         if self.rows is None:
-            self.rows = fixed_rows(trainer)
-        model, processor = adapters.unwrap(trainer.model), trainer.processing_class
+            self.rows = fixed_rows(trainer, "reconstruct", trainer.args.preview_images)
+        model, processor = trainer.model, trainer.processing_class
         options = dict(trainer.args.preview_generation_kwargs or {})
         inputs = [row["image"] for row in self.rows]
 
@@ -109,40 +111,81 @@ class CollapseAlarm(TrainerCallback):
 
     def __init__(self, threshold: float):
         self.threshold = threshold
-        self.first: float | None = None
-        self.rehearsal: list[float] = []
         self.raised = False
 
     def on_log(self, args, state, control, logs: dict | None = None, **kwargs):
-        logs = logs or {}
-        if (text_to_image := logs.get("eval_text_to_image_loss")) is not None:
-            self.rehearsal.append(text_to_image)
-        loss = logs.get("reconstruction_loss")
-        if loss is None:
+        loss = (logs or {}).get("reconstruction_loss")
+        if loss is None or self.raised:
             return
-        self.first = loss if self.first is None else self.first
-        if not self.raised and loss < self.threshold * self.first:
+        # The history and not this object remembers, so that a resumed run compares with its real beginning.
+        first = next(entry["reconstruction_loss"] for entry in state.log_history if "reconstruction_loss" in entry)
+        if loss < self.threshold * first:
             self.raised = True
-            rising = len(self.rehearsal) > 1 and self.rehearsal[-1] > self.rehearsal[0]
+            name = "eval_text_to_image_loss"
+            rehearsal = [entry[name] for entry in state.log_history if name in entry]
+            rising = len(rehearsal) > 1 and rehearsal[-1] > rehearsal[0]
             logger.warning(
-                f"Collapse alarm at step {state.global_step}: the reconstruction loss fell from {self.first:.4g} to "
+                f"Collapse alarm at step {state.global_step}: the reconstruction loss fell from {first:.4g} to "
                 f"{loss:.4g}, below {self.threshold:.0%} of where it began"
-                + (f", while held-out text-to-image loss rose to {self.rehearsal[-1]:.4g}" if rising else "")
+                + (f", while held-out text-to-image loss rose to {rehearsal[-1]:.4g}" if rising else "")
                 + ". The model may be copying its condition. Use the understanding encoder's smallest resolution for "
                 "the condition, a lower learning rate, or fewer steps."
             )
 
 
-def fixed_rows(trainer: Any) -> list[dict]:
+class UnderstandingProbe(TrainerCallback):
+    """Measures how well the model still understands where it shares weights with generation: the image-to-text loss on
+    a few fixed captions before and after training, logged as `understanding_loss`; a rise is warned of.
+
+    Args:
+        trainer: a `RecATrainer` whose images have captions; they come from its evaluation set if it has one.
+    """
+
+    rows = 8
+    tolerated_rise = 1.1
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not any("understanding_loss" in entry for entry in state.log_history):
+            self.measure()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.measure()
+        found = [entry["understanding_loss"] for entry in state.log_history if "understanding_loss" in entry]
+        if len(found) > 1 and found[-1] > self.tolerated_rise * found[0]:
+            logger.warning(
+                f"Understanding drifted: the image-to-text loss on fixed captions rose from {found[0]:.4g} to "
+                f"{found[-1]:.4g}. Raise image_to_text_weight, or lower the learning rate."
+            )
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        trainer = self.trainer
+        rows = [row for row in fixed_rows(trainer, "caption", self.rows) if row["text"]]
+        if not rows:
+            return
+        batch = trainer._prepare_inputs(trainer.data_collator(rows))
+        for note in ("seeds", "sources", "skipped"):
+            del batch[note]
+        training = trainer.model.training
+        trainer.model.eval()
+        with trainer.compute_loss_context_manager():
+            loss = trainer.model(**batch).loss
+        trainer.model.train(training)
+        trainer.log({"understanding_loss": loss.item()})
+
+
+def fixed_rows(trainer: Any, task: str, count: int) -> list[dict]:
     """The first rows of the evaluation (or training) images, decoded, all of one target size."""
     images = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.images
     if images.is_streaming:
-        batch = next(iter(trainer._dataloader(images, trainer.args.preview_images, training=False).dataset))
-        return batch[: trainer.args.preview_images]
-    task = "reconstruct"
+        batches = trainer._dataloader(images, count, training=False).dataset
+        return next((batch[:count] for batch in batches if batch[0]["task"] == task), [])
     sizes = trainer.processing_class.target_sizes()
     buckets = {task: images.buckets(task, sizes, trainer.args.on_bad_image)}
-    sampler = TaskBatchSampler(buckets, batch_size=min(trainer.args.preview_images, len(images)), shuffle=False)
+    sampler = TaskBatchSampler(buckets, batch_size=min(count, len(images)), shuffle=False)
     rows = RowDataset({task: images.datasets[task]}, {task: images.columns[task]}, trainer.args.on_bad_image)
     return [rows[draw] for draw in next(iter(sampler))]
 

@@ -103,6 +103,13 @@ class RecAConfig(TrainingArguments):
             "which a model that copies its condition reaches and an aligned one does not."
         },
     )
+    max_nonfinite_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Steps whose loss or gradient is not finite that are left out, counted and logged with their images, "
+            "before the run stops with an error. 0: it stops at the first."
+        },
+    )
     # --- TrainingArguments with other defaults ---
     learning_rate: float = field(default=4e-5, metadata={"help": "Paper: 4e-5 for BAGEL's whole generator."})
     lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "As BAGEL's script."})

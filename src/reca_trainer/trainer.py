@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import time
@@ -14,14 +15,16 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import BitsAndBytesConfig, Trainer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints, set_seed
 from transformers.utils import logging
 
 from reca_trainer import adapters, hub
-from reca_trainer.callbacks import CollapseAlarm, PreviewCallback
+from reca_trainer.callbacks import CollapseAlarm, PreviewCallback, UnderstandingProbe
 from reca_trainer.collator import UnifiedCollator
 from reca_trainer.config import RecAConfig
 from reca_trainer.data import RowDataset, StreamingRows, TaskBatchSampler, find_columns, load_image_dataset, row_sizes
@@ -116,7 +119,8 @@ class RecATrainer(Trainer):
         logger.info(f"Training {trained:,} of {total:,} parameters ({trained / total:.2%}).")
 
         self._terms = {mode: torch.zeros(len(TASKS), 2, dtype=torch.float64) for mode in ("train", "eval")}
-        self.skipped_images = 0
+        self.skipped_images, self.nonfinite_steps = 0, 0
+        self._sources, self._leave_out = [], False  # of the current step
         self._images_seen, self._data_seconds, self._last_log = 0, 0.0, time.perf_counter()
         super().__init__(
             model=model,
@@ -132,8 +136,16 @@ class RecATrainer(Trainer):
         if args.n_gpu > 1:
             raise ValueError("RecATrainer runs one process per GPU: start it with `accelerate launch`.")
         self.add_callback(CollapseAlarm(args.collapse_threshold))
-        if args.preview_steps:
+        if args.preview_steps and is_deepspeed_zero3_enabled():
+            logger.warning(
+                "No previews are drawn: ZeRO-3 gathers sharded weights for training steps alone. Use FSDP2."
+            )
+        elif args.preview_steps:
             self.add_callback(PreviewCallback(self))
+        if base.shares_weights and self.images.serves("caption"):
+            self.add_callback(UnderstandingProbe(self))
+        if args.max_nonfinite_steps and self.is_deepspeed_enabled:
+            raise ValueError("max_nonfinite_steps cannot take a step back that DeepSpeed has taken; leave it 0.")
         base.add_model_tags(list(self._tag_names))
 
     # --- the loss ---
@@ -149,14 +161,45 @@ class RecATrainer(Trainer):
         """
         task, notes = inputs["task"], {name: inputs[name] for name in NOTES if name in inputs}
         output = model(**{name: value for name, value in inputs.items() if name not in NOTES})
-        if not torch.isfinite(output.loss):
-            raise FloatingPointError(
-                f"The {LOSS_NAMES[task].replace('_', ' ')} is {output.loss.item()} at step {self.state.global_step + 1} "
-                f"on {', '.join(notes['sources'])}. Lower the learning rate, or train in bfloat16 rather than float16."
-            )
-        self._record("train" if model.training else "eval", task, output.loss, notes["supervised"])
+        mode = "train" if model.training else "eval"
+        if torch.isfinite(output.loss):
+            self._record(mode, task, output.loss, notes["supervised"])
+        else:
+            name = LOSS_NAMES[task].replace("_", " ")
+            self._not_finite(f"The {name} is {output.loss.item()}", notes["sources"], may_skip=model.training)
         loss = self.loss_weights[task] * output.loss * notes["share"]
         return (loss, output) if return_outputs else loss
+
+    def _not_finite(self, problem: str, sources: list[str], may_skip: bool = True) -> None:
+        """Raises `FloatingPointError`, unless the step may be left out."""
+        problem = f"{problem} at step {self.state.global_step + 1} on {', '.join(sources)}."
+        if not may_skip or self.nonfinite_steps >= self.args.max_nonfinite_steps:
+            raise FloatingPointError(
+                f"{problem} Lower the learning rate, or train in bfloat16 rather than float16. "
+                f"({self.nonfinite_steps} such steps were left out; max_nonfinite_steps allows some.)"
+            )
+        logger.warning(f"{problem} The step is left out.")
+        self._leave_out = True
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        return torch.where(torch.isfinite(loss), loss, 0.0)  # of a step that is left out, in the logged mean
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """As in `Trainer`; comes before the optimizer, so a gradient that is not finite is dropped here."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        scaled = self.accelerator.scaler is not None  # float16 expects overflows, and has its own way with them
+        value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if not (math.isfinite(value) or scaled or self._leave_out):
+            self._not_finite(f"The gradient's norm is {value}", self._sources)
+        if self.args.max_nonfinite_steps:  # the loss may be finite on other processes
+            found = torch.tensor(float(self._leave_out), device=self.args.device)
+            if self.accelerator.reduce(found, "sum") > 0:
+                self.nonfinite_steps += 1
+                if not scaled:
+                    model.zero_grad()
+            self._leave_out = False
+        return norm
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Fetch one step's micro-batches, draw their corruptions and work out each one's share of the step."""
@@ -171,6 +214,7 @@ class RecATrainer(Trainer):
             counts[TASKS.index(batch["task"])] += batch["supervised"]
         counts = self.accelerator.reduce(counts.to(device, torch.float32), "sum").tolist()
         tasks = [batch["task"] for batch in batches]
+        self._sources = [source for batch in batches for source in batch["sources"]]
         for batch in batches:
             task = batch["task"]
             of_its_task = batch["supervised"] / counts[TASKS.index(task)]
@@ -249,6 +293,15 @@ class RecATrainer(Trainer):
     def num_examples(self, dataloader: DataLoader) -> int:
         return len(dataloader.dataset) if not self.images.is_streaming else super().num_examples(dataloader)
 
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        if warmup >= num_training_steps:
+            logger.warning(
+                f"The learning rate warms up for {warmup} of {num_training_steps} steps and so never reaches "
+                f"{self.args.learning_rate:g}; set warmup_steps to fewer, or to a share of the run such as 0.05."
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not estimated: a batch's tensors are pixels, not tokens."""
         return 0
@@ -291,6 +344,8 @@ class RecATrainer(Trainer):
             self._images_seen, self._data_seconds, self._last_log = 0, 0.0, time.perf_counter()
             if self.skipped_images:
                 logs["skipped_images"] = self.skipped_images
+            if self.nonfinite_steps:
+                logs["nonfinite_steps"] = self.nonfinite_steps
         super().log(logs, start_time)
 
     # --- checkpoints ---
