@@ -6,6 +6,7 @@ runs, checkpoints in OUTPUT_DIR. The options are those of `RecAConfig`, and
 - `resume`, `streaming`, `full` (train the generator without an adapter), `rows` (of the dataset),
 - `bad_rows`: rows whose image is no image,
 - `die_at`: kill -9 at the so-manyth file operation below OUTPUT_DIR,
+- `nonfinite`: `[process, step]` whose loss is to be NaN,
 - `file_limit`: bytes a file may have; writing more fails, as on a full disk.
 """
 
@@ -131,7 +132,10 @@ def main(output_dir: str, options: dict) -> None:
     if file_limit := options.pop("file_limit", None):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    nonfinite = options.pop("nonfinite", None)
     run = trainer(output_dir, streaming, full, options.pop("rows", 23), **options)
+    if nonfinite:
+        poison(run, *nonfinite)
     run.train(resume_from_checkpoint=resume)
     run.save_model()
     if run.is_world_process_zero():
@@ -140,6 +144,14 @@ def main(output_dir: str, options: dict) -> None:
     usage = {"cpu_seconds": time.process_time(), "file_operations": operations[0]}
     (Path(output_dir) / "usage.json").write_text(json.dumps(usage))
     (Path(output_dir) / f"rows-{run.args.process_index}.json").write_text(json.dumps(run.rows))
+
+
+def poison(run: Recorder, process: int, step: int) -> None:
+    def spoil(module, args, output):
+        if (process, step) == (run.args.process_index, run.state.global_step + 1):
+            output.loss = output.loss * float("nan")
+
+    run.model.register_forward_hook(spoil)
 
 
 def _die_at(number: int, folder: str) -> list[int]:

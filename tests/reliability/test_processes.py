@@ -8,8 +8,9 @@ from itertools import chain
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import ImageChops
 from safetensors.torch import load_file
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from reca_trainer import AutoUnifiedModel
@@ -83,6 +84,15 @@ def test_a_bad_image_on_one_process_ends_all_and_is_named(tmp_path):
     assert "ImageError: row 3 (3.png): " in log
 
 
+def test_a_step_that_is_not_finite_on_one_process_is_left_out_by_all(tmp_path):
+    run(tmp_path / "one", nonfinite=[0, 3], max_nonfinite_steps=1)
+    log = run(tmp_path / "two", processes=2, nonfinite=[1, 3], max_nonfinite_steps=1)
+    assert "The reconstruction loss is nan at step 3 on row " in log
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, rtol=0, atol=TOLERANCE, msg=name)
+
+
 def test_another_number_of_processes_resumes_or_is_refused(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 4}
     run(tmp_path / "one", **saving)
@@ -130,4 +140,17 @@ def sharded_step(rank, port, folder):
     for name, gradient in sharded_gradients.items():
         assert isinstance(gradient, DTensor)
         torch.testing.assert_close(gradient.full_tensor(), gradients[name], rtol=1e-4, atol=1e-6, msg=name)
+    register_fsdp_forward_method(sharded, "generate_images")
+    pictures = [
+        model.generate_images(
+            recorder.processing_class,
+            text=["boat"],
+            height=32,
+            width=32,
+            num_inference_steps=2,
+            generator=torch.Generator().manual_seed(0),
+        )[0]
+        for model in (whole, sharded)
+    ]
+    assert ImageChops.difference(*pictures).getextrema() <= ((0, 1),) * 3
     dist.destroy_process_group()

@@ -1,0 +1,161 @@
+"""A run that goes wrong says so."""
+
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from transformers import TrainerCallback
+
+from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor, RecAConfig, RecATrainer
+from reca_trainer.trainer import last_complete_checkpoint
+from tests.reliability.run import CHECKPOINT, dataset, poison, trainer
+
+SHARED = CHECKPOINT.parents[1] / "harmon" / "checkpoint"  # a model whose understanding and generation share weights
+
+
+def start(folder, **options):
+    return trainer(str(folder), False, False, 23, **{"max_steps": 3, "per_device_train_batch_size": 2, **options})
+
+
+@pytest.fixture
+def warnings(caplog):
+    caplog.set_level(logging.WARNING)
+    logging.getLogger("transformers").propagate = True
+    return caplog
+
+
+def poison_gradient(run, *steps):
+    weight = next(p for p in run.model.parameters() if p.requires_grad)
+    weight.register_hook(lambda gradient: gradient * (torch.nan if run.state.global_step + 1 in steps else 1))
+
+
+class Weights(TrainerCallback):
+    def __init__(self):
+        self.at = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.at.append([p.detach().clone() for p in model.parameters() if p.requires_grad])
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_applied(tmp_path):
+    run = start(tmp_path)
+    poison_gradient(run, 2)
+    with pytest.raises(FloatingPointError, match=r"gradient's norm is nan at step 2 on row \d+ \(\d+.png\), row \d+"):
+        run.train()
+    assert all(p.isfinite().all() for p in run.model.parameters())
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_steps_that_are_not_finite_are_left_out_and_counted(tmp_path, where, warnings):
+    run, weights = start(tmp_path, max_nonfinite_steps=1), Weights()
+    run.add_callback(weights)
+    poison(run, 0, 2) if where == "loss" else poison_gradient(run, 2)
+    run.train()
+    first, second, third = weights.at
+    assert all(torch.equal(before, after) for before, after in zip(first, second, strict=True))
+    assert not all(torch.equal(before, after) for before, after in zip(second, third, strict=True))
+    assert run.state.log_history[-2]["nonfinite_steps"] == 1 and "The step is left out." in warnings.text
+    assert all(np.isfinite(entry["loss"]) for entry in run.state.log_history if "loss" in entry)
+
+
+def test_too_many_steps_that_are_not_finite_stop_the_run(tmp_path):
+    run = start(tmp_path, max_nonfinite_steps=1)
+    poison_gradient(run, 1, 2)
+    with pytest.raises(FloatingPointError, match=r"(?s)at step 2 .*1 such steps were left out"):
+        run.train()
+
+
+@pytest.mark.parametrize(("warmup_steps", "warns"), [(3, True), (2, False)])
+def test_a_warm_up_as_long_as_the_run_is_warned_of(tmp_path, warnings, warmup_steps, warns):
+    start(tmp_path, warmup_steps=warmup_steps).train()
+    assert ("warms up for 3 of 3 steps and so never reaches 0.001" in warnings.text) == warns
+
+
+def test_collapse_is_noticed_once_and_after_a_resume_from_the_true_beginning(tmp_path, warnings):
+    """Black pictures are learned by heart in a few steps, as a condition that is copied would be."""
+    black = Dataset.from_dict({"image": [Image.new("RGB", (64, 64))] * 4})
+
+    def collapsing(steps):
+        return RecATrainer(
+            AutoUnifiedModel.from_pretrained(CHECKPOINT),
+            RecAConfig(
+                output_dir=str(tmp_path),
+                max_steps=steps,
+                per_device_train_batch_size=4,
+                learning_rate=1e-2,
+                logging_steps=5,
+                save_steps=20,
+                collapse_threshold=0.7,
+                use_cpu=True,
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            train_dataset=black,
+            processing_class=AutoUnifiedProcessor.from_pretrained(
+                CHECKPOINT, generation_size=(32, 32, 16), condition_size=(42, 42, 14), understanding_size=(70, 28, 14)
+            ),
+        )
+
+    collapsing(20).train()
+    before = warnings.text.count("Collapse alarm at step")
+    collapsing(40).train(resume_from_checkpoint=True)
+    assert (before, warnings.text.count("Collapse alarm at step")) == (0, 1)
+
+
+@pytest.mark.parametrize(("learning_rate", "warns"), [(1e-6, False), (3e-2, True)])
+def test_understanding_that_drifts_is_reported(tmp_path, warnings, learning_rate, warns):
+    run = RecATrainer(
+        AutoUnifiedModel.from_pretrained(SHARED),
+        RecAConfig(
+            output_dir=str(tmp_path),
+            max_steps=4,
+            per_device_train_batch_size=2,
+            learning_rate=learning_rate,
+            image_to_text_weight=0.0,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        ),
+        train_dataset=dataset(),
+        processing_class=AutoUnifiedProcessor.from_pretrained(SHARED),
+    )
+    run.train()
+    losses = [entry["understanding_loss"] for entry in run.state.log_history if "understanding_loss" in entry]
+    assert len(losses) == 2 and (losses[1] > 1.1 * losses[0]) == warns
+    assert ("Understanding drifted" in warnings.text) == warns
+
+
+def test_the_best_checkpoint_is_kept_and_loaded(tmp_path):
+    run = start(
+        tmp_path,
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_size=3,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        greater_is_better=True,  # the first, so that the limit would have it deleted
+        metric_for_best_model="eval_loss",
+    )
+    run.train()
+    found = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
+    best = 1 + found.index(max(found))
+    assert run.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    assert (tmp_path / f"checkpoint-{best}").is_dir() and last_complete_checkpoint(tmp_path)
+
+
+def test_the_limit_never_deletes_the_newest_whole_checkpoint(tmp_path):
+    start(tmp_path, save_strategy="steps", save_steps=3).train()
+    shutil.copytree(tmp_path / "checkpoint-3", tmp_path / "checkpoint-9")
+    (tmp_path / "checkpoint-9" / "optimizer.pt").write_bytes(b"")
+    start(tmp_path, max_steps=5, save_strategy="steps", save_steps=5, save_total_limit=1).train(
+        resume_from_checkpoint=True
+    )
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-5"]
