@@ -151,8 +151,6 @@ def measure_errors(folder: Path) -> dict:
                 merge_adapter(folder / "base", adapter, target, into, dtype)
                 seconds = time.perf_counter() - started
                 merged = AutoUnifiedModel.from_pretrained(target, dtype=None if into == "quantized" else torch.float32)
-                if into == "quantized":
-                    merged = merged.float() if kind is None else merged
                 found = velocity(merged)
                 table.append({
                     "trained_on": kind or "unquantised", "into": into, "dtype": str(dtype).removeprefix("torch."),
