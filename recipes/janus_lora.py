@@ -36,16 +36,16 @@ def encode(model, pixels):
     codebook = F.normalize(vq.quantize.embedding.weight, dim=-1)
     soft = (latents @ codebook.T / 0.05).softmax(dim=-1)
     hard = F.one_hot(soft.argmax(dim=-1), soft.shape[-1])
-    return ((hard + soft - soft.detach()) @ codebook).movedim(-1, 1)
+    return ((hard + soft - soft.detach()) @ codebook).movedim(-1, 1) * codebook.shape[1] ** 0.5  # variance 1
 
 
 def decode(model, codes):
     vq = model.model.vqmodel
-    return vq.decoder(vq.post_quant_conv(codes))
+    return vq.decoder(vq.post_quant_conv(codes / codes.shape[1] ** 0.5))
 
 
 def tiny(**steps):
-    return pretrain(build, "model.vqmodel", encode, decode, continuous=False, **steps)
+    return pretrain(build, "model.vqmodel", encode, decode, continuous=False, autoencoder_batch_size=24, **steps)
 
 
 if __name__ == "__main__":

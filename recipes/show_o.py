@@ -37,7 +37,7 @@ def decode(model, codes):
 
 
 def tiny(**steps):
-    return pretrain(build, "vq_model", encode, decode, continuous=False, **steps)
+    return pretrain(build, "vq_model", encode, decode, continuous=False, autoencoder_batch_size=24, **steps)
 
 
 if __name__ == "__main__":

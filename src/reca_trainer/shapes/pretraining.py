@@ -32,6 +32,7 @@ def pretrain(
     *,
     continuous: bool,
     autoencoder_steps: int = 900,
+    autoencoder_batch_size: int = 8,
     understanding_steps: int = 400,
     seed: int = 0,
     cache_dir: str | Path | None = None,
@@ -44,8 +45,10 @@ def pretrain(
         encode: model, pixels `[B, 3, H, W]` in [-1, 1] -> what its generator predicts, differentiably: latents, or
             codes with straight-through gradients.
         decode: model, latents or codes -> pixels.
-        continuous: latents are drawn to mean 0 and variance 1 and decoded with a little noise; codes are neither.
+        continuous: latents are drawn to mean 0 and variance 1 and decoded with a little noise; the channels of codes to
+            mean 0 and unit covariance.
         autoencoder_steps, understanding_steps: optimizer steps of either stage.
+        autoencoder_batch_size: scenes a step.
         cache_dir: where weights are kept; by default the Hugging Face cache.
     """
     cache = Path(cache_dir or Path(HF_HOME) / "reca_trainer")
@@ -54,7 +57,16 @@ def pretrain(
         model, processor = build()
         recipe = [model.config.to_json_string(), *map(inspect.getsource, (build, encode, decode, _minimise))]
         stages = {
-            fit_autoencoder: (processor, autoencoder, encode, decode, continuous, autoencoder_steps, seed),
+            fit_autoencoder: (
+                processor,
+                autoencoder,
+                encode,
+                decode,
+                continuous,
+                autoencoder_steps,
+                autoencoder_batch_size,
+                seed,
+            ),
             fit_understanding: (processor, autoencoder, understanding_steps, seed),
         }
         for fit, arguments in stages.items():
@@ -78,21 +90,25 @@ def fit_autoencoder(
     decode: Callable[[UnifiedModel, Tensor], Tensor],
     continuous: bool,
     steps: int,
-    seed: int = 0,
     batch_size: int = 8,
+    seed: int = 0,
     learning_rate: float = 3e-3,
 ) -> None:
     """Minimise the absolute and squared error of decoded scenes, see `pretrain` for the arguments."""
     world, rng = World(), np.random.default_rng([seed, 1])
     images = [world.render(world.sample(rng)) for _ in range(512)]
     pixels = processor(images=images, instruction=DESCRIBE, task="reconstruct")["pixel_values"]
+    eye = torch.eye(encode(model, pixels[:1]).shape[1])
 
     def loss_of_step(step: int) -> Tensor:
         target = pixels[torch.from_numpy(rng.integers(len(pixels), size=batch_size))]
-        latents, moments = encode(model, target), 0.0
+        latents = encode(model, target)
         if continuous:
             moments = latents.mean().square() + (latents.std() - 1).square()
             latents = latents + NOISE * torch.randn_like(latents)
+        else:  # else most codes are never used
+            channels = latents.transpose(0, 1).flatten(1)  # [C, tokens]
+            moments = channels.mean(dim=1).square().mean() + (torch.cov(channels) - eye).square().mean()
         error = decode(model, latents) - target
         return error.abs().mean() + error.square().mean() + 0.1 * moments
 
