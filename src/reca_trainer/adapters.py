@@ -131,6 +131,9 @@ def _prepare_to_train(model: PeftModel) -> PeftModel:
             (Path(save_directory) / QUANTIZATION_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
     model.save_pretrained = save_pretrained
+    model.create_or_update_model_card = lambda output_dir: (
+        None
+    )  # PEFT's shows the base's path; `hub.model_card` is ours
     return model
 
 
@@ -212,7 +215,9 @@ def merge_adapter(
     """Write a model with an adapter merged into it, one tensor at a time, in float32, rounded once.
 
     What QLoRA learnt belongs to the *quantised* base, whose weights are off the original ones by several per cent: merged
-    into the original, the adapter's output changes by that much (`benchmarks/merge.py` measures each choice).
+    into the original, the adapter's output changes by that much. On a random 0.2B model, velocities differ from the
+    adapter's own by 1e-6 (dequantised NF4, written in float32), 0.5 % (the same in bfloat16) and 29 % (original base);
+    LoRA into its base, by 1e-6 and 0.4 % (`benchmarks/merge.py`).
 
     Args:
         model_or_path: the base: folder, Hub id or loaded model. `None`: the one that the adapter names.
