@@ -7,6 +7,7 @@ runs, checkpoints in OUTPUT_DIR. The options are those of `RecAConfig`, and
 - `bad_rows`: rows whose image is no image,
 - `die_at`: kill -9 at the so-manyth file operation below OUTPUT_DIR,
 - `nonfinite`: `[process, step]` whose loss is to be NaN,
+- `measure`: every so many steps, note memory, open files, threads and time of the process and its workers,
 - `file_limit`: bytes a file may have; writing more fails, as on a full disk.
 """
 
@@ -23,11 +24,13 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
+import psutil
 import torch
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from peft import LoraConfig
 from PIL import Image
+from transformers import TrainerCallback
 
 from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor, RecAConfig, RecATrainer
 from tests.hostile_images import encoded
@@ -132,18 +135,38 @@ def main(output_dir: str, options: dict) -> None:
     if file_limit := options.pop("file_limit", None):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    nonfinite = options.pop("nonfinite", None)
+    nonfinite, measure = options.pop("nonfinite", None), options.pop("measure", 0)
     run = trainer(output_dir, streaming, full, options.pop("rows", 23), **options)
     if nonfinite:
         poison(run, *nonfinite)
+    measured = Measure(measure)
+    if measure:
+        run.add_callback(measured)
     run.train(resume_from_checkpoint=resume)
     run.save_model()
     if run.is_world_process_zero():
         losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
         (Path(output_dir) / "losses.json").write_text(json.dumps(losses))
-    usage = {"cpu_seconds": time.process_time(), "file_operations": operations[0]}
+    usage = {"cpu_seconds": time.process_time(), "file_operations": operations[0], "samples": measured.samples}
     (Path(output_dir) / "usage.json").write_text(json.dumps(usage))
     (Path(output_dir) / f"rows-{run.args.process_index}.json").write_text(json.dumps(run.rows))
+
+
+class Measure(TrainerCallback):
+    def __init__(self, steps: int):
+        self.steps, self.samples = steps, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.steps == 0:
+            own = psutil.Process()
+            processes = [own, *own.children()]
+            sample = {
+                "bytes": sum(process.memory_full_info().uss for process in processes),
+                "files": sum(process.num_fds() for process in processes),
+                "threads": sum(process.num_threads() for process in processes),
+                "seconds": time.monotonic(),
+            }
+            self.samples.append(sample)
 
 
 def poison(run: Recorder, process: int, step: int) -> None:

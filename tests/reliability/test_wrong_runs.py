@@ -6,11 +6,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
-from PIL import Image
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor, RecAConfig, RecATrainer
+from reca_trainer.callbacks import CollapseAlarm
 from reca_trainer.trainer import last_complete_checkpoint
 from tests.reliability.run import CHECKPOINT, dataset, poison, trainer
 
@@ -75,35 +74,13 @@ def test_a_warm_up_as_long_as_the_run_is_warned_of(tmp_path, warnings, warmup_st
     assert ("warms up for 3 of 3 steps and so never reaches 0.001" in warnings.text) == warns
 
 
-def test_collapse_is_noticed_once_and_after_a_resume_from_the_true_beginning(tmp_path, warnings):
-    """Black pictures are learned by heart in a few steps, as a condition that is copied would be."""
-    black = Dataset.from_dict({"image": [Image.new("RGB", (64, 64))] * 4})
-
-    def collapsing(steps):
-        return RecATrainer(
-            AutoUnifiedModel.from_pretrained(CHECKPOINT),
-            RecAConfig(
-                output_dir=str(tmp_path),
-                max_steps=steps,
-                per_device_train_batch_size=4,
-                learning_rate=1e-2,
-                logging_steps=5,
-                save_steps=20,
-                collapse_threshold=0.7,
-                use_cpu=True,
-                report_to="none",
-                disable_tqdm=True,
-            ),
-            train_dataset=black,
-            processing_class=AutoUnifiedProcessor.from_pretrained(
-                CHECKPOINT, generation_size=(32, 32, 16), condition_size=(42, 42, 14), understanding_size=(70, 28, 14)
-            ),
-        )
-
-    collapsing(20).train()
-    before = warnings.text.count("Collapse alarm at step")
-    collapsing(40).train(resume_from_checkpoint=True)
-    assert (before, warnings.text.count("Collapse alarm at step")) == (0, 1)
+def test_a_resumed_run_compares_with_its_true_beginning(warnings):
+    state = TrainerState(log_history=[{"reconstruction_loss": 2.0}, {"reconstruction_loss": 0.1}])
+    alarm = CollapseAlarm(threshold=0.02)  # as a process that has seen nothing of this run
+    for loss in (0.05, 0.03, 0.02):
+        state.log_history.append({"reconstruction_loss": loss})
+        alarm.on_log(None, state, None, logs=state.log_history[-1])
+    assert warnings.text.count("the reconstruction loss fell from 2 to 0.03") == warnings.text.count("Collapse") == 1
 
 
 @pytest.mark.parametrize(("learning_rate", "warns"), [(1e-6, False), (3e-2, True)])
