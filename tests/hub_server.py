@@ -47,7 +47,8 @@ class HubServer(ThreadingHTTPServer):
         self.fail: list[list] = []
         self.requests: list[str] = []
         self.received = 0  # bytes of objects
-        self.cut_after: int | None = None  # objects, after which every upload of one is cut off
+        self.uploads = 0
+        self.cut_after: int | None = None  # uploads of objects, after which every one is cut off
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -82,9 +83,10 @@ class Handler(BaseHTTPRequestHandler):
                     rule[3] -= 1
                     self.read_body()
                     return self.answer(status, {"error": f"asked to answer {status}"})
-            if path.startswith("/lfs/") and len(self.server.objects) == self.server.cut_after:
-                self.rfile.read(int(self.headers["Content-Length"]) // 2)
-                return self.cut_off()
+            if path.startswith("/lfs/"):
+                self.server.uploads += 1
+                if self.server.cut_after is not None and self.server.uploads > self.server.cut_after:
+                    return self.cut_off()
         for method, pattern, respond in ROUTES:
             if method in (self.command, "GET" if self.command == "HEAD" else None) and (
                 match := re.fullmatch(pattern, path)
