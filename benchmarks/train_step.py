@@ -6,12 +6,14 @@ python benchmarks/train_step.py --preset mid --mode lora --resolution 512 --batc
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import measure
 import presets
@@ -19,6 +21,18 @@ from reca_trainer import adapters
 from reca_trainer.plan import step_cost
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def keep_matrix_products() -> dict[str, Any]:
+    """`activation_checkpointing_kwargs` under which the results of matrix products and attention are kept, and only
+    what is cheap is recomputed: norms, activation functions, rotations."""
+    names = ("mm", "addmm", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
+             "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention")  # fmt: skip
+    kept = [getattr(torch.ops.aten, name).default for name in names]
+    return {"use_reentrant": False, "context_fn": functools.partial(create_selective_checkpoint_contexts, kept)}
+
+
+CHECKPOINTING = {"layers": lambda: {"use_reentrant": False}, "elementwise": keep_matrix_products}
 
 
 def build(options: dict[str, Any]) -> Callable[[], float]:
@@ -32,8 +46,8 @@ def build(options: dict[str, Any]) -> Callable[[], float]:
         trained = model
     else:
         trained = adapters.attach(model, LoraConfig(r=options["lora_rank"], lora_alpha=options["lora_rank"]))
-    if options["checkpointing"]:
-        model.gradient_checkpointing_enable(**options.get("checkpointing_options", {}))
+    if options["checkpointing"] != "none":
+        model.activation_checkpointing_enable(CHECKPOINTING[options["checkpointing"]]())
     model.train()
     if options["compile"]:
         for layer in model.language_model.model.layers:
@@ -44,6 +58,7 @@ def build(options: dict[str, Any]) -> Callable[[], float]:
         model, options["batch_size"], options["resolution"], options["cached_latents"]
     )
     batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+    batch["timesteps_per_image"] = options["timesteps_per_image"]
     generator = torch.Generator().manual_seed(1)
 
     def step() -> float:
@@ -109,7 +124,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resolution", type=int, default=512, help="side of the target images in pixels")
     parser.add_argument("--batch_size", type=int, default=2)
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations of every layer")
+    parser.add_argument(
+        "--checkpointing",
+        default="none",
+        choices=["none", *CHECKPOINTING],
+        help="what the backward pass recomputes: whole layers, or all but matrix products and attention",
+    )
+    parser.add_argument("--timesteps_per_image", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="torch.compile every decoder layer, static shapes")
     parser.add_argument("--optimizer", default="adamw_fused", choices=["adamw_fused", "adamw_foreach", "adamw_8bit"])
     parser.add_argument("--cached_latents", action="store_true", help="leave the autoencoder out of the step")
@@ -126,7 +147,10 @@ def finish(result: dict[str, Any], options: dict[str, Any], peak: float) -> dict
         model = presets.Model(presets.PRESETS[options["preset"]]())
     batch_size = options["batch_size"]
     batch = presets.reconstruction_batch(model, batch_size, options["resolution"], options["cached_latents"])
-    tokens = batch_size * (options["resolution"] // model.config.latent_token_stride) ** 2
+    batch["timesteps_per_image"] = options["timesteps_per_image"]
+    tokens = (
+        batch_size * options["timesteps_per_image"] * (options["resolution"] // model.config.latent_token_stride) ** 2
+    )
     cost = step_cost(model, batch, options["mode"], DTYPES[options["dtype"]], lora_rank=options["lora_rank"])
     seconds = result["step_seconds_median"]
     return {

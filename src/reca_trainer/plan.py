@@ -20,7 +20,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 from reca_trainer import adapters
 from reca_trainer.models.auto import FAMILIES, AutoUnifiedProcessor, family, open_lazily
@@ -32,6 +32,22 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight with its doubly quantised 
 OPTIMIZER_BYTES = {"adamw_torch_fused": 8.0, "adamw_bnb_8bit": 2.0 + 8 / 256, "sgd": 0.0}  # a trained weight
 PROCESS_BYTES = 0.8e9  # CUDA context and libraries
 FRAGMENTATION = 1.05  # what an allocator reserves, over what tensors take
+
+
+def attention_flops(query, key, value, *args, **kwargs) -> int:
+    batch_size, heads, queries, head_dim = query.shape
+    return 2 * batch_size * heads * queries * key.shape[2] * (head_dim + value.shape[3])
+
+
+def attention_backward_flops(gradient, query, key, value, *args, **kwargs) -> int:
+    """Five products of the size that the forward pass has two of: the fused kernel recomputes the scores."""
+    return attention_flops(query, key, value) * 5 // 2
+
+
+FLOPS = flop_registry | {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+}
 
 
 @dataclass
@@ -59,17 +75,21 @@ class Cost:
         return self.weights + self.optimizer + self.step
 
 
-class LiveBytes(TorchDispatchMode):
-    """Follows the storages that operations create until they are freed; `peak` is the most that lived at once."""
+class Meter(TorchDispatchMode):
+    """Counts `flops` of matrix products, and follows the storages that operations create until they are freed: `peak`
+    is the most bytes that lived at once."""
 
     def __init__(self):
         super().__init__()
-        self.live = self.peak = 0
+        self.flops = self.live = self.peak = 0
         self._seen = weakref.WeakSet()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         tree_map_only(torch.Tensor, self._follow, result)
+        count = FLOPS.get(function._overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=result)
         return result
 
     def ignore(self, tensors) -> None:
@@ -123,10 +143,9 @@ def step_cost(
             for name, value in batch.items()
         }
         weights = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-        live = LiveBytes()
-        live.ignore(weights.values())
-        counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
-        with live, counter:
+        meter = Meter()
+        meter.ignore(weights.values())
+        with meter:
             trained(corruption=model.sample_corruption(batch), **batch).loss.backward()
     held = sum(tensor.untyped_storage().nbytes() for tensor in weights.values())
     held -= sum(quantized) * (dtype.itemsize - NF4_BYTES)
@@ -135,8 +154,8 @@ def step_cost(
         batch_size=len(batch["condition_pixel_values"]),
         weights=held,
         optimizer=sum(numbers) * OPTIMIZER_BYTES[optimizer],
-        step=live.peak + max(quantized, default=0) * dtype.itemsize,  # one layer at a time is dequantised
-        flops=counter.get_total_flops(),
+        step=meter.peak + max(quantized, default=0) * dtype.itemsize,  # one layer at a time is dequantised
+        flops=meter.flops,
         parameters=sum(p.numel() for p in model.parameters()),
         trained_parameters=sum(numbers),
     )
@@ -167,25 +186,6 @@ def quantized_weights(model: UnifiedModel) -> list[int]:
         and isinstance(module, nn.Linear)
         and re.fullmatch(pattern, name.removeprefix("base_model.model.").removesuffix(".base_layer"))
     ]
-
-
-def attention_flops(query, key, value, *args, out_val=None, **kwargs) -> int:
-    return sdpa_flop_count(query, _as_many_heads(key, query), _as_many_heads(value, query))
-
-
-def attention_backward_flops(gradient, query, key, value, *args, out_val=None, **kwargs) -> int:
-    shapes = (gradient, query, _as_many_heads(key, query), _as_many_heads(value, query))
-    return sdpa_backward_flop_count(*shapes)
-
-
-def _as_many_heads(shape, query) -> torch.Size:
-    return torch.Size([shape[0], query[1], *shape[2:]])
-
-
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
-}
 
 
 def open_model(name: str) -> tuple[UnifiedModel, Any]:

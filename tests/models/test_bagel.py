@@ -240,3 +240,25 @@ def test_default_configuration_is_the_published_model():
     model.freeze_understanding()
     trained = [p for p in model.parameters() if p.requires_grad]
     assert (sum(p.numel() for p in trained), len(trained)) == (6_539_861_056, 401)
+
+
+def test_several_timesteps_of_an_image_are_several_copies_of_it(model, processor):
+    whole = batch(processor, "reconstruct", 2)
+    corruption = model.sample_corruption({**whole, "timesteps_per_image": 3}, generators(2))
+    copies = {name: t.repeat_interleave(3, 0) if len(t) == 2 else t for name, t in whole.items() if torch.is_tensor(t)}
+    posterior_noise = corruption["posterior_noise"].repeat_interleave(3, 0)
+    gradients = []
+    for data, draws in ((whole, corruption), (copies, {**corruption, "posterior_noise": posterior_noise})):
+        model.freeze_understanding()
+        model.zero_grad(set_to_none=True)
+        output = model(**{**data, "task": "reconstruct"}, corruption=draws)
+        output.loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        last = output.per_sample_loss
+        if data is whole:
+            first = last
+    torch.testing.assert_close(first, last.view(2, 3).mean(1))
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    once = model.sample_corruption(whole, generators(2))
+    assert once["timesteps"].shape == (2,) and len(corruption["timesteps"]) == 6

@@ -393,17 +393,20 @@ class BagelModel(UnifiedModel):
         )
 
     def _flow_matching(self, context, latents, corruption, understanding_embeds=None) -> UnifiedOutput:
-        """Rectified flow: `x_t = (1 - t) x_0 + t ε`, and the velocity `ε - x_0` is the target (BAGEL, section 2)."""
+        """Rectified flow: `x_t = (1 - t) x_0 + t ε`, and the velocity `ε - x_0` is the target (BAGEL, section 2). With
+        K timesteps an image, all of them are behind the one `context` of their image."""
         clean, grid = patchify(latents, self.config.latent_patch_size)  # [B, N, p²C]
-        noise = corruption["noise"].to(clean)
-        timesteps = corruption["timesteps"].to(clean.device)
+        noise = corruption["noise"].to(clean)  # [B · K, N, p²C]
+        timesteps = corruption["timesteps"].to(clean.device)  # [B · K]
+        if (repeats := len(timesteps) // len(clean)) > 1:
+            context, clean = context.repeat(repeats), clean.repeat_interleave(repeats, 0)
         t = timesteps.to(clean.dtype)[:, None, None]
         prediction = self.velocity(context, (1 - t) * clean + t * noise, timesteps, grid)
         target = noise - clean
-        error = (prediction.float() - target.float()).square().mean(dim=(1, 2))  # [B]
+        error = (prediction.float() - target.float()).square().mean(dim=(1, 2))  # [B · K]
         return UnifiedOutput(
             loss=error.mean(),
-            per_sample_loss=error.detach(),
+            per_sample_loss=error.detach().view(len(latents), repeats).mean(1),
             prediction=prediction,
             target=target,
             understanding_embeds=understanding_embeds,
@@ -525,8 +528,8 @@ class BagelModel(UnifiedModel):
         return understanding, generation, Context(past, position, padding) if keep else context
 
     def sample_corruption(self, batch: dict[str, Any], generator: Generators = None) -> dict[str, torch.Tensor]:
-        """Draws per image: the VAE posterior's noise `[C, h, w]`, a logit-normal timestep (shifted by
-        `config.timestep_shift`) and the flow's noise in token order `[N, p²C]`."""
+        """Draws per image: the VAE posterior's noise `[C, h, w]`; and `batch["timesteps_per_image"]` times (default 1)
+        a logit-normal timestep, shifted by `config.timestep_shift`, and the flow's noise in token order `[N, p²C]`."""
         if batch.get("task") == "caption":
             return {}
         patch, channels = self.config.latent_patch_size, self.config.vae_config["latent_channels"]
@@ -546,8 +549,10 @@ class BagelModel(UnifiedModel):
         if "source_pixel_values" in batch:
             sides = (side // self.config.vae_scale_factor for side in batch["source_pixel_values"].shape[-2:])
             corruption["source_posterior_noise"] = normal(channels, *sides)
-        corruption["timesteps"] = shift_timesteps(normal().sigmoid(), self.config.timestep_shift)
-        corruption["noise"] = normal(tokens, self.config.latent_token_dim)
+        repeats = batch.get("timesteps_per_image", 1)
+        timesteps = shift_timesteps(normal(repeats).sigmoid(), self.config.timestep_shift)
+        corruption["timesteps"] = timesteps.flatten()
+        corruption["noise"] = normal(repeats, tokens, self.config.latent_token_dim).flatten(0, 1)
         return corruption
 
     @torch.no_grad()
