@@ -127,6 +127,7 @@ def step_cost(
         mode: `full` (the whole generator), `lora`, or `qlora` (LoRA on a base in NF4).
         optimizer: a name of `OPTIMIZER_BYTES`; foreach implementations need temporary copies besides.
     """
+    quantized = quantized_weights(model) if mode == "qlora" else []
     if mode == "full":
         model.freeze_understanding()
         trained = model
@@ -134,9 +135,8 @@ def step_cost(
         trained = adapters.attach(model, LoraConfig(r=lora_rank, lora_alpha=lora_rank))
     with FakeTensorMode() as fake:
         empty(model, dtype, device, masters=dtype if mode == "full" else torch.float32)
-        quantized = quantized_weights(model) if mode == "qlora" else []
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         model.train()
         batch = {
             name: fake.from_tensor(value).to(device) if torch.is_tensor(value) else value
@@ -182,9 +182,7 @@ def quantized_weights(model: UnifiedModel) -> list[int]:
     return [
         module.weight.numel()
         for name, module in model.named_modules()
-        if hasattr(module, "weight")
-        and isinstance(module, nn.Linear)
-        and re.fullmatch(pattern, name.removeprefix("base_model.model.").removesuffix(".base_layer"))
+        if isinstance(module, nn.Linear) and re.fullmatch(pattern, name)
     ]
 
 
