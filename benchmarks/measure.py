@@ -7,6 +7,7 @@ are compared take turns, so that a disturbance of the machine hits all of them.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
 import os
@@ -73,6 +74,7 @@ def _work(pipe, build: Build, options: dict[str, Any], threads: int) -> None:
     imported = _resident()
     step = build(options)
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what building left behind is not the step's
     held = _resident()
     losses: list[float] = []
     while (request := pipe.recv())[0] != "stop":

@@ -46,6 +46,7 @@ def build_automodel(options: dict[str, Any]) -> Callable[[], float]:
     model.load_state_dict(
         {f"model.{name}": value for name, value in ours.state_dict().items() if not name.startswith("vae.")},
         strict=False,  # position tables are computed
+        assign=True,  # one copy of the weights, as on the other side
     )
     model.to(device, train_step.DTYPES[options["dtype"]]).train()
     trained = {f"model.{name}" for name, parameter in ours.named_parameters() if parameter.requires_grad}
