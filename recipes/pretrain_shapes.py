@@ -2,13 +2,16 @@
 
     python recipes/pretrain_shapes.py --output_dir runs/shapes
 
-Four stages, each resumed from its own file if that is there, all deterministic in the seed on one machine:
+Six stages, all deterministic in the seed on one machine. Each is resumed from its own file if that is there, and left
+out if it has no steps:
 
 1. `autoencoder`: a KL autoencoder of rendered scenes.
 2. `language`: the understanding expert answers questions about scenes given as text.
 3. `vision`: image encoder and connector take the place of that text, the language model is frozen.
 4. `generator`: the generation expert paints from *sparse* captions, understanding is frozen. Real captions leave most of
    an image unsaid, which is what RecA makes up for.
+5. `generator_again`: the same with other scenes.
+6. `answers`: the last layer of the understanding expert, as far as the generator does not see it, answers better.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +50,8 @@ class Arguments:
     language_steps: int = 700
     vision_steps: int = 1200
     generator_steps: int = 2000
+    generator_again_steps: int = 600
+    answers_steps: int = 500
     scenes: int = field(default=8000, metadata={"help": "different scenes that the generator is trained on"})
 
 
@@ -268,13 +274,16 @@ def train_vision(model: Model, world: World, texts: Texts, arguments: Arguments,
     train_modules(model, ["vit_model", "connector"], "vision", loss_of_step, arguments.vision_steps, 1.5e-3, curves)
 
 
-def train_generator(model: Model, world: World, texts: Texts, arguments: Arguments, curves: Path) -> None:
+def train_generator(
+    model: Model, world: World, texts: Texts, arguments: Arguments, curves: Path, again: bool = False
+) -> None:
     """The generation expert, begun as a copy of the understanding expert, learns text-to-image from sparse captions; one
-    in ten is left out, for guidance."""
-    rng = np.random.default_rng([arguments.seed, 4])
-    weights = model.state_dict()
-    twins = {name: weights[name.replace("_moe_gen", "")] for name in weights if "_moe_gen" in name}
-    model.load_state_dict(twins, strict=False)
+    in ten is left out, for guidance. `again` goes on with other scenes and a warm restart."""
+    rng = np.random.default_rng([arguments.seed, 5 if again else 4])
+    if not again:
+        weights = model.state_dict()
+        twins = {name: weights[name.replace("_moe_gen", "")] for name in weights if "_moe_gen" in name}
+        model.load_state_dict(twins, strict=False)
     scenes, latents = [world.sample(rng) for _ in range(arguments.scenes)], []
     for start in tqdm(range(0, len(scenes), 256), desc="encode", unit="batch"):
         pixels = pixels_of(world, scenes[start : start + 256])
@@ -289,9 +298,28 @@ def train_generator(model: Model, world: World, texts: Texts, arguments: Argumen
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return {"velocity": model(**batch).loss}
 
-    train_modules(
-        model, model.generation_modules, "generator", loss_of_step, arguments.generator_steps, 1.5e-3, curves
-    )
+    steps = arguments.generator_again_steps if again else arguments.generator_steps
+    train_modules(model, model.generation_modules, "generator", loss_of_step, steps, 1.5e-3, curves)
+
+
+def train_answers(model: Model, world: World, texts: Texts, arguments: Arguments, curves: Path) -> None:
+    """What comes after the last keys and values of the understanding expert learns to answer better. The generator reads
+    nothing but those keys and values, so it stays as it is."""
+    rng, count, each = np.random.default_rng([arguments.seed, 6]), arguments.batch_size // 2, 3
+    layer = f"language_model.model.layers.{LAYERS - 1}"
+    parts = ("self_attn.q_proj", "self_attn.q_norm", "self_attn.o_proj", "post_attention_layernorm", "mlp")
+    names = [*(f"{layer}.{part}" for part in parts), "language_model.model.norm", "language_model.lm_head"]
+
+    def loss_of_step(step: int) -> dict[str, torch.Tensor]:
+        scenes = [world.sample(rng) for _ in range(count)]
+        pixels = pixels_of(world, scenes)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            context = model.read_image(model.new_context(count), model.encode_image(pixels), pixels.shape[-2:])
+            if step % 4 == 0:
+                return {"describe": answer_loss(model, context, texts.descriptions(scenes))}
+            return {"answers": answer_loss(model, context.repeat(each), texts.questions(scenes, rng, each))}
+
+    train_modules(model, names, "answers", loss_of_step, arguments.answers_steps, 1e-3, curves)
 
 
 def train_modules(
@@ -312,6 +340,8 @@ STAGES = {
     "language": train_language,
     "vision": train_vision,
     "generator": train_generator,
+    "generator_again": partial(train_generator, again=True),
+    "answers": train_answers,
 }
 
 
@@ -333,7 +363,8 @@ def main(arguments: Arguments) -> Path:
         else:
             torch.manual_seed(1000 * (index + 1) + arguments.seed)
             start = time.time()
-            train_stage(model, world, texts, arguments, output / "curves.jsonl")
+            if getattr(arguments, f"{name}_steps"):
+                train_stage(model, world, texts, arguments, output / "curves.jsonl")
             (output / f"{name}.seconds").write_text(f"{time.time() - start:.0f}")
             model.save_pretrained(folder)
         seconds[name] = int((output / f"{name}.seconds").read_text())
