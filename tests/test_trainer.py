@@ -281,3 +281,20 @@ def test_preview_pictures_are_drawn(tmp_path, model, dataset, processor):
     assert pictures == ["before_after.png", "step-000000.png", "step-000001.png", "step-000002.png"]
     first, last = (Image.open(tmp_path / "previews" / f"step-00000{step}.png") for step in (0, 2))
     assert first.size == last.size and first.tobytes() != last.tobytes()
+
+
+def test_reconstructions_are_scored_at_every_evaluation(tmp_path, model, dataset, processor):
+    run = trainer(
+        model,
+        tmp_path,
+        dataset,
+        processor,
+        max_steps=2,
+        eval_size=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        score_images=2,
+        preview_generation_kwargs={"num_inference_steps": 2},
+    )
+    run.train()
+    assert len(losses(run, "eval_reconstruction_psnr")) == len(losses(run, "eval_reconstruction_ssim")) == 2

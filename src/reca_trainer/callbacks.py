@@ -1,4 +1,4 @@
-"""What can be watched during a run: preview pictures and the collapse alarm."""
+"""What can be watched during a run: preview pictures, reconstruction scores, and the alarms."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from reca_trainer import adapters
 from reca_trainer.config import PREVIEW_PROMPTS
 from reca_trainer.data import RowDataset, TaskBatchSampler
 
@@ -97,6 +98,34 @@ class PreviewCallback(TrainerCallback):
                 writer.add_image("preview", np.asarray(picture), step, dataformats="HWC")
             elif (tracker := getattr(callback, "_wandb", None) or getattr(callback, "_trackio", None)) is not None:
                 tracker.log({"preview": tracker.Image(picture), "train/global_step": step})
+
+
+class ReconstructionScores(TrainerCallback):
+    """Scores reconstructions of fixed held-out images (loss at fixed corruptions, PSNR in dB, SSIM) after every
+    evaluation, logged as `eval_reconstruction_<score>`.
+
+    Args:
+        trainer: a `RecATrainer`; `args.score_images` images come from its evaluation set.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self.images: list[Image.Image] | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        register_fsdp_forward_method(self.trainer.model, "generate_images")
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        from reca_trainer.evaluation.reconstruction import evaluate_reconstruction  # needs torchmetrics
+
+        trainer = self.trainer
+        if self.images is None:
+            self.images = [row["image"] for row in fixed_rows(trainer, "reconstruct", args.score_images)]
+        sampling = dict(args.preview_generation_kwargs or {})
+        scores = evaluate_reconstruction(
+            adapters.unwrap(trainer.model), trainer.processing_class, self.images, **sampling
+        )
+        trainer.log({f"eval_reconstruction_{name.removeprefix('reconstruction_')}": v for name, v in scores.items()})
 
 
 class CollapseAlarm(TrainerCallback):

@@ -12,6 +12,7 @@ from typing import Any
 ELSEWHERE = {
     "evaluate": ("reca_trainer.evaluation.evaluate", "score a model on a benchmark"),
     "compare": ("reca_trainer.evaluation.compare", "compare models on a benchmark, image by image"),
+    "plan": ("reca_trainer.plan", "does a run fit a GPU, which batch, how long"),
 }
 DTYPES = ("float32", "bfloat16", "float16")
 

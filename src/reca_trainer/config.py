@@ -88,6 +88,10 @@ class RecAConfig(TrainingArguments):
             "in output_dir/previews and in the tracker; also one before and one after training. 0: none."
         },
     )
+    score_images: int = field(
+        default=0,
+        metadata={"help": "Held-out images whose reconstructions are scored (PSNR, SSIM) at every evaluation."},
+    )
     preview_images: int = field(default=4, metadata={"help": "Images in a preview."})
     preview_prompts: list[str] | None = field(
         default=None, metadata={"help": "Fixed prompts of the preview's text-to-image column."}

@@ -24,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, ro
 from transformers.utils import logging
 
 from reca_trainer import adapters, hub
-from reca_trainer.callbacks import CollapseAlarm, PreviewCallback, UnderstandingProbe
+from reca_trainer.callbacks import CollapseAlarm, PreviewCallback, ReconstructionScores, UnderstandingProbe
 from reca_trainer.collator import UnifiedCollator
 from reca_trainer.config import RecAConfig
 from reca_trainer.data import RowDataset, StreamingRows, TaskBatchSampler, find_columns, load_image_dataset, row_sizes
@@ -142,6 +142,8 @@ class RecATrainer(Trainer):
             )
         elif args.preview_steps:
             self.add_callback(PreviewCallback(self))
+        if args.score_images:
+            self.add_callback(ReconstructionScores(self))
         if base.shares_weights and self.images.serves("caption"):
             self.add_callback(UnderstandingProbe(self))
         if args.max_nonfinite_steps and self.is_deepspeed_enabled:
