@@ -1,8 +1,10 @@
 """A training run keeps to itself: no network, no file outside its output and cache, no pickle."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor
@@ -11,7 +13,7 @@ from tests.reliability.run import CHECKPOINT, dataset
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_training_run_stays_in_its_folders_and_off_the_network(tmp_path):
+def test_a_training_run_stays_in_its_folders_and_off_the_network(tmp_path, request):
     processor = AutoUnifiedProcessor.from_pretrained(
         CHECKPOINT, generation_size=(64, 32, 16), condition_size=(42, 42, 14), understanding_size=(70, 28, 14)
     )
@@ -20,8 +22,10 @@ def test_a_training_run_stays_in_its_folders_and_off_the_network(tmp_path):
     (tmp_path / "images").mkdir()
     for index, row in enumerate(dataset(9)):
         row["image"].save(tmp_path / "images" / f"{index}.png")
-    folders = [tmp_path / name for name in ("output", "cache", "temporary")]
-    folders[2].mkdir()
+    # Workers pass tensors through sockets in the temporary folder, and a socket's path holds at most 107 characters.
+    temporary = Path(tempfile.mkdtemp(prefix="reca-"))
+    request.addfinalizer(lambda: shutil.rmtree(temporary))
+    folders = [tmp_path / "output", tmp_path / "cache", temporary]
     options = {
         "model_name_or_path": tmp_path / "model",
         "dataset_name": tmp_path / "images",
@@ -48,7 +52,13 @@ def test_a_training_run_stays_in_its_folders_and_off_the_network(tmp_path):
     environment |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "HF_TOKEN": "hf_this_is_a_secret_token"}
     command = [sys.executable, "-m", "tests.reliability.confined", tmp_path / "record", ":".join(map(str, folders))]
     done = subprocess.run(
-        list(map(str, command + script)), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        list(map(str, command + script)),
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     assert (folders[0] / "checkpoint-2").is_dir()
