@@ -1,18 +1,17 @@
 """GenEval's decisions on the reference cases: synthetic detections and what the original scorer made of them."""
 
 import json
-import os
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from reca_trainer.evaluation.geneval import Rules, decide
 from reca_trainer.evaluation.report import summarize
+from tests.conftest import golden_folder
 
-FOLDER = Path(os.environ.get("RECA_GOLDEN") or Path(__file__).parents[1] / "golden" / "geneval")
-SETS = json.loads((FOLDER / "cases.json").read_text()).get("sets", [])  # none in another benchmark's folder
+FOLDER = golden_folder("geneval")
+SETS = json.loads((FOLDER / "cases.json").read_text())["sets"]
 
 
 def verdict(case, options):

@@ -232,7 +232,7 @@ def test_golden_bagel(name, model, processor, monkeypatch):
         check_image_generation(model, processor, case, tensors, monkeypatch)
 
 
-@pytest.mark.parametrize("name", GOLDEN.info["transform_sizes"])
+@pytest.mark.parametrize("name", GOLDEN.info.get("transform_sizes", {}))
 def test_golden_bagel_sizes(name):
     rule = GOLDEN.info["transform_sizes"][name]
     names = {"max_image_size": "max_size", "min_image_size": "min_size", "image_stride": "stride"}
