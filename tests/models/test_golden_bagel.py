@@ -51,7 +51,6 @@ class Pack:
         self.model, self.processor, self.case, self.tensors = model, processor, case, tensors
         self.images = self.latent_tokens = self.vit_tokens = 0
         self.squared_errors, self.token_losses = [], []
-        self.ce_weights = []
 
     def latents(self, pixels):
         """The case's (padded) latent of the next VAE image, after checking our own encoder against the same padding."""

@@ -515,7 +515,7 @@ class BagelModel(UnifiedModel):
             visible = padding[:, None, None]
             attention_mask = visible if attention_mask is None else attention_mask & visible
 
-        frozen = self.understanding_is_frozen
+        frozen = torch.is_grad_enabled() and self.understanding_is_frozen  # asks every weight; moot without gradients
         rotary = decoder.rotary_emb(understanding, position_ids)
         past = []
         for index, layer in enumerate(decoder.layers):
