@@ -182,7 +182,7 @@ def test_checkpoints_hold_the_adapter_and_not_the_base(tmp_path, model, dataset,
     saved = load_file(tmp_path / "checkpoint-6" / "adapter_model.safetensors")
     assert all("lora_" in name or "vae2llm" in name or "llm2vae" in name or "time_embedder" in name for name in saved)
     assert all(tensor.dtype == torch.float32 for tensor in saved.values())
-    listed = json.loads((tmp_path / "checkpoint-6" / "checkpoint_files.json").read_text())
+    listed = json.loads((tmp_path / "checkpoint-6" / "checkpoint_files.json").read_text())["bytes"]
     assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= listed.keys()
 
 

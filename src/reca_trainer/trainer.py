@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import BitsAndBytesConfig, Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, set_seed
 from transformers.utils import logging
 
 from reca_trainer import adapters, hub
@@ -409,12 +409,9 @@ class RecATrainer(Trainer):
         written.rename(final)
         sync(final.parent)
         written.parent.rmdir()
-        rotate_checkpoints(
-            output_dir=str(final.parent),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=True,  # the newest may have a lower number than one left over from another run, or damaged
-        )
+        if self.args.save_total_limit:
+            best = self.state.best_model_checkpoint
+            delete_surplus(final.parent, self.args.save_total_limit, keep={final, *([Path(best)] if best else [])})
 
     def _data_order(self) -> dict[str, Any]:
         """What decides which images a step sees: a run can only be resumed where it is the same."""
@@ -657,12 +654,12 @@ DATA_ORDER = "data_order.json"
 
 
 def seal(folder: Path) -> None:
-    """Put everything in a checkpoint on disk and write down what belongs to it."""
+    """Put everything in a checkpoint on disk and write down what belongs to it, and when."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
     for path in files:
         sync(path)
-    listing = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-    (folder / SEAL).write_text(json.dumps(listing, indent=1))
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    (folder / SEAL).write_text(json.dumps({"written": time.time(), "bytes": sizes}, indent=1))
     sync(folder / SEAL)
     sync(folder)
 
@@ -675,31 +672,56 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def check_complete(folder: Path) -> None:
-    """Raises `ValueError` naming the first file of a checkpoint that is missing or shorter than it was written."""
+def check_complete(folder: Path) -> float:
+    """When a checkpoint was written (Unix time in seconds). Neither its number nor the files' own times tell: a lower
+    number follows a higher one after a step back, and copying changes times.
+
+    Raises:
+        ValueError: naming the first of its files that is missing or has not the length it was written with.
+    """
     if not folder.is_dir():
         raise ValueError(f"There is no checkpoint at {folder}.")
     if not (folder / SEAL).is_file():
         raise ValueError(f"{folder} is not complete: it has no {SEAL}, which is written last.")
-    for name, size in json.loads((folder / SEAL).read_text()).items():
+    try:
+        listing = json.loads((folder / SEAL).read_text())
+        written, sizes = float(listing["written"]), dict(listing["bytes"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder} is not complete: its {SEAL} is damaged ({error!r}).") from error
+    for name, size in sizes.items():
         path = folder / name
         found = path.stat().st_size if path.is_file() else None
         if found != size:
             raise ValueError(f"{folder} is not complete: {name} should have {size} bytes and has {found or 'none'}.")
+    return written
+
+
+def checkpoints(output_dir: str | os.PathLike) -> tuple[list[Path], dict[Path, str]]:
+    """Those that are whole, oldest first, and what is wrong with each of the others."""
+    whole, damaged = {}, {}
+    for path in sorted(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+        if path.name.rpartition("-")[2].isdigit():
+            try:
+                whole[path] = check_complete(path)
+            except ValueError as error:
+                damaged[path] = str(error)
+    return sorted(whole, key=whole.get), damaged
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """The newest checkpoint that is whole; those that are not are named in a warning."""
-    found = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    steps = {int(path.name.rpartition("-")[2]): path for path in found if path.name.rpartition("-")[2].isdigit()}
-    for _, path in sorted(steps.items(), reverse=True):
-        try:
-            check_complete(path)
-        except ValueError as error:
-            logger.warning(f"{error} Looking for an earlier one.")
-            continue
-        return str(path)
-    return None
+    whole, damaged = checkpoints(output_dir)
+    for problem in damaged.values():
+        logger.warning(f"{problem} Looking for another one.")
+    return str(whole[-1]) if whole else None
+
+
+def delete_surplus(output_dir: Path, limit: int, keep: set[Path]) -> None:
+    """Delete all but `limit` checkpoints: those that are not whole before the others, then the oldest; none of `keep`."""
+    whole, damaged = checkpoints(output_dir)
+    deletable = [path for path in [*damaged, *whole] if path not in keep]
+    for path in deletable[: max(0, len(whole) + len(damaged) - limit)]:
+        shutil.rmtree(path)
 
 
 def unwrap_name(model: Any) -> str:

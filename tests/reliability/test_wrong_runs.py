@@ -136,11 +136,20 @@ def test_the_best_checkpoint_is_kept_and_loaded(tmp_path):
     assert (tmp_path / f"checkpoint-{best}").is_dir() and last_complete_checkpoint(tmp_path)
 
 
-def test_the_limit_never_deletes_the_newest_whole_checkpoint(tmp_path):
+def test_the_limit_deletes_what_is_damaged_then_what_is_oldest(tmp_path):
     start(tmp_path, save_strategy="steps", save_steps=3).train()
-    shutil.copytree(tmp_path / "checkpoint-3", tmp_path / "checkpoint-9")
+    for number in (7, 9):  # left over from a run that went further
+        shutil.copytree(tmp_path / "checkpoint-3", tmp_path / f"checkpoint-{number}")
     (tmp_path / "checkpoint-9" / "optimizer.pt").write_bytes(b"")
-    start(tmp_path, max_steps=5, save_strategy="steps", save_steps=5, save_total_limit=1).train(
-        resume_from_checkpoint=True
-    )
+    go_on = {"save_strategy": "steps", "save_steps": 1}
+    start(tmp_path, max_steps=4, save_total_limit=3, **go_on).train(str(tmp_path / "checkpoint-3"))
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-4", "checkpoint-7"}
+    start(tmp_path, max_steps=5, save_total_limit=1, **go_on).train(resume_from_checkpoint=True)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-5"]
+
+
+def test_the_newest_checkpoint_may_have_a_lower_number(tmp_path):
+    start(tmp_path, save_strategy="steps", save_steps=3).train()
+    (tmp_path / "checkpoint-3").rename(tmp_path / "checkpoint-9")
+    start(tmp_path, max_steps=2, save_strategy="steps", save_steps=1).train()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
