@@ -13,6 +13,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)  # two workers share the cores, and equalities to the bit want one order of summation
 
 
+GOLDEN = Path(__file__).parent / "golden"  # the suite's own reference cases
+
 # By which file a folder of reference cases shows whose they are; the first that is there decides.
 MARKS = {
     "bagel": "checkpoint/llm_config.json",
@@ -25,13 +27,18 @@ MARKS = {
 
 def golden_folder(subject: str) -> Path:
     """Where the reference cases of a family, or of GenEval, are: `RECA_GOLDEN` if that folder holds such cases (so that
-    one family's tests can be pointed elsewhere while the others still collect), else the suite's own copy."""
-    folder = Path(os.environ.get("RECA_GOLDEN", ""))
-    if os.environ.get("RECA_GOLDEN") and subject == next(
-        (s for s, mark in MARKS.items() if (folder / mark).exists()), None
-    ):
-        return folder
-    return Path(__file__).parent / "golden" / subject
+    one family's tests can be pointed elsewhere while the others still collect), else the suite's own copy.
+
+    Raises:
+        pytest.UsageError: the folder holds no cases of anyone; the suite's own would pass in their place.
+    """
+    if not os.environ.get("RECA_GOLDEN"):
+        return GOLDEN / subject
+    folder = Path(os.environ["RECA_GOLDEN"])
+    owner = next((s for s, mark in MARKS.items() if (folder / mark).exists()), None)
+    if owner is None:
+        raise pytest.UsageError(f"RECA_GOLDEN={folder} holds no reference cases: none of {', '.join(MARKS.values())}.")
+    return folder if subject == owner else GOLDEN / subject
 
 
 class Golden:

@@ -7,9 +7,9 @@ import torch
 
 from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor, plan
 from reca_trainer.models.auto import open_lazily
-from tests.conftest import Golden
+from tests.conftest import GOLDEN
 
-CHECKPOINT = Golden("bagel").checkpoint
+CHECKPOINT = GOLDEN / "bagel" / "checkpoint"
 
 
 def batch(size: int) -> dict:

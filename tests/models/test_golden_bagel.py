@@ -10,25 +10,33 @@ import torch.nn.functional as F
 from PIL import Image
 
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
+from reca_trainer.models.bagel import modeling_bagel
 from reca_trainer.models.bagel.modeling_bagel import patchify, shift_timesteps
 from reca_trainer.models.bagel.processing_bagel import resized_size
 from tests.conftest import Golden
 
 GOLDEN = Golden("bagel")
 TOLERANCE = GOLDEN.info["suggested_tolerance"]
+RULES = {
+    name: (rule["max_image_size"], rule["min_image_size"], rule["image_stride"])
+    for name, rule in GOLDEN.info["transforms"].items()
+}
 
 
 @pytest.fixture(scope="module")
-def processor():
-    rules = {
-        name: (rule["max_image_size"], rule["min_image_size"], rule["image_stride"])
-        for name, rule in GOLDEN.info["transforms"].items()
+def processors():
+    """By kind of case. The reference reconstructs from embeddings at the size of questions, not at RecA's."""
+    vae = {"train": RULES["train_vae"], "inference": RULES["infer_vae"]}
+    vit = {"train": RULES["train_vit"], "inference": RULES["infer_vit"]}
+    return {
+        kind: AutoUnifiedProcessor.from_pretrained(
+            GOLDEN.checkpoint,
+            generation_size=vae[kind],
+            condition_size=vit[kind],
+            understanding_size=RULES["infer_vit"],
+        )
+        for kind in vae
     }
-    processor = AutoUnifiedProcessor.from_pretrained(
-        GOLDEN.checkpoint, generation_size=rules["train_vae"], condition_size=rules["train_vit"]
-    )
-    processor.understanding_size = rules["infer_vit"]
-    return processor
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +69,8 @@ class Pack:
         canvas[..., : pixels.shape[-2], : pixels.shape[-1]] = pixels
         noise = self.tensors["vae_sample_noise"][self.images : self.images + 1]
         close(self.model.encode_latents(canvas, noise), padded)
+        if (mean := self.tensors.get(f"vae_mean_unpadded_{self.images}")) is not None:
+            close(self.model.vae.encode(pixels).latent_dist.mean.view_as(mean), mean)
         self.images += 1
         return padded[..., :height, :width]
 
@@ -87,7 +97,10 @@ class Pack:
             if not self.token_losses and "ce_logits_first4" in self.tensors:
                 first = self.tensors["ce_logits_first4"]
                 close(logits[: len(first)], first[: len(logits)])
-            self.token_losses.append(F.cross_entropy(logits, tokens[0, 1:], reduction="none"))
+            token_loss = F.cross_entropy(logits, tokens[0, 1:], reduction="none")
+            done = sum(map(len, self.token_losses))
+            close(token_loss, self.tensors["ce_per_token"][done : done + len(token_loss)])
+            self.token_losses.append(token_loss)
             return context
         return self.model.read_text(context, tokens)
 
@@ -157,6 +170,7 @@ def check_training(model, processor, case, tensors):
 
 
 def check_text_generation(model, processor, case, tensors):
+    assert not case["hyper"]["do_sample"], "only greedy answers can be compared"
     ids = tensors["generated_ids"].tolist()
     limit = case["hyper"]["max_think_token_n"]
     raw = image(tensors, 0)
@@ -176,25 +190,40 @@ def check_text_generation(model, processor, case, tensors):
 
 
 def check_image_generation(model, processor, case, tensors, monkeypatch):
-    hyper, context = case["hyper"], case["context"]
+    hyper = case["hyper"]
     images = [image(tensors, 0)] if "raw_image_0" in tensors else None
+    assert "raw_image_1" not in tensors, "an image is generated from one image at most"
     task = "generate" if images is None else "edit" if "vae_context_latent" in tensors else "reconstruct"
-    velocities, finals = [], []
-    import reca_trainer.models.bagel.modeling_bagel as modeling
 
-    original_guide, original_velocity = modeling.guide, model.velocity
-    unguided = []
-    monkeypatch.setattr(
-        modeling, "guide", lambda *a: velocities.append((len(unguided), original_guide(*a))) or velocities[-1][1]
-    )
-    monkeypatch.setattr(model, "velocity", lambda *a: unguided.append(original_velocity(*a)) or unguided[-1])
-    original_unpatchify = modeling.unpatchify
-    monkeypatch.setattr(modeling, "unpatchify", lambda x, *a: finals.append(x) or original_unpatchify(x, *a))
-    rule = processor.condition_size
-    monkeypatch.setattr(processor, "condition_size", processor.understanding_size)
-    assert rule is not None
-    height, width = context["image_shape"]
-    scales = {"guidance_scale": hyper["cfg_text_scale"], "image_guidance_scale": hyper["cfg_img_scale"]}
+    calls = {}  # function -> its results, in order
+    steps = {}  # timestep -> the velocity it is left with, guided or not
+
+    def record(owner, name):
+        original = getattr(owner, name)
+
+        def recorded(*args):
+            calls.setdefault(name, []).append((args, original(*args)))
+            return calls[name][-1][1]
+
+        monkeypatch.setattr(owner, name, recorded)
+
+    for name in ("encode_image", "encode_latents", "decode_latents"):
+        record(model, name)
+    record(modeling_bagel, "unpatchify")
+    velocity, guide = model.velocity, modeling_bagel.guide
+
+    def recorded_velocity(context, noisy, timesteps, grid):
+        result = velocity(context, noisy, timesteps, grid)
+        steps.setdefault(timesteps[0].item(), result)
+        return result
+
+    def recorded_guide(*args):
+        steps[list(steps)[-1]] = guide(*args)
+        return steps[list(steps)[-1]]
+
+    monkeypatch.setattr(model, "velocity", recorded_velocity)
+    monkeypatch.setattr(modeling_bagel, "guide", recorded_guide)
+    height, width = case["context"]["image_shape"]
     result = model.generate_images(
         processor,
         text=[case["prompt"]],
@@ -203,26 +232,36 @@ def check_image_generation(model, processor, case, tensors, monkeypatch):
         height=height,
         width=width,
         num_inference_steps=hyper["num_timesteps"] - 1,
+        guidance_scale=hyper["cfg_text_scale"],
+        image_guidance_scale=hyper["cfg_img_scale"],
         guidance_interval=tuple(hyper["cfg_interval"]),
         guidance_renorm=hyper["cfg_renorm_type"],
         guidance_renorm_min=hyper["cfg_renorm_min"],
         timestep_shift=hyper["timestep_shift"],
         latents=tensors["init_noise"][None],
         posterior_noise=tensors.get("vae_sample_noise"),
-        **scales,
     )
-    first = velocities[0][1] if velocities and velocities[0][0] <= 3 else unguided[0]
-    close(first[0], tensors["first_velocity"])
-    last = velocities[-1][1] if velocities and velocities[-1][0] == len(unguided) else unguided[-1]
-    close(last[0], tensors["last_velocity"])
-    close(finals[0][0], tensors["final_latent"])
+    if "connector_out" in tensors:
+        close(calls["encode_image"][0][1][0], tensors["connector_out"])
+    if "vae_context_latent" in tensors:
+        latent = calls["encode_latents"][0][1]
+        close(latent, tensors["vae_context_latent"].view_as(latent))
+    assert list(steps) == pytest.approx(case["timesteps"])
+    velocities = list(steps.values())
+    close(velocities[0][0], tensors["first_velocity"])
+    close(velocities[-1][0], tensors["last_velocity"])
+    close(calls["unpatchify"][0][0][0][0], tensors["final_latent"])
+    if "decoded_image" in tensors:
+        decoded = calls["decode_latents"][0][1]
+        close(decoded, tensors["decoded_image"].view_as(decoded))
     got = torch.from_numpy(np.array(result[0])).int()
     assert (got - tensors["image_uint8"].int()).abs().max() <= TOLERANCE["image_uint8_max_abs"]
 
 
 @pytest.mark.parametrize("name", GOLDEN.case_names)
-def test_golden_bagel(name, model, processor, monkeypatch):
+def test_golden_bagel(name, model, processors, monkeypatch):
     case, tensors = GOLDEN.case(name)
+    processor = processors[case["kind"]]
     if case["kind"] == "train":
         check_training(model, processor, case, tensors)
     elif case["hyper"].get("understanding_output"):
@@ -237,6 +276,6 @@ def test_golden_bagel_sizes(name):
     names = {"max_image_size": "max_size", "min_image_size": "min_size", "image_stride": "stride"}
     args = {names.get(key, key): value for key, value in rule["args"].items()}
     if "img_num" in rule:  # images of one sample share the pixel budget
-        args["max_pixels"] = args["max_pixels"] / rule["img_num"]
+        args["max_pixels"] = args.get("max_pixels", 14 * 14 * 9 * 1024) / rule["img_num"]
     for case in rule["cases"]:
         assert resized_size(*case["input_wh"], **args) == tuple(case["output_wh"]), case

@@ -3,7 +3,6 @@
 import json
 import shutil
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +16,9 @@ from reca_trainer.models import harmon
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
 from reca_trainer.models.checkpoint import CheckpointError
 from reca_trainer.models.harmon.modeling_harmon import Visible, hidden_counts, kept_timesteps
+from tests.conftest import GOLDEN
 
-PUBLISHED = Path(__file__).parents[1] / "golden" / "harmon" / "checkpoint"
+PUBLISHED = GOLDEN / "harmon" / "checkpoint"
 TASKS = ("reconstruct", "generate", "caption")
 
 

@@ -18,9 +18,9 @@ from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor, det
 from reca_trainer.models.checkpoint import CheckpointError
 from reca_trainer.models.openuni.configuration_openuni import INTERNVL3_1B
 from reca_trainer.shapes.tokenizer import make_tokenizer
-from tests.conftest import Golden
+from tests.conftest import GOLDEN
 
-CHECKPOINT = Golden("openuni").checkpoint
+CHECKPOINT = GOLDEN / "openuni" / "checkpoint"
 INSTRUCTION = "Describe the picture."
 
 

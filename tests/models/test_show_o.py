@@ -15,9 +15,9 @@ from reca_trainer.models import show_o
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
 from reca_trainer.models.checkpoint import CheckpointError
 from reca_trainer.models.show_o.processing_show_o import SYSTEM_PROMPT
-from tests.conftest import Golden
+from tests.conftest import GOLDEN
 
-PUBLISHED = Golden("show_o").checkpoint
+PUBLISHED = GOLDEN / "show_o" / "checkpoint"
 CLIP, PLAIN = PUBLISHED / "show-o-w-clip-vit", PUBLISHED / "show-o"
 TASKS = ("reconstruct", "generate", "caption")
 
