@@ -93,10 +93,10 @@ def test_short_form_trains(tmp_path, dataset, monkeypatch):
     assert (tmp_path / "out" / "checkpoint-2" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("task", ["reconstruct", "caption"])
-def test_accumulation_equals_one_large_batch(tmp_path, model, dataset, processor, task):
+@pytest.mark.parametrize(("task", "timesteps"), [("reconstruct", 1), ("reconstruct", 3), ("caption", 1)])
+def test_accumulation_equals_one_large_batch(tmp_path, model, dataset, processor, task, timesteps):
     weights = {"reca_weight": float(task == "reconstruct"), "image_to_text_weight": float(task == "caption")}
-    run = trainer(model, tmp_path, dataset, processor, lora=False, **weights)
+    run = trainer(model, tmp_path, dataset, processor, lora=False, timesteps_per_image=timesteps, **weights)
     if task == "caption":  # BAGEL's image-to-text loss only reaches weights that RecA freezes
         run.model.requires_grad_(True)
     rows = [
@@ -118,6 +118,12 @@ def test_accumulation_equals_one_large_batch(tmp_path, model, dataset, processor
         run.model.zero_grad()
         batches = iter([run.data_collator(rows[start:end]) for start, end in micro_batches])
         batches, _ = run.get_batch_samples(batches, len(micro_batches), torch.device("cpu"))
+        if task == "reconstruct":
+            drawn = [(len(batch["corruption"]["timesteps"]), batch["supervised"]) for batch in batches]
+            elements = 12 * model.config.latent_token_dim
+            assert drawn == [
+                ((end - start) * timesteps, (end - start) * timesteps * elements) for start, end in micro_batches
+            ]
         total = sum(run.training_step(run.model, batch) for batch in batches)
         return total, {name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None}
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from reca_trainer.models.unified import UnifiedProcessor
 
 
@@ -22,7 +24,7 @@ class UnifiedCollator:
         self.processor = processor
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Build one batch from what `RowDataset` or `StreamingRows` gives.
+        """Build one batch from what `RowDataset`, `StreamingRows` or `EncodedRows` gives.
 
         Returns:
             The processor's batch and, for the trainer: `seeds` (one corruption seed per sample), `sources` (what each
@@ -48,13 +50,16 @@ class UnifiedCollator:
         instruction: str | list[str] = draw.instruction
         if draw.task == "caption" and any(row["question"] for row in rows):
             instruction = [row["question"] or draw.instruction for row in rows]
+        encoded = [row["tensors"] for row in rows if "tensors" in row]  # of all rows or of none
         batch = self.processor(
-            images=[row["image"] for row in rows],
+            images=None if encoded else [row["image"] for row in rows],
             text=None if draw.task == "reconstruct" else [row["text"] for row in rows],
             instruction=instruction,
             task=draw.task,
             size=draw.size,
         )
+        for name in encoded[0] if encoded else ():
+            batch[name] = torch.stack([tensors[name] for tensors in encoded])
         return {
             **batch,
             "seeds": [row["draw"].seed for row in rows],

@@ -46,6 +46,14 @@ class RecAConfig(TrainingArguments):
         metadata={"help": "Probability that a reconstruction micro-batch goes without its instruction. BAGEL: 0.1."},
     )
 
+    timesteps_per_image: int = field(
+        default=1,
+        metadata={
+            "help": "Timesteps and noises drawn for every image, which share its condition: a better gradient for less than "
+            "as many images would take. Only for families whose loss allows it (BAGEL)."
+        },
+    )
+
     # --- the data ---
     dataset_name: str | None = field(
         default=None,
@@ -71,6 +79,14 @@ class RecAConfig(TrainingArguments):
         metadata={
             "help": "What to do with an image that cannot be decoded: 'raise' an error that names it, or 'skip' it, "
             "counted and logged, in favour of another row."
+        },
+    )
+
+    cache_latents: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute what frozen encoders make of the training images (autoencoder's posterior, understanding "
+            "embeddings) once, before the first step, and keep it in the cache folder of `datasets`. Losses stay the same."
         },
     )
 
@@ -139,6 +155,8 @@ class RecAConfig(TrainingArguments):
             raise ValueError(f"instruction_dropout is a probability, not {self.instruction_dropout}.")
         if self.on_bad_image not in ("raise", "skip"):
             raise ValueError(f"on_bad_image is 'raise' or 'skip', not {self.on_bad_image!r}.")
+        if self.timesteps_per_image < 1:
+            raise ValueError(f"timesteps_per_image is 1 or more, not {self.timesteps_per_image}.")
         if self.task_mix is not None:
             parts = self.task_mix.split(":")
             if len(parts) != len(TASKS) or not all(part.isdigit() for part in parts):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch.distributed.tensor import DTensor
@@ -23,7 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, set_seed
 from transformers.utils import logging
 
-from reca_trainer import adapters, hub
+from reca_trainer import adapters, cache, hub
 from reca_trainer.callbacks import CollapseAlarm, PreviewCallback, ReconstructionScores, UnderstandingProbe
 from reca_trainer.collator import UnifiedCollator
 from reca_trainer.config import RecAConfig
@@ -118,6 +119,20 @@ class RecATrainer(Trainer):
         trained, total = adapters.check_trainable(model)
         logger.info(f"Training {trained:,} of {total:,} parameters ({trained / total:.2%}).")
 
+        if args.cache_latents:
+            cache.check_encoders(base)
+            if self.images.is_streaming:
+                raise ValueError("cache_latents keeps every image of a dataset that has a length; a stream has none.")
+            if data_collator is not None or is_deepspeed_zero3_enabled():
+                cause = "a data_collator of your own may change images" if data_collator else "ZeRO-3 shards encoders"
+                raise ValueError(f"cache_latents encodes every image once, before the first step, but {cause}.")
+        if args.timesteps_per_image > 1 and not base.supports_timesteps_per_image:
+            raise ValueError(
+                f"timesteps_per_image={args.timesteps_per_image}: the loss of {type(base).__name__} draws one corruption "
+                "an image. Leave it 1."
+            )
+
+        self._encoded: Dataset | None = None
         self._terms = {mode: torch.zeros(len(TASKS), 2, dtype=torch.float64) for mode in ("train", "eval")}
         self.skipped_images, self.nonfinite_steps = 0, 0
         self._sources, self._leave_out = [], False  # of the current step
@@ -212,6 +227,8 @@ class RecATrainer(Trainer):
         counts = torch.zeros(len(TASKS), dtype=torch.float64)
         for batch in batches:
             self._note_skipped(batch)
+            if self.args.timesteps_per_image > 1:
+                batch["timesteps_per_image"] = self.args.timesteps_per_image
             self._draw_corruption(batch)
             counts[TASKS.index(batch["task"])] += batch["supervised"]
         counts = self.accelerator.reduce(counts.to(device, torch.float32), "sum").tolist()
@@ -290,7 +307,28 @@ class RecATrainer(Trainer):
             return EpochDataLoader(rows, batch_size=None, **loading)
         rows = RowDataset(datasets, columns, on_bad_image=args.on_bad_image)
         buckets = {task: images.buckets(task, sizes, args.on_bad_image) for task in tasks}
+        if training and args.cache_latents and "reconstruct" in tasks:
+            if self._encoded is None:
+                self._encoded = self._encode_images(rows, buckets["reconstruct"])
+            rows = cache.EncodedRows(rows, self._encoded)
         return EpochDataLoader(rows, batch_sampler=TaskBatchSampler(buckets, **plan), **loading)
+
+    def _encode_images(self, rows: RowDataset, sizes: list[tuple[int, int]]) -> Dataset:
+        """The main process writes the file, all read it."""
+        model, processor, main = adapters.unwrap(self.model), self.processing_class, self.is_world_process_zero()
+        file = cache.cache_file(rows, sizes, model, processor, self.accelerator.mixed_precision) if main else None
+        file = broadcast_object_list([file])[0]
+
+        def encode(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+            with self.accelerator.autocast():
+                return model.encode_batch(self._prepare_inputs(batch))
+
+        with self.accelerator.main_process_first():
+            if not (main or file.exists()):
+                raise ValueError(
+                    f"{file} is not there on every machine: set HF_DATASETS_CACHE to a folder they share."
+                )
+            return cache.encode_images(rows, sizes, processor, encode, file)
 
     def num_examples(self, dataloader: DataLoader) -> int:
         return len(dataloader.dataset) if not self.images.is_streaming else super().num_examples(dataloader)

@@ -63,12 +63,18 @@ class UnifiedModel(PreTrainedModel):
         lora_modules_to_save: names of small generator layers trained in full beside the LoRA adapters.
         quantized_modules: regular expression that fully matches the names of the linear layers a `BitsAndBytesConfig`
             quantises; by default `lora_target_modules`. All others stay as they are.
+        frozen_encoders: names of the submodules that `encode_batch` computes with; none where a family has no such
+            method.
+        supports_timesteps_per_image: whether a batch may ask for several noisy copies of its targets behind one
+            condition: its entry `timesteps_per_image`, a number, is then read by `sample_corruption`.
     """
 
     shares_weights: bool = False
     lora_target_modules: str = ""
     lora_modules_to_save: tuple[str, ...] = ()
     quantized_modules: str = ""
+    frozen_encoders: tuple[str, ...] = ()
+    supports_timesteps_per_image: bool = False
     main_input_name = "pixel_values"
 
     @property
@@ -98,6 +104,11 @@ class UnifiedModel(PreTrainedModel):
         makes runs on different numbers of processes comparable. Tensors come back on the CPU, in float32 where they
         are floating point. Tasks without randomness give an empty dict.
         """
+        raise NotImplementedError
+
+    def encode_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """What `forward`, `sample_corruption` and `count_supervised` take instead of the images of a `reconstruct` batch:
+        tensors `[B, ...]` that depend on nothing but the image, its size and the weights of `frozen_encoders`."""
         raise NotImplementedError
 
     def count_supervised(self, batch: dict[str, Any], corruption: dict[str, torch.Tensor]) -> int:
@@ -185,7 +196,8 @@ class UnifiedProcessor(ProcessorMixin):
         """Build the batch of one task (see the module docstring for its keys).
 
         Args:
-            images: RGB images, one per sample.
+            images: RGB images, one per sample. Without them, families with `frozen_encoders` give the rest of a
+                `reconstruct` batch.
             text: captions, one per sample (`generate`, `caption`).
             instruction: what the model is asked for: the reconstruction template, or the question behind a caption. An
                 empty string is dropped from the sequence where the family allows that.

@@ -289,6 +289,8 @@ class BagelModel(UnifiedModel):
     )
     lora_modules_to_save = ("vae2llm", "llm2vae", "time_embedder")
     quantized_modules = r"language_model\.model\.layers\.\d+\..*"  # both experts
+    frozen_encoders = ("vit_model", "connector", "vae")
+    supports_timesteps_per_image = True
 
     def __init__(self, config: BagelConfig):
         super().__init__(config)
@@ -337,23 +339,28 @@ class BagelModel(UnifiedModel):
 
     def forward(self, task: str, corruption: dict[str, torch.Tensor] | None = None, **batch: Any) -> UnifiedOutput:
         """See `UnifiedModel.forward`. The tasks are `reconstruct`, `generate`, `caption` and `edit`; instead of
-        `pixel_values` a batch may hold the scaled `latents` `[B, C, h, w]` of its targets."""
+        `pixel_values` a batch may hold the scaled `latents` `[B, C, h, w]` of its targets, or what `encode_batch` gives."""
         if task == "caption":
             return self._caption(**batch)
         if corruption is None:
             corruption = self.sample_corruption(batch)
         if "latents" not in batch:
-            batch["latents"] = self.encode_latents(batch["pixel_values"], corruption["posterior_noise"])
-        batch.pop("pixel_values", None)
+            posterior = batch["posterior"] if "posterior" in batch else self.encode_posterior(batch["pixel_values"])
+            batch["latents"] = self.sample_latents(posterior, corruption["posterior_noise"])
         tasks = {"reconstruct": self._reconstruct, "generate": self._generate, "edit": self._edit}
         if task not in tasks:
             raise ValueError(f"BAGEL has no task {task!r}; it has {', '.join([*tasks, 'caption'])}.")
         return tasks[task](corruption=corruption, **batch)
 
-    def _reconstruct(self, condition_pixel_values, latents, corruption, input_ids=None, **_) -> UnifiedOutput:
+    def _reconstruct(
+        self, latents, corruption, condition_pixel_values=None, condition_embeds=None, input_ids=None, **_
+    ) -> UnifiedOutput:
         """RecA: read the image's own embeddings and the instruction, then denoise the same image."""
-        embeds = self.encode_image(condition_pixel_values)  # [B, S, D]
-        context = self.read_image(self.new_context(len(embeds)), embeds, condition_pixel_values.shape[-2:])
+        if condition_embeds is None:
+            condition_embeds = self._embed_condition(condition_pixel_values)
+        grid, embeds = condition_embeds.shape[1:3], condition_embeds.flatten(1, 2)  # [B, S, D]
+        size = tuple(side * self.config.vision_config.patch_size for side in grid)
+        context = self.read_image(self.new_context(len(embeds)), embeds, size)
         if input_ids is not None:
             context = self.read_text(context, input_ids.expand(len(embeds), -1))
         return self._flow_matching(context, latents, corruption, understanding_embeds=embeds)
@@ -418,13 +425,35 @@ class BagelModel(UnifiedModel):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             return self.connector(self.vit_model(pixel_values))
 
+    def _embed_condition(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`encode_image` as a grid: `[B, 3, h · p, w · p]` -> `[B, h, w, D]`."""
+        height, width = (side // self.config.vision_config.patch_size for side in pixel_values.shape[-2:])
+        return self.encode_image(pixel_values).unflatten(1, (height, width))
+
     @torch.no_grad()
-    def encode_latents(self, pixel_values: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """A sample of the VAE posterior, shifted and scaled: `[B, 3, H, W]` -> `[B, C, h, w]` in the model's dtype."""
+    def encode_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """See `UnifiedModel.encode_batch`: `condition_embeds` `[B, h, w, D]` and the VAE's `posterior`."""
+        return {
+            "condition_embeds": self._embed_condition(batch["condition_pixel_values"]),
+            "posterior": self.encode_posterior(batch["pixel_values"]),
+        }
+
+    @torch.no_grad()
+    def encode_posterior(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Mean and standard deviation of the VAE's latents: `[B, 3, H, W]` -> `[B, 2, C, h, w]`."""
         posterior = self.vae.encode(pixel_values.to(self.vae.dtype)).latent_dist
-        sample = posterior.mean + posterior.std * noise.to(posterior.mean)
+        return torch.stack([posterior.mean, posterior.std], dim=1)
+
+    def sample_latents(self, posterior: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """A sample of `encode_posterior`'s result, shifted and scaled: `[B, C, h, w]` in the model's dtype."""
+        mean, std = posterior.unbind(1)
+        sample = mean + std * noise.to(mean)
         scaled = self.vae.config.scaling_factor * (sample - self.vae.config.shift_factor)
         return scaled.to(self.vae2llm.weight.dtype)
+
+    def encode_latents(self, pixel_values: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """A sample of the VAE's latents of `[B, 3, H, W]`, see `sample_latents`."""
+        return self.sample_latents(self.encode_posterior(pixel_values), noise)
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
@@ -533,8 +562,9 @@ class BagelModel(UnifiedModel):
         if batch.get("task") == "caption":
             return {}
         patch, channels = self.config.latent_patch_size, self.config.vae_config["latent_channels"]
-        if "latents" in batch:
-            batch_size, (height, width) = len(batch["latents"]), batch["latents"].shape[-2:]
+        known = next((batch[name] for name in ("latents", "posterior") if name in batch), None)
+        if known is not None:
+            batch_size, (height, width) = len(known), known.shape[-2:]
         else:
             batch_size = len(batch["pixel_values"])
             height, width = (side // self.config.vae_scale_factor for side in batch["pixel_values"].shape[-2:])

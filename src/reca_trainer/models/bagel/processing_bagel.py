@@ -67,7 +67,8 @@ class BagelProcessor(UnifiedProcessor):
         task: str = "reconstruct",
         size: tuple[int, int] | None = None,
     ) -> dict[str, Any]:
-        """See `UnifiedProcessor.__call__`. `task="edit"` additionally takes `images` as pairs `(source, target)`.
+        """See `UnifiedProcessor.__call__`. `task="edit"` additionally takes `images` as pairs `(source, target)`; a
+        reconstruction without images is its instruction `[1, T]`.
 
         Raises:
             ValueError: the images of one batch do not come out at one size.
@@ -77,11 +78,11 @@ class BagelProcessor(UnifiedProcessor):
             sources, images = zip(*images, strict=True)
             batch["source_pixel_values"] = self.to_pixels(sources, self.generation_size, size)
             batch["condition_pixel_values"] = self.to_pixels(sources, self.understanding_size)
-        if task == "reconstruct":
+        if task == "reconstruct" and images is not None:
             batch["condition_pixel_values"] = self.to_pixels(images, self.condition_size)
         if task == "caption":
             batch["condition_pixel_values"] = self.to_pixels(images, self.understanding_size)
-        else:
+        elif images is not None:
             batch["pixel_values"] = self.to_pixels(images, self.generation_size, size)
 
         if task == "reconstruct":

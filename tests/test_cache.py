@@ -1,0 +1,122 @@
+"""Encoded images kept on disk: the same losses as without, a file for whatever changes them, and refusals."""
+
+import os
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+
+from reca_trainer import AutoUnifiedModel, RecATrainer
+from reca_trainer.cache import EncodedRows, check_encoders
+from reca_trainer.collator import UnifiedCollator
+from tests import test_trainer
+from tests.conftest import Golden
+from tests.test_trainer import CHECKPOINT, StopAt, config, losses, trained, trainer
+
+dataset, processor = test_trainer.dataset, test_trainer.processor
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache" / "reca_trainer"
+
+
+def run(folder, dataset, processor, **options):
+    options = {"text_to_image_weight": 0.5, "gradient_accumulation_steps": 2, **options}
+    return trainer(AutoUnifiedModel.from_pretrained(CHECKPOINT), folder, dataset, processor, **options)
+
+
+def test_losses_are_those_without_a_cache_and_resume_is_bit_exact(tmp_path, dataset, processor):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5}
+    plain = run(tmp_path / "plain", dataset, processor, max_steps=5)
+    plain.train()
+    cached = run(tmp_path / "cached", dataset, processor, cache_latents=True, **options)
+    cached.train()
+    assert losses(cached) == pytest.approx(losses(plain), rel=1e-6)
+    for name, weight in trained(plain).items():
+        torch.testing.assert_close(trained(cached)[name], weight, rtol=1e-4, atol=1e-6, msg=name)
+
+    first = run(tmp_path / "parts", dataset, processor, cache_latents=True, dataloader_num_workers=2, **options)
+    first.add_callback(StopAt(3))
+    first.train()
+    second = run(tmp_path / "parts", dataset, processor, cache_latents=True, dataloader_num_workers=2, **options)
+    second.train(resume_from_checkpoint=True)
+    assert losses(second) == losses(cached)
+    for name, weight in trained(cached).items():
+        assert torch.equal(trained(second)[name], weight), name
+
+
+def test_cached_batches_hold_no_pixels_of_reconstructions(tmp_path, dataset, processor):
+    loader = run(tmp_path, dataset, processor, cache_latents=True).get_train_dataloader()
+    assert isinstance(loader.dataset, EncodedRows)
+    keys = {batch["task"]: batch.keys() for batch in loader}
+    assert {"condition_embeds", "posterior"} < keys["reconstruct"] and "pixel_values" in keys["generate"]
+    assert not {name for name in keys["reconstruct"] if "pixel" in name}
+
+
+def test_whatever_changes_the_tensors_makes_another_file(tmp_path, processor, cache_folder):
+    paths = [str(tmp_path / f"{index}.png") for index in range(3)]
+    for index, path in enumerate(paths):
+        Image.new("RGB", (64, 48), (80 * index, 0, 0)).save(path)
+    images = datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image())
+
+    def files(model=None, processor=processor, images=images, **options):
+        model = model or AutoUnifiedModel.from_pretrained(CHECKPOINT)
+        options = config(tmp_path / "run", cache_latents=True, **options)
+        made = RecATrainer(model, options, train_dataset=images, processing_class=processor)
+        made.get_train_dataloader()
+        return len(list(cache_folder.iterdir()))
+
+    assert files() == 1 and files() == 1
+    changed = AutoUnifiedModel.from_pretrained(CHECKPOINT)
+    changed.connector.fc1.bias.data[0] += 1e-3
+    assert files(changed) == 2
+    larger = type(processor)(processor.tokenizer, (96, 32, 16), processor.condition_size, processor.understanding_size)
+    assert files(processor=larger) == 3
+    sharper = type(processor)(processor.tokenizer, processor.generation_size, (56, 56, 14))
+    assert files(processor=sharper) == 4
+    assert files(images=images.select([0, 1])) == 5
+    assert files(bf16=True) == 6
+    Image.new("RGB", (64, 48), (0, 0, 200)).save(paths[0])
+    os.utime(paths[0], ns=(0, 0))
+    assert files() == 7
+
+
+def test_a_bad_image_is_replaced_as_without_a_cache(tmp_path, processor):
+    paths = [str(tmp_path / f"{index}.png") for index in range(4)]
+    for index, path in enumerate(paths):
+        Image.new("RGB", (64, 48), (60 * index, 9, 9)).save(path)
+    with open(paths[1], "r+b") as file:
+        file.truncate(60)  # its header is whole
+    images = datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image())
+    runs = [
+        run(tmp_path, images, processor, on_bad_image="skip", cache_latents=cached, text_to_image_weight=0.0)
+        for cached in (False, True)
+    ]
+    for one, other in zip(*(each.get_train_dataloader() for each in runs), strict=True):
+        assert one["sources"] == other["sources"] and one["skipped"] == other["skipped"]
+        encoded = runs[0].model.get_base_model().encode_batch(one)
+        torch.testing.assert_close(other["posterior"], encoded["posterior"], rtol=1e-4, atol=1e-5)
+
+
+def test_refusals(tmp_path, dataset, processor):
+    model = AutoUnifiedModel.from_pretrained(CHECKPOINT)
+    with pytest.raises(ValueError, match="a stream has none"):
+        run(tmp_path, dataset.to_iterable_dataset(), processor, cache_latents=True)
+    options = config(tmp_path, cache_latents=True)
+    with pytest.raises(ValueError, match="data_collator of your own"):
+        RecATrainer(model, options, UnifiedCollator(processor), dataset, processing_class=processor)
+    model.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"weights of the encoders are trained \(vit_model"):
+        check_encoders(model)
+    other = AutoUnifiedModel.from_pretrained(Golden("show_o").checkpoint / "show-o")
+    for name, options in {
+        "cannot train on encoded images": {"cache_latents": True},
+        "draws one corruption an image": {"timesteps_per_image": 2},
+    }.items():
+        with pytest.raises(ValueError, match=f"Show.*{name}"):
+            trainer(other, tmp_path, dataset, processor, lora=False, **options)
+    with pytest.raises(ValueError, match="timesteps_per_image is 1 or more"):
+        config(tmp_path, timesteps_per_image=0)
