@@ -67,7 +67,7 @@ def add_benchmark_arguments(parser: argparse.ArgumentParser, benchmarks: tuple[s
     )
     group = parser.add_argument_group("geneval")
     group.add_argument("--detector", default=geneval.DETECTOR, help="a Mask2Former for COCO instances (%(default)s)")
-    group.add_argument("--detector_revision", help="its commit on the Hub")
+    group.add_argument("--detector_revision", help="its commit on the Hub (pinned for the default)")
     group.add_argument("--color_classifier", default=geneval.COLOR_CLASSIFIER, help="a CLIP model (%(default)s)")
     group.add_argument("--color_classifier_revision", help="its commit on the Hub (pinned for the default)")
     group = parser.add_argument_group("dpg")

@@ -44,7 +44,10 @@ NUMBERS = ("zero", "one", "two", "three", "four")
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 COLOR_CLASSIFIER = "openai/clip-vit-large-patch14"
-COLOR_CLASSIFIER_REVISION = "32bd64288804d66eefd0ccbe215aa642df71cc41"
+REVISIONS = {  # the commits that the defaults stand for
+    DETECTOR: "f77f179fc62b98f6734481ebbef5bceeb1e7f10b",
+    COLOR_CLASSIFIER: "32bd64288804d66eefd0ccbe215aa642df71cc41",
+}
 COLOR_TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 
 
@@ -180,7 +183,7 @@ def decide(
     reasons: list[str] = []
     matched: list[np.ndarray | None] = []  # per include clause its boxes, None where it failed
 
-    for clause in metadata["include"]:
+    for clause in metadata.get("include", []):
         name, count = clause["class"], clause["count"]
         taken = kept.get(name, [])[:count]
         failures = []
@@ -271,7 +274,7 @@ class Detector:
 
     Args:
         name: id or folder of a `Mask2FormerForUniversalSegmentation` with COCO's 80 instance classes.
-        revision: commit, branch or tag on the Hub.
+        revision: commit, branch or tag on the Hub; by default the pinned one of the default.
         max_detections: best pairs of query and class that are looked at, as in mmdetection.
 
     Raises:
@@ -285,6 +288,7 @@ class Detector:
         device: str | torch.device = "cpu",
         max_detections: int = 100,
     ):
+        revision = revision or REVISIONS.get(name)
         self.processor = AutoImageProcessor.from_pretrained(name, revision=revision)
         self.model = Mask2FormerForUniversalSegmentation.from_pretrained(name, revision=revision).to(device).eval()
         self.source, self.max_detections = _source(name, revision, self.model), max_detections
@@ -354,12 +358,11 @@ class ColorClassifier:
 
     Args:
         name: id or folder of a `CLIPModel`.
-        revision: commit, branch or tag on the Hub; by default the pinned one of the benchmark's model.
+        revision: commit, branch or tag on the Hub; by default the pinned one of the default.
     """
 
     def __init__(self, name: str = COLOR_CLASSIFIER, revision: str | None = None, device: str | torch.device = "cpu"):
-        if name == COLOR_CLASSIFIER and revision is None:
-            revision = COLOR_CLASSIFIER_REVISION
+        revision = revision or REVISIONS.get(name)
         self.processor = AutoImageProcessor.from_pretrained(name, revision=revision)
         self.tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         self.model = CLIPModel.from_pretrained(name, revision=revision).to(device).eval()
