@@ -42,7 +42,7 @@ def test_dpg_from_the_model_to_the_comparison(bagel_folder, judge_folder, tmp_pa
 
     compare.main([str(tmp_path / "one"), bagel_folder, *command.split(), str(tmp_path / "both")])
     [difference] = json.loads((tmp_path / "both/compare.json").read_text())["differences"]
-    assert difference["overall"] == {"difference": 0, "low": 0, "high": 0}
+    assert difference["overall"]["difference"] == 0
     assert set(difference["categories"]) == {"entity", "entity - whole"}
 
     evaluate.main(["--images", str(tmp_path / "grids"), *command.split()[:-3], "--output_dir", str(tmp_path / "cut")])

@@ -59,9 +59,20 @@ def test_nothing_to_summarize_is_an_error():
         summarize([], "mean of images")
 
 
-def test_a_model_does_not_differ_from_itself():
+def test_a_model_does_not_differ_from_itself_as_far_as_its_prompts_tell():
     one = rows([1, 0, 1, 0])
-    assert compare_rows(one, one, "mean of images")["overall"] == {"difference": 0, "low": 0, "high": 0}
+    result = compare_rows(one, one, "mean of images")["overall"]
+    assert result["difference"] == 0 and result["high"] == -result["low"] == pytest.approx(1.96 / 6, abs=1e-3)
+
+
+def test_answers_get_agresti_and_mins_interval():
+    won, lost, prompts = 7, 3, 40
+    base, other = [0] * won + [1] * (prompts - won), [1] * won + [0] * lost + [1] * (prompts - won - lost)
+    result = compare_rows(rows(base, images=4), rows(other, images=4), "mean of images")["overall"]
+    b, c, n = won + 0.5, lost + 0.5, prompts + 2
+    half = 1.96 * ((b + c) - (b - c) ** 2 / n) ** 0.5 / n
+    expected = [0.1, (b - c) / n - half, (b - c) / n + half]
+    assert [result[name] for name in ("difference", "low", "high")] == pytest.approx(expected, abs=1e-4)
 
 
 def test_differences_are_paired():
@@ -79,7 +90,7 @@ def test_the_interval_of_a_difference_covers_as_often_as_it_says():
     rng, covered = np.random.default_rng(1), 0
     for _ in range(200):
         base, other = rng.random((2, 60)) < np.array([[0.4], [0.6]])
-        result = compare_rows(rows(base), rows(other), "mean of images", resamples=400)["overall"]
+        result = compare_rows(rows(base), rows(other), "mean of images")["overall"]
         covered += result["low"] <= 0.2 <= result["high"]
     assert 180 <= covered <= 199
 

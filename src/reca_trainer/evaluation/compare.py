@@ -128,7 +128,7 @@ def _about(reports: list[dict[str, Any]]) -> list[str]:
     first = reports[0]
     return [
         f"{first['images']} images of {first['prompts']} prompts a model, same seeds; scores in percent with 95 % "
-        f"intervals; overall is the {first['overall_is']}; differences are paired, prompt by prompt (bootstrap).",
+        f"intervals; overall is the {first['overall_is']}; differences are paired, prompt by prompt.",
         *first["notes"],
     ]
 
