@@ -272,11 +272,15 @@ def check_sampling(case, load, processor, record):
 
 
 def dispatch(case):
-    if "strings" in case.info:
-        return check_tokens
-    if "train_shift" in case.info:
-        return check_schedule
-    return check_training if "trainable_parameters" in case.info else check_sampling
+    checks = {
+        "strings": check_tokens,
+        "train_shift": check_schedule,
+        "trainable_parameters": check_training,
+        "num_steps": check_sampling,
+    }
+    check = next((check for content, check in checks.items() if content in case.info), None)
+    assert check is not None, f"no check for a case of {', '.join(case.info)}"
+    return check
 
 
 @pytest.mark.parametrize("name", GOLDEN.case_names)

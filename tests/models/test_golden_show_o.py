@@ -140,7 +140,8 @@ def t2i_step(case, tensors, model, processor):
     batch = processor(images, text=case["t2i_texts"], task="generate", padding="max_length")
     if "t2i.pixel_values" in tensors:
         close(batch["pixel_values"], tensors["t2i.pixel_values"])
-    corruption = corruption_of(tensors, "t2i", model.config.cond_dropout_prob)
+    drop = case.get("cond_dropout_prob", model.config.cond_dropout_prob)
+    corruption = corruption_of(tensors, "t2i", drop)
     tokens = model.tokenize_images(batch["pixel_values"])
     equal(tokens - model.config.image_token_offset, tensors["t2i.vq_indices"])
     masked = tokens.masked_fill(corruption["mask"], model.config.mask_token_id)
@@ -303,7 +304,7 @@ def check_t2i_generation(case, tensors):
         image, token_mask = tensors["raw.image"], model.token_mask([Image.fromarray(tensors["raw.mask"].numpy())])
         token_mask = token_mask.expand(len(ids), -1)
         equal(token_mask, tensors["token_mask"])
-        tokens = model.tokenize_images(processor.crop(pil(image) * len(ids)))
+        tokens = model.tokenize_images(processor.crop(pil(image.expand(len(ids), -1, -1, -1))))
         equal(tokens, tensors["vq_ids_with_offset"])
         known = tokens.masked_fill(token_mask, config.mask_token_id)
         equal(filled(batch, model, target=known), tensors["input_ids"])
@@ -480,5 +481,6 @@ CHECKS = {
 @pytest.mark.parametrize("name", golden.case_names)
 def test_golden_show_o(name):
     case, tensors = load(name)
-    check = next(check for content, check in CHECKS.items() if content in case)
+    check = next((check for content, check in CHECKS.items() if content in case), None)
+    assert check is not None, f"no check for a case of {', '.join(case)}"
     check(case, tensors)
