@@ -1,10 +1,13 @@
-"""What merging costs: the error of each merge target, and peak memory of loading, training and merging.
+"""What adapters cost: the error of each merge target, peak memory of loading, training and merging, and what training
+the small projections in full beside the adapters buys.
 
-    python benchmarks/merge.py errors --output benchmarks/results/DATE-merge-errors.json
-    python benchmarks/merge.py memory --output benchmarks/results/DATE-adapter-memory.json
+    python benchmarks/adapters.py errors --output benchmarks/results/DATE-merge-errors.json
+    python benchmarks/adapters.py memory --output benchmarks/results/DATE-adapter-memory.json
+    python benchmarks/adapters.py modules --output benchmarks/results/DATE-modules-to-save.json
 
-`errors` compares velocities, with those of base and adapter as trained, on random weights whose layers have BAGEL's
-width. `memory` makes random BAGELs of two sizes and runs each step in a process of its own. Prints one JSON line.
+`errors` compares velocities with those of base and adapter as trained, on a random BAGEL. `memory` makes random BAGELs of
+two sizes and runs each step in a process of its own. `modules` trains the embedded default with `modules_to_save` as the
+family sets it and with none, from the same seeds on the same rows. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -234,9 +237,56 @@ def measure_memory(folder: Path) -> dict:
     return {"shard": "200MB", "table": table}
 
 
+def measure_modules(folder: Path, steps: int = 200, seeds: int = 2) -> dict:
+    """Held-out reconstruction loss of the embedded default after a short run, with and without `modules_to_save`."""
+    from peft import LoraConfig
+
+    from reca_trainer import RecAConfig, RecATrainer, shapes
+
+    train, held_out = shapes.dataset("train", 2000), shapes.dataset("validation", 128)
+    table = []
+    for learning_rate in (1e-3, 1e-4):
+        for seed in range(seeds):
+            for modules in (None, []):  # as the family sets it, or none
+                model, processor = shapes.load()
+                settings = {
+                    "max_steps": steps,
+                    "learning_rate": learning_rate,
+                    "per_device_train_batch_size": 16,
+                    "per_device_eval_batch_size": 32,
+                    "eval_strategy": "steps",
+                    "eval_steps": steps // 4,
+                    "save_strategy": "no",
+                    "report_to": "none",
+                    "disable_tqdm": True,
+                    "use_cpu": True,
+                }
+                trainer = RecATrainer(
+                    model,
+                    RecAConfig(output_dir=str(folder), seed=seed, **settings),
+                    train_dataset=train,
+                    eval_dataset=held_out,
+                    processing_class=processor,
+                    peft_config=LoraConfig(r=64, lora_alpha=128, modules_to_save=modules),
+                )
+                before = trainer.evaluate()["eval_loss"]
+                started = time.perf_counter()
+                trainer.train()
+                seconds = time.perf_counter() - started
+                evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+                table.append({
+                    "learning_rate": learning_rate, "seed": seed,
+                    "modules_to_save": trainer.model.active_peft_config.modules_to_save or [],
+                    "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+                    "eval_loss": [round(loss, 5) for loss in (before, *evaluations[-4:])], "seconds": round(seconds, 1),
+                })  # fmt: skip
+                print(table[-1], file=sys.stderr, flush=True)
+    return {"model": "embedded default", "steps": steps, "evaluated": "before, then every quarter", "table": table}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("errors", "memory", "step"))
+    parser.add_argument("what", choices=("errors", "memory", "modules", "step"))
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
@@ -245,7 +295,8 @@ def main() -> None:
         print(json.dumps(run_step(args.step, args.base, args.base.parent)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        result = {"errors": measure_errors, "memory": measure_memory}[args.what](Path(folder))
+        measure = {"errors": measure_errors, "memory": measure_memory, "modules": measure_modules}[args.what]
+        result = measure(Path(folder))
     import torch
 
     result = {"date": time.strftime("%Y-%m-%d"), "device": "cpu", "threads": torch.get_num_threads(), **result}
