@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import validate_repo_id
 
-from reca_trainer.models.checkpoint import CheckpointError, LazyTensor, load_strict, open_weights
+from reca_trainer.models.checkpoint import CheckpointError, LazyTensor, check_fit, load_strict, open_weights
 from reca_trainer.models.unified import UnifiedModel, UnifiedProcessor
 
 FAMILIES = ("bagel", "janus", "openuni", "harmon", "show_o")
@@ -78,6 +79,7 @@ def open_lazily(model_or_path: UnifiedModel | str | Path, **hub: Any) -> Unified
         else:
             config = package.Config.from_pretrained(folder)
             model = load_strict(package.Model, config, open_weights(folder, "model.safetensors"), folder, lazy=True)
+        model.config._commit_hash = commit_of(folder)
     model.name_or_path = getattr(model_or_path, "name_or_path", str(model_or_path))
     return model
 
@@ -102,13 +104,13 @@ def adapter_base(folder: Path, base_model: str | None, hub: dict[str, Any]) -> t
     base = base_model or named
     if not base:
         raise CheckpointError(f"{folder}/adapter_config.json names no base model; pass base_model.")
+    if not base_model and commit_of(folder) and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base):
+        raise CheckpointError(
+            f"The adapter in {folder} was trained on {base!r}, which is a path and not a Hub repository; pass "
+            "base_model to say where that model is."
+        )
     if base == named:
         pinned["revision"] = config.get("revision")
-        if commit_of(folder) and (Path(base).expanduser().is_absolute() or ".." in Path(base).parts):
-            raise CheckpointError(
-                f"The adapter in {folder} was trained on {base!r}, which is a path and not a Hub repository; pass "
-                "base_model to say where that model is."
-            )
     return base, pinned
 
 
@@ -142,8 +144,13 @@ class AutoUnifiedModel:
             model = AutoUnifiedModel.from_pretrained(base, **pinned, **kwargs)
             return load_adapter(model, folder, is_trainable=is_trainable)
         package, published = detect(folder)
-        load = package.read_published if published else package.Model.from_pretrained
-        model = load(folder, **kwargs)
+        if published:
+            model = package.read_published(folder, **kwargs)
+        else:
+            strict = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+            model, info = package.Model.from_pretrained(folder, **strict, **kwargs)
+            problems = (info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
+            check_fit(package.Model, pretrained_model_name_or_path, *problems)
         model.name_or_path = model.config._name_or_path = str(pretrained_model_name_or_path)
         model.config._commit_hash = commit_of(folder)
         return model

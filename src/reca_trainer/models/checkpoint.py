@@ -20,7 +20,7 @@ import torch
 from accelerate.utils import convert_file_size_to_int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from reca_trainer.models.unified import UnifiedModel
 
@@ -134,8 +134,20 @@ def load_strict(
             **kwargs,
         )
         missing, unexpected, mismatched = info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"]
+    check_fit(model_class, source, set(missing) - ignore_missing, unexpected, mismatched)
+    return model
+
+
+def check_fit(
+    model_class: type[UnifiedModel],
+    source: str | Path,
+    missing: Iterable[str],
+    unexpected: Iterable[str],
+    mismatched: Iterable[tuple[str, torch.Size, torch.Size]],
+) -> None:
+    """Raises `CheckpointError` that lists the keys, if there are any."""
     problems = {
-        "missing": sorted(set(missing) - ignore_missing),
+        "missing": sorted(missing),
         "unexpected": sorted(unexpected),
         "wrongly shaped": sorted(f"{key}: {tuple(got)} in the file, {tuple(want)} in the model"
                                  for key, got, want in mismatched),
@@ -144,7 +156,6 @@ def load_strict(
         lines = [f"  {kind} ({len(keys)}): {', '.join(keys[:20])}{' …' if len(keys) > 20 else ''}"
                  for kind, keys in problems.items() if keys]  # fmt: skip
         raise CheckpointError(f"The weights in {source} do not fit {model_class.__name__}:\n" + "\n".join(lines))
-    return model
 
 
 class _Packed:
@@ -185,6 +196,25 @@ def dequantized(state_dict: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
     return weights
 
 
+def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a tokenizer as published checkpoints have it, for code that stands on transformers 4 or on a tokenizer
+    written in Python: with the files of its vocabulary, and every added token in `tokenizer_config.json`."""
+    tokenizer.save_pretrained(folder)
+    tokenizer.backend_tokenizer.model.save(str(folder))
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    for name in ("backend", "is_local", "local_files_only", "processor_class"):
+        config.pop(name, None)
+    if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 takes a dictionary under this name
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    config["added_tokens_decoder"] = {
+        str(index): {flag: getattr(token, flag) for flag in flags}
+        for index, token in sorted(tokenizer.added_tokens_decoder.items())
+    }
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
 @contextlib.contextmanager
 def written_whole(folder: str | Path) -> Iterator[Path]:
     """A folder to write into, which becomes `folder` when all of it is on disk, and goes if anything fails.
@@ -193,6 +223,7 @@ def written_whole(folder: str | Path) -> Iterator[Path]:
 
     Raises:
         FileExistsError: `folder` exists and is not empty.
+        OSError: it could not be written, for want of room or rights.
     """
     folder = Path(folder).expanduser().absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -206,8 +237,11 @@ def written_whole(folder: str | Path) -> Iterator[Path]:
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # how safetensors reports a full disk
+            free = shutil.disk_usage(folder.parent).free / 1e6
+            raise OSError(f"{folder} was not written: {error}. {free:,.1f} MB are free there.") from error
         raise
     os.replace(staging, folder)
 

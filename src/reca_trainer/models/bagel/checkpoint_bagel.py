@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from transformers import Qwen2Config, Qwen2TokenizerFast, SiglipVisionConfig
 
 from reca_trainer.models.bagel.configuration_bagel import FLUX_AUTOENCODER, BagelConfig
 from reca_trainer.models.bagel.modeling_bagel import BagelModel
 from reca_trainer.models.bagel.processing_bagel import BagelProcessor
-from reca_trainer.models.checkpoint import CheckpointError, load_strict, open_weights
+from reca_trainer.models.checkpoint import CheckpointError, load_strict, open_weights, write_tokenizer
 
 WEIGHTS = ("ema.safetensors", "model.safetensors")
 POSITION_TABLES = {"latent_pos_embed.pos_embed": "latent_pos_embed", "vit_pos_embed.pos_embed": "vit_pos_embed"}
@@ -166,31 +165,37 @@ def published_state_dict(model: BagelModel) -> tuple[dict[str, torch.Tensor], di
     return main, autoencoder
 
 
-def write_published(model: BagelModel, processor: BagelProcessor, folder: Path, max_shard_size: str = "1TB") -> None:
+def write_published(model: BagelModel, processor: BagelProcessor, folder: Path) -> None:
     """Write `model` in the layout that the original inference code and its ports read. `folder` must exist.
 
-    Args:
-        max_shard_size: split `ema.safetensors` into shards of at most this size; ports expect one file.
+    Raises:
+        CheckpointError: the autoencoder is built otherwise than FLUX', which the layout cannot say.
     """
     folder = Path(folder)
     config = model.config
+    fixed = {"norm_num_groups": 32, "mid_block_add_attention": True}
+    found = {name: config.vae_config.get(name, fixed[name]) for name in fixed}
+    if found != fixed:
+        raise CheckpointError(
+            f"The autoencoder has {found}; in BAGEL's published layout it can only have FLUX' {fixed}. Use the "
+            '"transformers" layout.'
+        )
     main, autoencoder = published_state_dict(model)
     main = {key: tensor.contiguous() for key, tensor in main.items()}
-    save_torch_state_dict(main, folder, filename_pattern="ema{suffix}.safetensors", max_shard_size=max_shard_size)
-    if not (index := folder / "ema.safetensors.index.json").is_file():
-        sizes = {"total_size": sum(tensor.nbytes for tensor in main.values())}
-        content = {"metadata": sizes, "weight_map": dict.fromkeys(sorted(main), "ema.safetensors")}
-        # Published under this name, though it lists the tensors of `ema.safetensors`.
-        index = folder / "model.safetensors.index.json"
-        index.write_text(json.dumps(content, indent=2) + "\n")
+    save_file(main, folder / "ema.safetensors")  # in one file, without metadata, as published
+    sizes = {"total_size": sum(tensor.nbytes for tensor in main.values())}
+    index = {"metadata": sizes, "weight_map": dict.fromkeys(sorted(main), "ema.safetensors")}
+    # Published under this name, though it lists the tensors of `ema.safetensors`.
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     save_file({key: tensor.contiguous() for key, tensor in autoencoder.items()}, folder / "ae.safetensors")
-    processor.tokenizer.save_pretrained(folder)
+    write_tokenizer(processor.tokenizer, folder)
 
     text = {**config.text_config.to_dict(), "rope_theta": config.text_config.rope_parameters["rope_theta"]}
     for name in ("rope_parameters", "layer_types", "dtype"):
         text.pop(name, None)
     text["architectures"] = ["Qwen2ForCausalLM"]
     vision = {**config.vision_config.to_dict(), "num_hidden_layers": config.vision_config.num_hidden_layers + 1}
+    vision.pop("dtype", None)
     top = {name: getattr(config, name) for name in (
         "latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side", "connector_act", "timestep_shift"
     )}  # fmt: skip

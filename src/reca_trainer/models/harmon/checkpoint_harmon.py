@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import save_torch_state_dict
 from transformers import Qwen2Tokenizer
 
-from reca_trainer.models.checkpoint import CheckpointError, LazyTensor, load_strict, open_weights
+from reca_trainer.models.checkpoint import CheckpointError, LazyTensor, load_strict, open_weights, write_tokenizer
 from reca_trainer.models.harmon.configuration_harmon import HarmonConfig, HarmonMarConfig, kl_vae_config, qwen2_5
 from reca_trainer.models.harmon.modeling_harmon import HarmonModel
 from reca_trainer.models.harmon.processing_harmon import HarmonProcessor
@@ -83,7 +83,7 @@ def write_published(model: HarmonModel, processor: HarmonProcessor, folder: str 
         state_dict[rename(key, levels, to_published=True)] = tensor.contiguous()
     save_torch_state_dict(state_dict, folder)
     (folder / "config.json").write_text(json.dumps(write_config(model.config), indent=2) + "\n")
-    processor.tokenizer.save_pretrained(folder)
+    write_tokenizer(processor.tokenizer, folder)
 
 
 def read_config(published: dict[str, Any]) -> HarmonConfig:

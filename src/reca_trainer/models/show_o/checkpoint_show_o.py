@@ -24,7 +24,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPVisionConfig, PhiConfig
 
-from reca_trainer.models.checkpoint import CheckpointError, LazyTensor, load_strict, open_weights
+from reca_trainer.models.checkpoint import CheckpointError, LazyTensor, load_strict, open_weights, write_tokenizer
 from reca_trainer.models.show_o.configuration_show_o import MAGVIT_V2, ShowOConfig
 from reca_trainer.models.show_o.modeling_show_o import ShowOModel
 from reca_trainer.models.show_o.processing_show_o import ShowOProcessor
@@ -313,4 +313,4 @@ def write_published(model: ShowOModel, processor: ShowOProcessor, folder: str | 
         save_file(
             {key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name / file, {"format": "pt"}
         )
-    processor.tokenizer.save_pretrained(folder / part_name(LLM))
+    write_tokenizer(processor.tokenizer, folder / part_name(LLM))
