@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -17,12 +18,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig
 
-from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor, RecAConfig, RecATrainer
+from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor, RecAConfig, RecATrainer, shapes
 from reca_trainer.adapters import attach, check_trainable, load_adapter, merge_adapter
 from reca_trainer.hub import export
 from reca_trainer.models.checkpoint import CheckpointError
 
 CHECKPOINT = Path(__file__).parent / "golden" / "bagel" / "checkpoint"
+HARMON = Path(__file__).parent / "golden" / "harmon" / "checkpoint"
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 NF4_PLAIN = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 INT8 = BitsAndBytesConfig(load_in_8bit=True)
@@ -181,8 +183,12 @@ def test_wrong_targets_are_named():
         ValueError, match=r"layers_to_transform=\[9\] names no layer of the generator; it has \[0, 1\]"
     ):
         attach(model, LoraConfig(layers_to_transform=9))
-    with pytest.raises(ValueError, match="understanding half would be trained too, such as language_model"):
-        check_trainable(attach(model, LoraConfig(target_modules=["o_proj"])))
+    for target, name in (
+        ("o_proj", r"language_model\.model\.layers\.0\.self_attn\.o_proj"),
+        ("to_q", r"vae\.decoder"),
+    ):
+        with pytest.raises(ValueError, match=f"4 weights outside of it would be trained too: {name}"):
+            check_trainable(attach(AutoUnifiedModel.from_pretrained(CHECKPOINT), LoraConfig(target_modules=[target])))
 
 
 # --- merging ---
@@ -252,6 +258,15 @@ def test_a_base_stored_quantised_is_merged_as_it_was_trained(tmp_path):
         merge_adapter(None, tmp_path / "adapter", tmp_path / "other", into="base")
 
 
+def test_merging_quantises_what_was_quantised_in_training(tmp_path):
+    quantized = AutoUnifiedModel.from_pretrained(HARMON, quantization_config=NF4)  # but for its diffusion head
+    attach(quantized, LoraConfig(r=2)).save_pretrained(tmp_path / "adapter")  # has learnt nothing
+    merge_adapter(None, tmp_path / "adapter", tmp_path / "merged", dtype=torch.float32)
+    merged = AutoUnifiedModel.from_pretrained(tmp_path / "merged").state_dict()
+    expected = AutoUnifiedModel.from_pretrained(HARMON, quantization_config=NF4).dequantize()
+    assert_same_bytes(merged, expected.state_dict())
+
+
 def test_contradictory_merges_are_refused(tmp_path):
     with_adapter().save_pretrained(tmp_path / "adapter")
     merge = (CHECKPOINT, tmp_path / "adapter", tmp_path / "merged")
@@ -290,6 +305,19 @@ merge_adapter({str(CHECKPOINT)!r}, {str(tmp_path / "adapter")!r}, {str(tmp_path 
     AutoUnifiedModel.from_pretrained(tmp_path / "merged")
 
 
+@pytest.mark.parametrize("form", [{}, {"layout": "published"}, {"into": "quantized"}], ids=str)
+def test_full_disk_is_an_error_and_leaves_nothing(tmp_path, form):
+    with_adapter().save_pretrained(tmp_path / "adapter")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, before[1]))  # a file may not grow further
+    try:
+        with pytest.raises(OSError, match=r"merged was not written: .*too large"):
+            merge_adapter(CHECKPOINT, tmp_path / "adapter", tmp_path / "merged", **form)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
 def test_broken_adapter_leaves_nothing(tmp_path):
     with_adapter().save_pretrained(tmp_path / "adapter")
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -304,17 +332,43 @@ def test_broken_adapter_leaves_nothing(tmp_path):
 # --- exporting ---
 
 
-def test_export_round_trip_is_byte_equal(tmp_path):
-    export(CHECKPOINT, tmp_path / "own", "transformers", max_shard_size="100KB")
+@pytest.mark.parametrize(
+    ("checkpoint", "files"),
+    [
+        (CHECKPOINT, ["ema.safetensors", "ae.safetensors", "vocab.json", "merges.txt"]),
+        (HARMON, ["model.safetensors", "merges.txt"]),  # with an autoencoder stored in bfloat16, loaded in float32
+    ],
+    ids=["bagel", "harmon"],
+)
+def test_export_round_trip_is_byte_equal(tmp_path, checkpoint, files):
+    export(checkpoint, tmp_path / "own", "transformers", max_shard_size="100KB")
     assert (tmp_path / "own" / "model.safetensors.index.json").is_file()
     export(tmp_path / "own", tmp_path / "published")
-    for file in ("ema.safetensors", "ae.safetensors"):
-        assert_same_bytes(tensors(tmp_path / "published", file), tensors(CHECKPOINT, file))
+    for file in files:
+        assert (tmp_path / "published" / file).read_bytes() == (checkpoint / file).read_bytes(), file
+    tokenizers = [json.loads((folder / "tokenizer_config.json").read_text())
+                  for folder in (checkpoint, tmp_path / "published")]  # fmt: skip
+    for name in ("added_tokens_decoder", "additional_special_tokens"):  # what transformers 4 reads
+        assert tokenizers[0][name] == tokenizers[1][name]
+    export(tmp_path / "published", tmp_path / "again", "transformers", max_shard_size="100KB")
+    assert folder_bytes(tmp_path / "own") == folder_bytes(tmp_path / "again")
+
+
+def folder_bytes(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_published_index_lists_every_tensor(tmp_path):
+    export(CHECKPOINT, tmp_path / "published")
     index = json.loads((tmp_path / "published" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == tensors(CHECKPOINT, "ema.safetensors").keys()
-    export(tmp_path / "published", tmp_path / "again", "transformers")
-    assert_same_bytes(tensors(tmp_path / "own"), tensors(tmp_path / "again"))
-    assert not list(tmp_path.glob("*/copy"))
+    assert not (tmp_path / "published" / "copy").exists()
+
+
+def test_what_a_published_layout_cannot_hold_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"autoencoder has \{'norm_num_groups': 8.*can only have FLUX'"):
+        export(shapes.CHECKPOINT, tmp_path / "published")
+    assert not list(tmp_path.iterdir())
 
 
 def test_merged_export_differs_only_where_something_was_trained(tmp_path):

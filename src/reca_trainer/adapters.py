@@ -127,7 +127,7 @@ def _prepare_to_train(model: PeftModel) -> PeftModel:
         quantization = getattr(base.config, "quantization_config", None)
         if quantization is not None and kwargs.get("is_main_process", True):
             settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
-            settings = {**settings, "dtype": str(base.dtype).removeprefix("torch.")}
+            settings = {**settings, "dtype": str(base.config.dtype or base.dtype).removeprefix("torch.")}
             (Path(save_directory) / QUANTIZATION_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
     model.save_pretrained = save_pretrained
@@ -170,7 +170,7 @@ def check_trainable(model: nn.Module) -> tuple[int, int]:
         Number of trainable parameters and of all parameters.
 
     Raises:
-        ValueError: nothing is trainable, or parts of a disjoint understanding half are; the message names them.
+        ValueError: nothing is trainable, or something outside the generator is; the message names it.
     """
     base = unwrap(model)
     trainable = [
@@ -181,14 +181,12 @@ def check_trainable(model: nn.Module) -> tuple[int, int]:
             "Nothing would be trained: no parameter requires a gradient. Give a peft_config whose target_modules match "
             f"the generator ({base.lora_target_modules!r} does), or no peft_config to train all of it."
         )
-    if not base.shares_weights:
-        frozen = tuple(f"{name}." for name in base.understanding_modules)
-        wrong = sorted({name for name, _ in trainable if name.startswith(frozen)})
-        if wrong:
-            raise ValueError(
-                f"RecA trains the generator, but {len(wrong)} weights of the understanding half would be trained too, "
-                f"such as {', '.join(wrong[:5])}. Use target_modules={base.lora_target_modules!r}."
-            )
+    generator = tuple(f"{name}." for name in base.generation_modules)
+    if wrong := {name for name, _ in trainable if not f"{name}.".startswith(generator)}:
+        raise ValueError(
+            f"RecA trains the generator, but {len(wrong)} weights outside of it would be trained too: {_some(wrong)}. "
+            f"Use target_modules={base.lora_target_modules!r}."
+        )
     return sum(p.numel() for _, p in trainable), sum(p.numel() for p in model.parameters())
 
 
@@ -211,16 +209,18 @@ def merge_adapter(
     quantization_config: BitsAndBytesConfig | None = None,
     processor: UnifiedProcessor | None = None,
     max_shard_size: int | str = "5GB",
+    token: str | None = None,
 ) -> Path:
     """Write a model with an adapter merged into it, one tensor at a time, in float32, rounded once.
 
     What QLoRA learnt belongs to the *quantised* base, whose weights are off the original ones by several per cent: merged
     into the original, the adapter's output changes by that much. On a random 0.2B model, velocities differ from the
     adapter's own by 1e-6 (dequantised NF4, written in float32), 0.5 % (the same in bfloat16) and 29 % (original base);
-    LoRA into its base, by 1e-6 and 0.4 % (`benchmarks/merge.py`).
+    LoRA into its base, by 1e-6 and 0.4 % (`benchmarks/adapters.py`).
 
     Args:
-        model_or_path: the base: folder, Hub id or loaded model. `None`: the one that the adapter names.
+        model_or_path: the base: folder, Hub id or loaded model. `None`: the one that the adapter names. That one is taken
+            at the revision the adapter was trained on.
         adapter: folder or Hub id of a PEFT adapter.
         output_dir: where to write. It appears when it is complete; it must not exist before, or be empty.
         into: what to merge into.
@@ -233,6 +233,7 @@ def merge_adapter(
             latter is written through a temporary copy on disk.
         quantization_config: for `into="quantized"`; by default the one of the training, or NF4.
         processor: to write beside the weights; by default the adapter's, or else the base's.
+        token: for adapter and base on the Hub; by default the one that `hf auth login` stored.
 
     Returns:
         `output_dir`.
@@ -242,16 +243,16 @@ def merge_adapter(
         CheckpointError: the adapter does not fit the base.
         FileExistsError: `output_dir` is not empty.
     """
-    folder = resolve(adapter)
+    folder = resolve(adapter, token=token)
     trained_on, trained_dtype = read_quantization(folder)
     if into not in (None, "base", "dequantized", "quantized"):
         raise ValueError(f'into is "base", "dequantized" or "quantized", not {into!r}.')
     into = into or ("base" if trained_on is None else "dequantized")
     if into == "dequantized" and trained_on is None:
         raise ValueError(f'{adapter} was trained on an unquantised base (no {QUANTIZATION_FILE}): use into="base".')
-    hub: dict[str, Any] = {}
-    if model_or_path is None:
-        model_or_path, hub = adapter_base(folder, None, {})
+    hub: dict[str, Any] = {"token": token}
+    if not isinstance(model_or_path, UnifiedModel):
+        model_or_path, hub = adapter_base(folder, model_or_path and str(model_or_path), hub)
     model = open_lazily(model_or_path, **hub)
     stored = model.lazy_weights
     was_quantized = getattr(model.config, "quantization_config", None) is not None
@@ -301,8 +302,11 @@ def write_model(
         else:
             (folder / "copy").mkdir()
             write_weights(model, folder / "copy", dtype, max_shard_size)
-            # Its tensors are memory-mapped, so that writing them again takes no memory.
+            # Its tensors are memory-mapped, so that writing them again takes no memory, and put in as they are stored:
+            # loading has changed the dtype of some.
             loaded = type(model).from_pretrained(folder / "copy", dtype="auto")
+            for shard in (folder / "copy").glob("*.safetensors"):
+                loaded.load_state_dict(load_file(shard), strict=False, assign=True)
             family = importlib.import_module(type(model).__module__.rpartition(".")[0])
             family.write_published(loaded, processor, folder)
             del loaded
@@ -368,6 +372,8 @@ def _as_quantized(model: UnifiedModel, config: BitsAndBytesConfig, dtype: torch.
     from bitsandbytes.functional import int8_vectorwise_dequant
     from bitsandbytes.nn import Int8Params, Params4bit  # takes seconds to import
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
 
     def round_trip(weight: torch.Tensor) -> torch.Tensor:
         weight = weight.to(dtype or weight.dtype)
@@ -384,9 +390,9 @@ def _as_quantized(model: UnifiedModel, config: BitsAndBytesConfig, dtype: torch.
         return dequantize_bnb_weight(packed)
 
     weights = dict(model.lazy_weights)
-    quantized = re.compile(model.quantized_modules or model.lora_target_modules)
+    spared = HfQuantizer.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and quantized.fullmatch(name):
+        if isinstance(module, nn.Linear) and should_convert_module(name, spared):
             weights[f"{name}.weight"] = weights[f"{name}.weight"].map(round_trip)
     return weights
 

@@ -538,17 +538,17 @@ class RecATrainer(Trainer):
             return None
         base = adapters.unwrap(self.model)
         options = {"dtype": dtype, "layout": layout, "processor": self.processing_class}
+        token = token or self.args.hub_token
         try:
             if isinstance(self.model, PeftModel):
                 source = base.name_or_path or base
-                adapters.merge_adapter(source, folder / "adapter", folder / "model", into, **options)
+                adapters.merge_adapter(source, folder / "adapter", folder / "model", into, token=token, **options)
             else:
                 hub.export(base, folder / "model", **options)
             self._model_card(repo_id, merged=True).save(folder / "model" / "README.md")
             for picture in Path(self.args.output_dir).glob("previews/before_after.png"):
                 (folder / "model" / "previews").mkdir()
                 shutil.copy(picture, folder / "model" / "previews")
-            token = token or self.args.hub_token
             private = self.args.hub_private_repo if private is None else private
             return hub.push(folder / "model", repo_id, token=token, private=private, **upload)
         finally:
