@@ -17,7 +17,7 @@ from diffusers import DPMSolverMultistepScheduler
 from huggingface_hub import snapshot_download
 from transformers import Qwen2Tokenizer
 
-from reca_trainer.models.checkpoint import CheckpointError, LazyTensor, load_strict, open_weights
+from reca_trainer.models.checkpoint import CheckpointError, LazyTensor, load_strict, open_weights, write_tokenizer
 from reca_trainer.models.openuni.configuration_openuni import OpenUniConfig
 from reca_trainer.models.openuni.modeling_openuni import OpenUniModel
 from reca_trainer.models.openuni.processing_openuni import OpenUniProcessor
@@ -106,8 +106,9 @@ def read_published_processor(
 ) -> OpenUniProcessor:
     """The processor of a published checkpoint; arguments as for `read_published`."""
     parts = _Parts(Path(folder), checkpoint, internvl, sana, vae)
-    sizes = {"image_size": parts.settings["image_size"]} if "image_size" in parts.settings else {}
-    return OpenUniProcessor.from_config(parts.config(), Qwen2Tokenizer.from_pretrained(parts.internvl), **sizes)
+    names = {"image_size": "image_size", "caption_max_length": "max_caption_length"}
+    settings = {ours: parts.settings[theirs] for theirs, ours in names.items() if theirs in parts.settings}
+    return OpenUniProcessor.from_config(parts.config(), Qwen2Tokenizer.from_pretrained(parts.internvl), **settings)
 
 
 def write_published(model: OpenUniModel, processor: OpenUniProcessor, folder: str | Path) -> None:
@@ -118,10 +119,15 @@ def write_published(model: OpenUniModel, processor: OpenUniProcessor, folder: st
     trained = {key: value.cpu() for key, value in model.state_dict().items() if key.startswith(TRAINED)}
     torch.save({key: value.contiguous() for key, value in trained.items()}, folder / CHECKPOINT_NAME)
     connector = {key: getattr(model.config.connector_config, key) for key in CONNECTOR_SETTINGS}
-    settings = {"num_queries": model.config.num_queries, "connector": connector, "image_size": processor.image_size}
+    settings = {
+        "num_queries": model.config.num_queries,
+        "connector": connector,
+        "image_size": processor.image_size,
+        "caption_max_length": processor.max_caption_length,
+    }
     (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2))
     model.internvl.save_pretrained(folder / "internvl3-hf")
-    processor.tokenizer.save_pretrained(folder / "internvl3-hf")
+    write_tokenizer(processor.tokenizer, folder / "internvl3-hf")
     model.transformer.save_config(folder / "sana" / "transformer")
     scheduler = DPMSolverMultistepScheduler.from_config(model.config.scheduler_config)
     scheduler.save_pretrained(folder / "sana" / "scheduler")
