@@ -77,7 +77,7 @@ processor = AutoUnifiedProcessor.from_pretrained("me/base", generation_size=(64,
 trainer = RecATrainer(
     "me/base",
     RecAConfig(output_dir="run", hub_model_id="me/adapter", hub_private_repo=True, hub_token=os.environ["HF_TOKEN"],
-               max_steps=3, learning_rate=1e-2, per_device_train_batch_size=2, use_cpu=True, report_to="none",
+               push_to_hub=True, max_steps=3, learning_rate=1e-2, per_device_train_batch_size=2, use_cpu=True, report_to="none",
                save_strategy="steps", save_steps=2, preview_steps=2, preview_images=1, preview_prompts=["boat"],
                preview_generation_kwargs={"num_inference_steps": 2}, dataset_name=None),
     train_dataset=Dataset.from_dict({"image": images}), processing_class=processor, peft_config=LoraConfig(r=4),
@@ -127,7 +127,10 @@ def test_adapter_and_merged_model_travel(tmp_path, server):
     for part in ("license: apache-2.0", "base_model: me/base", "base_model_relation: adapter", "| learning_rate | 0.01 |",
                  "3 steps on", "reconstruction_loss", "torch 2", "](previews/before_after.png)"):  # fmt: skip
         assert part in card, part
-    assert not (tmp_path / "a" / "run" / ".merged").exists()
+    run = tmp_path / "a" / "run"
+    assert not (run / ".merged").exists()
+    assert len(adapter.commits) >= 3 and (run / "checkpoint-3").is_dir()  # empty, while training, and at its end
+    assert not any(b"hf_test" in path.read_bytes() for path in run.rglob("*") if path.is_file())
 
     # The base moves on, and the adapter stays with the revision it was trained on; a download that is cut off goes on.
     server.repos["me/base"].commit("main", {"ema.safetensors": b"other weights"})

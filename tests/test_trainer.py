@@ -249,18 +249,45 @@ def test_nothing_to_train_is_refused(model):
         check_trainable(model)
 
 
-def test_data_is_checked_before_the_model_is_loaded(tmp_path, dataset):
-    missing = "no/such/model"
-    with pytest.raises(ValueError, match="needs a caption column"):
-        RecATrainer(
-            missing, config(tmp_path, text_to_image_weight=1.0), train_dataset=dataset.remove_columns("caption")
-        )
-    with pytest.raises(ValueError, match="no column 'photo'"):
-        RecATrainer(missing, config(tmp_path, image_column="photo"), train_dataset=dataset)
-    with pytest.raises(ValueError, match="nothing to train on"):
-        RecATrainer(missing, config(tmp_path))
-    with pytest.raises(ValueError, match="no rows"):
-        RecATrainer(missing, config(tmp_path), train_dataset=dataset.select([]))
+def test_data_is_checked_before_the_model_is_loaded(tmp_path, dataset, processor):
+    bare = dataset.remove_columns("caption")
+    bad = Dataset.from_dict({"image": [b"x", b"y"], "caption": ["a", " "]})
+    mixed = Dataset.from_dict({"image": [*dataset.with_format(None)[:2]["image"], None]}, features=bare.features)
+    (tmp_path / "file").write_text("")
+    cases = [
+        ("needs a caption column", bare, {"text_to_image_weight": 1.0}),
+        ("No dataset has a column 'words'", bare, {"caption_column": "words"}),
+        ("'image' does not hold text", dataset, {"caption_column": "image"}),
+        (r"1 of 2 rows have no caption, .*'generate'.*:\n  row 1$", bad, {"text_to_image_weight": 1.0}),
+        ("no column 'photo'", dataset, {"image_column": "photo"}),
+        ("nothing to train on", None, {}),
+        ("no rows", dataset.select([]), {}),
+        ("not as list", [{"image": 0}], {}),
+        ("1 of 3 images cannot be used:\n  row 2: there is no image", mixed, {}),
+        ("2 of 2 images cannot be used:\n  row 0: not an image of a known format", bad, {"on_bad_image": "skip"}),
+        ("fills a micro-batch of 25 rows", dataset, {"dataloader_drop_last": True, "per_device_train_batch_size": 25}),
+        ("set max_steps", dataset.to_iterable_dataset(), {"max_steps": -1}),
+        ("eval_strategy='steps' needs images", dataset, {"eval_strategy": "steps"}),
+        ("Nothing can be saved in output_dir=", dataset, {"output_dir": str(tmp_path / "file" / "out")}),
+    ]
+    for message, images, options in cases:
+        args = config(options.pop("output_dir", tmp_path), **options)
+        with pytest.raises((ValueError, OSError), match=message):
+            RecATrainer("no/such/model", args, train_dataset=images, processing_class=processor)
+
+
+def test_a_checkpoint_of_another_adapter_is_refused(tmp_path, dataset, processor):
+    def run(lora, steps):
+        model = AutoUnifiedModel.from_pretrained(CHECKPOINT)
+        one = trainer(model, tmp_path, dataset, processor, lora, max_steps=steps, save_strategy="steps", save_steps=2)
+        return one.train(resume_from_checkpoint=True)
+
+    run(LoraConfig(r=4), 2)
+    with pytest.raises(ValueError, match="r: 4, now 8; lora_alpha: 8, now 16"):
+        run(LoraConfig(r=8, lora_alpha=16), 4)
+    with pytest.raises(ValueError, match="holds an adapter, and this run trains a whole model"):
+        run(None, 4)
+    assert run(LoraConfig(r=4), 4).global_step == 4
 
 
 def test_non_finite_loss_stops_the_run_and_names_the_rows(tmp_path, model, dataset, processor):

@@ -146,6 +146,25 @@ class RecAConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        least = {
+            "per_device_train_batch_size": 1,
+            "per_device_eval_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "eval_size": 0,
+            "preview_steps": 0,
+            "preview_images": 1,
+            "score_images": 0,
+            "max_nonfinite_steps": 0,
+        }
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} is {bound} or more, not {getattr(self, name)}.")
+        if self.hub_strategy not in ("end", "every_save"):
+            raise ValueError(f"hub_strategy is 'end' or 'every_save', not {self.hub_strategy.value!r}.")
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            raise ValueError(
+                f"Nothing would be trained: {self.max_steps=}, {self.num_train_epochs=}.".replace("self.", "")
+            )
         weights = (self.reca_weight, self.image_to_text_weight or 0.0, self.text_to_image_weight)
         if min(weights) < 0 or max(weights) == 0:
             raise ValueError(
@@ -163,6 +182,10 @@ class RecAConfig(TrainingArguments):
                 raise ValueError(
                     f"task_mix gives {':'.join(TASKS)} as whole numbers, such as 2:2:0; got {self.task_mix!r}."
                 )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the token: `Trainer` pickles its arguments into every checkpoint."""
+        return {**self.__dict__, "hub_token": None}
 
     def task_pattern(self, weights: dict[str, float]) -> dict[str, int]:
         """Micro-batches per turn of every task with a positive weight in `weights`."""

@@ -93,7 +93,10 @@ def load_image_dataset(
     elif name.startswith(("/", ".", "~")) or name.count("/") > 1 or path.suffix.lower() in _FILE_KINDS:
         raise FileNotFoundError(f"There is no file or folder {name} to read images from.")
     else:
-        dataset = load_dataset(name, config_name, split=split, streaming=streaming, **hub)
+        try:
+            dataset = load_dataset(name, config_name, split=split, streaming=streaming, **hub)
+        except OSError as error:
+            raise type(error)(f"There is no file or folder {name}, and no such dataset on the Hub: {error}") from error
     if isinstance(dataset, Dataset) and not len(dataset):
         raise ValueError(f"The split {split!r} of {name} has no rows.")
     return dataset
@@ -170,7 +173,11 @@ def find_columns(
             raise ValueError(f"The dataset has {problem}; name the one to use. Its columns: {available}.")
         image_column = (usual_names or typed)[0]
     elif image_column not in possible:
-        raise ValueError(f"The column {image_column!r} does not hold images. The dataset's columns: {available}.")
+        raise ValueError(
+            f"The column {image_column!r} does not hold one image a row. The dataset's columns: {available}."
+        )
+    if caption_column is not None and not _may_hold_captions(features[caption_column]):
+        raise ValueError(f"The column {caption_column!r} does not hold text. The dataset's columns: {available}.")
 
     captions = [name for name in CAPTION_COLUMNS if name in features and _may_hold_captions(features[name])]
     conversations = [name for name in CONVERSATION_COLUMNS if isinstance(features.get(name), (List, dict, type(None)))]
@@ -194,6 +201,8 @@ def _may_hold_captions(feature: Any) -> bool:
 
 
 def _type_name(feature: Any) -> str:
+    if isinstance(feature, List):
+        return f"list of {_type_name(feature.feature)}"
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__
 
 
@@ -207,7 +216,7 @@ def row_sizes(
     Args:
         column: the image column.
         on_bad_image: what to do where a header cannot be read: `"raise"`, or `"skip"`: count the row as square, for
-            `RowDataset` to replace.
+            `RowDataset` to replace, unless there is no other.
         num_proc: processes that read headers.
 
     Raises:
@@ -229,7 +238,7 @@ def row_sizes(
         desc="Reading image sizes",
     )
     problems = [problem for problem in headers["problem"] if problem]
-    if problems and on_bad_image == "raise":
+    if problems and (on_bad_image == "raise" or len(problems) == len(dataset)):
         raise ImageError(_list_problems(problems, f"{len(problems)} of {len(dataset)} images cannot be used"))
     return [tuple(size) for size in headers["size"]]
 
@@ -600,11 +609,12 @@ class StreamingRows(torch.utils.data.IterableDataset):
         gathering: dict[tuple[int, int], dict[int, dict]] = {size: {} for size in self.buckets}
         ahead, recent = deque(), deque(maxlen=2 * self._plan.global_batch_size)
         problems: list[str] = []
-        rows, emitted = self._rows_with_headers(task, epoch, number, problems), False
+        rows, emitted, usable = self._rows_with_headers(task, epoch, number, problems), False, 0
         ahead.extend(islice(rows, 16))
         while ahead:
             row, record, size = ahead.popleft()
             ahead.extend(islice(rows, 1))
+            usable += 1
             bucket = gathering[size]
             bucket[row] = record
             recent.append((row, record))
@@ -619,7 +629,9 @@ class StreamingRows(torch.utils.data.IterableDataset):
                 yield size, bucket, list(recent), problems[:]
                 problems.clear()
         if not emitted:
-            raise ImageError(_list_problems(problems, f"The stream of the task {task!r} gave no micro-batch"))
+            size = f" of {self._plan.global_batch_size} rows of one shape, as drop_last asks" if self.drop_last else ""
+            headline = f"The stream of the task {task!r} gave no micro-batch{size}: it has {usable} usable rows"
+            raise ImageError(_list_problems(problems, headline))
 
     def _rows_with_headers(
         self, task: str, epoch: int, number: int, problems: list[str]
@@ -704,6 +716,29 @@ def _question_and_text(draw: Draw, record: dict, columns: Columns, source: str) 
     if caption is not None and not isinstance(caption, str):
         raise ValueError(f"{source}: the caption in column {columns.caption!r} is {type(caption).__name__}, not text.")
     return None, (caption or "").strip() or None
+
+
+def check_texts(dataset: Dataset, task: str, columns: Columns) -> None:
+    """Raises `ValueError` naming the rows that have no caption or answer for `task` to learn from."""
+    if task == "reconstruct":
+        return
+    texts = dataset.with_format(None).select_columns([name for name in columns[1:] if name])
+    records = (
+        dict(zip(batch, values, strict=True))
+        for batch in texts.iter(batch_size=1000)
+        for values in zip(*batch.values(), strict=True)
+    )
+    missing = [
+        f"row {row}"
+        for row, record in enumerate(records)
+        if _question_and_text(Draw(task, row, (1, 1), 0, ""), record, columns, f"row {row}")[1] is None
+    ]
+    if missing:
+        headline = (
+            f"{len(missing)} of {len(texts)} rows have no caption, which the task {task!r} learns from; fill in or drop "
+            "such rows, name another column, or give this task the weight 0"
+        )
+        raise ValueError(_list_problems(missing, headline))
 
 
 def _first_exchange(turns: Any, source: str) -> tuple[str | None, str | None]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Raster formats whose decoders run inside Pillow; EPS, for one, would start another program on the file's contents.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "AVIF")
@@ -135,6 +135,8 @@ def _errors_named(name: str) -> Iterator[None]:
         yield
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name}: not an image of a known format ({', '.join(FORMATS)}).") from error
     except Exception as error:
         raise ImageError(f"{name}: cannot be read as an image ({type(error).__name__}: {error}).") from error
 

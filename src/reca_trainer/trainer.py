@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -15,20 +16,30 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
+from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import BitsAndBytesConfig, Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, set_seed
-from transformers.utils import logging
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, set_seed
+from transformers.utils import PushInProgress, logging
 
 from reca_trainer import adapters, cache, hub
 from reca_trainer.callbacks import CollapseAlarm, PreviewCallback, ReconstructionScores, UnderstandingProbe
 from reca_trainer.collator import UnifiedCollator
 from reca_trainer.config import RecAConfig
-from reca_trainer.data import RowDataset, StreamingRows, TaskBatchSampler, find_columns, load_image_dataset, row_sizes
+from reca_trainer.data import (
+    RowDataset,
+    StreamingRows,
+    TaskBatchSampler,
+    check_texts,
+    find_columns,
+    load_image_dataset,
+    row_sizes,
+)
 from reca_trainer.images import nearest_bucket
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
 from reca_trainer.models.unified import TASKS, UnifiedModel, UnifiedProcessor
@@ -37,6 +48,15 @@ logger = logging.get_logger(__name__)
 
 LOSS_NAMES = {"reconstruct": "reconstruction_loss", "caption": "image_to_text_loss", "generate": "text_to_image_loss"}
 NOTES = ("seeds", "sources", "skipped", "supervised", "share")  # of a batch, for the trainer and not the model
+# Of an adapter's configuration, what does not decide how it computes.
+ADAPTER_NOTES = {
+    "base_model_name_or_path",
+    "revision",
+    "peft_version",
+    "inference_mode",
+    "init_lora_weights",
+    "auto_mapping",
+}
 Images = Dataset | IterableDataset
 
 
@@ -78,16 +98,27 @@ class RecATrainer(Trainer):
         if args is None:
             name = str(model) if isinstance(model, str | os.PathLike) else unwrap_name(model)
             args = RecAConfig(output_dir=f"{Path(name).name}-reca")
+        make_output_dir(args.output_dir)
         self.images = TaskImages.open(train_dataset, args)
         eval_images = None if eval_dataset is None else TaskImages.open(eval_dataset, args)
         if eval_images is None and args.eval_size:
             self.images, eval_images = self.images.split(args.eval_size, args.seed)
+        if eval_images is None and args.eval_strategy != "no":
+            raise ValueError(
+                f"eval_strategy={args.eval_strategy.value!r} needs images: pass an eval_dataset, or set eval_size to hold some out."
+            )
+        if self.images.is_streaming and args.max_steps <= 0:
+            raise ValueError("A stream does not say how long it is: set max_steps.")
 
         if isinstance(model, str | os.PathLike):
             if quantization_config is not None and peft_config is None:
                 raise ValueError("A quantised model cannot be trained itself; pass a peft_config for its adapter.")
             if processing_class is None:
                 processing_class = AutoUnifiedProcessor.from_pretrained(model)
+            # What is wrong with the images need not wait for the model.
+            self.images.check_batches(processing_class.target_sizes(), args)
+            if eval_images is not None:
+                eval_images.check_sizes(processing_class.target_sizes(), args.on_bad_image)
             init = dict(args.model_init_kwargs or {})
             init.setdefault("dtype", adapters.default_dtype(args.bf16, peft_config is not None))
             model = AutoUnifiedModel.from_pretrained(
@@ -401,10 +432,17 @@ class RecATrainer(Trainer):
             check_complete(Path(resume_from_checkpoint))
         if resume_from_checkpoint:
             self._check_data_order(Path(resume_from_checkpoint))
+            self._check_adapter(Path(resume_from_checkpoint))
         if self.is_world_process_zero():
             for abandoned in Path(self.args.output_dir).glob(f".{PREFIX_CHECKPOINT_DIR}-*.partial"):
                 shutil.rmtree(abandoned)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if result.global_step == self._initial_global_step:
+            logger.warning(
+                f"Nothing was trained: {resume_from_checkpoint} is of step {result.global_step}, and the run has "
+                f"{self.state.max_steps}. Raise max_steps or num_train_epochs to go on."
+            )
+        return result
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As in `Trainer`, except that a run resumed behind its last step does not take another one."""
@@ -422,7 +460,7 @@ class RecATrainer(Trainer):
         final = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staging = final.parent / f".{final.name}.partial"
         try:
-            with self._output_dir(staging):
+            with self._aside(staging):
                 super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
@@ -435,6 +473,8 @@ class RecATrainer(Trainer):
                 f"output_dir; earlier checkpoints are whole, and resume_from_checkpoint=True goes on from the last one."
             ) from error
         self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
 
     def _finish_checkpoint(self, written: Path, final: Path) -> None:
         if self.state.best_model_checkpoint == str(written):
@@ -476,13 +516,34 @@ class RecATrainer(Trainer):
                 "to go on from these weights at the beginning of an epoch."
             )
 
+    def _check_adapter(self, checkpoint: Path) -> None:
+        """Raises `ValueError` if the weights in `checkpoint` are not of the kind that this run trains."""
+        has_adapter = (checkpoint / CONFIG_NAME).is_file()
+        if has_adapter != isinstance(self.model, PeftModel):
+            kinds = ("an adapter", "a whole model") if has_adapter else ("a whole model", "an adapter")
+            raise ValueError(
+                f"{checkpoint} holds {kinds[0]}, and this run trains {kinds[1]}: "
+                f"{'pass the peft_config it was made with' if has_adapter else 'leave peft_config out'}."
+            )
+        if has_adapter:
+            before, now = PeftConfig.from_pretrained(checkpoint).to_dict(), self.model.active_peft_config.to_dict()
+            changed = [name for name in before if name not in ADAPTER_NOTES and before[name] != now.get(name)]
+            if changed:
+                differences = "; ".join(f"{name}: {before[name]}, now {now.get(name)}" for name in changed)
+                raise ValueError(
+                    f"The adapter in {checkpoint} is another than this run's: {differences}. Restore them."
+                )
+
     @contextlib.contextmanager
-    def _output_dir(self, folder: Path):
-        before, self.args.output_dir = self.args.output_dir, str(folder)
+    def _aside(self, folder: Path):
+        """Save into `folder`, from which nothing is uploaded."""
+        args = self.args
+        before = args.output_dir, args.push_to_hub
+        args.output_dir, args.push_to_hub = str(folder), False
         try:
             yield
         finally:
-            self.args.output_dir = before
+            args.output_dir, args.push_to_hub = before
 
     # --- the Hub ---
 
@@ -518,6 +579,29 @@ class RecATrainer(Trainer):
             create_pr=create_pr,
             commit_message=commit_message,
         )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upload its weights in the background, unless the last upload is still under way. The run goes on where that
+        fails: its checkpoints are here."""
+        args = self.args
+        busy = self.is_world_process_zero() and self.push_in_progress and not self.push_in_progress.is_done()
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END or busy:
+            return
+        job = HfApi().run_as_future(
+            hub.push,
+            checkpoint_folder,
+            self.hub_model_id,
+            private=args.hub_private_repo,
+            revision=args.hub_revision,
+            token=args.hub_token,
+            commit_message=f"Training in progress, step {self.state.global_step}",
+        )
+        job.add_done_callback(
+            lambda done: (
+                done.exception() and logger.warning(f"{checkpoint_folder} was not uploaded: {done.exception()}")
+            )
+        )
+        self.push_in_progress = PushInProgress([job])
 
     def push_merged_to_hub(
         self,
@@ -596,6 +680,8 @@ class TaskImages:
 
     def __init__(self, datasets: dict[str, Images], columns: dict[str, Any]):
         self.datasets, self.columns = datasets, columns
+        self._sizes: dict[int, list[tuple[int, int]]] = {}  # of the images of each dataset
+        self._checked: set[str] = set()  # tasks whose rows all have their text
 
     @classmethod
     def open(cls, source: Images | Mapping[str, Images] | None, args: RecAConfig) -> TaskImages:
@@ -610,20 +696,31 @@ class TaskImages:
             source = load_image_dataset(
                 args.dataset_name, args.dataset_split, args.dataset_config_name, args.dataset_streaming
             )
-        if not isinstance(source, Mapping) or isinstance(source, Dataset | IterableDataset):
+        if not isinstance(source, Mapping):
             source = dict.fromkeys(TASKS, source)
             if args.caption_dataset_name is not None:
                 source["caption"] = load_image_dataset(args.caption_dataset_name, streaming=args.dataset_streaming)
         if unknown := set(source) - set(TASKS):
-            raise ValueError(f"Datasets are given for {', '.join(TASKS)}; not for {', '.join(map(str, unknown))}.")
+            raise ValueError(
+                f"Datasets are given for {', '.join(TASKS)}; not for {', '.join(sorted(map(str, unknown)))}. Of several "
+                "splits, pass one."
+            )
         names = (args.image_column, args.caption_column, args.conversation_column)
         columns: dict[int, Any] = {}
         for dataset in source.values():
+            if not isinstance(dataset, Dataset | IterableDataset):
+                raise ValueError(
+                    f"Images come as a `datasets` dataset, not as {type(dataset).__name__}: make one with "
+                    "datasets.Dataset.from_list(rows), or name a folder or file in dataset_name."
+                )
             if isinstance(dataset, Dataset) and not len(dataset):
                 raise ValueError("The dataset has no rows.")
             if id(dataset) not in columns:
                 known = [name if name in (dataset.features or {name: None}) else None for name in names[1:]]
                 columns[id(dataset)] = find_columns(dataset, names[0], *known)
+        for name, found in zip(names[1:], list(zip(*columns.values(), strict=True))[1:], strict=True):
+            if name is not None and name not in found:
+                raise ValueError(f"No dataset has a column {name!r}. Columns in use: {list(columns.values())}.")
         images = cls(dict(source), {task: columns[id(dataset)] for task, dataset in source.items()})
         asked = {"caption": args.image_to_text_weight or 0, "generate": args.text_to_image_weight}
         images.check({task for task, weight in asked.items() if weight > 0})
@@ -654,6 +751,30 @@ class TaskImages:
                     f"and the dataset has none. Name it with caption_column, pass a dataset for the task "
                     f"({{'reconstruct': …, {task!r}: …}}), or set {option[task]}=0."
                 )
+            if isinstance(self.datasets[task], Dataset) and task not in self._checked:
+                self._checked.add(task)
+                check_texts(self.datasets[task], task, self.columns[task])
+
+    def check_batches(self, sizes: list[tuple[int, int]], args: RecAConfig) -> None:
+        """Raises `ValueError` for images that cannot be used, or too few with `drop_last`; warns of a batch that is
+        never filled."""
+        self.check_sizes(sizes, args.on_bad_image)
+        images, per_step = self.datasets.get("reconstruct"), args.train_batch_size * args.world_size
+        if args.reca_weight and isinstance(images, Dataset):
+            TaskBatchSampler(
+                {"reconstruct": self.buckets("reconstruct", sizes, args.on_bad_image)},
+                batch_size=args.train_batch_size,
+                num_processes=args.world_size,
+                drop_last=args.dataloader_drop_last,
+            )
+            if len(images) < per_step:
+                logger.warning(f"There are {len(images)} images, fewer than the {per_step} of a full batch.")
+
+    def check_sizes(self, sizes: list[tuple[int, int]], on_bad_image: str) -> None:
+        """Raises `ImageError` for images whose header cannot be read, where headers decide the target size."""
+        for task, dataset in self.datasets.items():
+            if isinstance(dataset, Dataset):
+                self.buckets(task, sizes, on_bad_image)
 
     def split(self, eval_size: int, seed: int) -> tuple[TaskImages, TaskImages]:
         """Hold `eval_size` rows of every dataset out: training and evaluation images."""
@@ -676,7 +797,9 @@ class TaskImages:
         dataset = self.datasets[task]
         if len(sizes) == 1:
             return [sizes[0]] * len(dataset)
-        return [nearest_bucket(*size, sizes) for size in row_sizes(dataset, self.columns[task].image, on_bad_image)]
+        if id(dataset) not in self._sizes:
+            self._sizes[id(dataset)] = row_sizes(dataset, self.columns[task].image, on_bad_image)
+        return [nearest_bucket(*size, sizes) for size in self._sizes[id(dataset)]]
 
 
 class EpochDataLoader(DataLoader):
@@ -702,6 +825,16 @@ def seal(folder: Path) -> None:
     sync(folder)
 
 
+def make_output_dir(path: str | os.PathLike) -> None:
+    """Raises `OSError` if nothing can be written there."""
+    try:
+        os.makedirs(path, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    except OSError as error:
+        raise OSError(f"Nothing can be saved in output_dir={str(path)!r}: {error}. Choose another folder.") from error
+
+
 def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -718,7 +851,9 @@ def check_complete(folder: Path) -> float:
         ValueError: naming the first of its files that is missing or has not the length it was written with.
     """
     if not folder.is_dir():
-        raise ValueError(f"There is no checkpoint at {folder}.")
+        raise ValueError(
+            f"There is no checkpoint at {folder}. resume_from_checkpoint=True goes on from the newest in output_dir."
+        )
     if not (folder / SEAL).is_file():
         raise ValueError(f"{folder} is not complete: it has no {SEAL}, which is written last.")
     try:
