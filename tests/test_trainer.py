@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor, RecAConfig, RecATrainer
 from reca_trainer.adapters import check_trainable
+from reca_trainer.callbacks import UnderstandingAccuracy
 from reca_trainer.trainer import last_complete_checkpoint
 
 CHECKPOINT = Path(__file__).parent / "golden" / "bagel" / "checkpoint"
@@ -329,5 +330,8 @@ def test_reconstructions_are_scored_at_every_evaluation(tmp_path, model, dataset
         score_images=2,
         preview_generation_kwargs={"num_inference_steps": 2},
     )
+    questions = [{"image": Image.new("RGB", (32, 32), "red"), "question": "which colour", "answer": "red"}]
+    run.add_callback(UnderstandingAccuracy(run, questions, max_new_tokens=2))
     run.train()
     assert len(losses(run, "eval_reconstruction_psnr")) == len(losses(run, "eval_reconstruction_ssim")) == 2
+    assert len(losses(run, "understanding_accuracy")) == 2  # before and after

@@ -106,10 +106,11 @@ class ReconstructionScores(TrainerCallback):
 
     Args:
         trainer: a `RecATrainer`; `args.score_images` images come from its evaluation set.
+        models: further scores' models, `clip=` and `lpips=` of `evaluation.reconstruction.score_reconstructions`.
     """
 
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
+    def __init__(self, trainer: Any, **models: Any):
+        self.trainer, self.models = trainer, models
         self.images: list[Image.Image] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -123,7 +124,7 @@ class ReconstructionScores(TrainerCallback):
             self.images = [row["image"] for row in fixed_rows(trainer, "reconstruct", args.score_images)]
         sampling = dict(args.preview_generation_kwargs or {})
         scores = evaluate_reconstruction(
-            adapters.unwrap(trainer.model), trainer.processing_class, self.images, **sampling
+            adapters.unwrap(trainer.model), trainer.processing_class, self.images, **self.models, **sampling
         )
         trainer.log({f"eval_reconstruction_{name.removeprefix('reconstruction_')}": v for name, v in scores.items()})
 
@@ -204,6 +205,36 @@ class UnderstandingProbe(TrainerCallback):
             loss = trainer.model(**batch).loss
         trainer.model.train(training)
         trainer.log({"understanding_loss": loss.item()})
+
+
+class UnderstandingAccuracy(TrainerCallback):
+    """Asks the model before and after training; the share answered right is logged as `understanding_accuracy`.
+
+    Args:
+        trainer: a `RecATrainer`.
+        questions: rows with `image`, `question` and `answer`, see `evaluation.understanding.answer_questions`.
+        sampling: passed to `generate_text`: `max_new_tokens`, …
+    """
+
+    def __init__(self, trainer: Any, questions: Sequence[dict[str, Any]], **sampling: Any):
+        self.trainer, self.questions, self.sampling = trainer, questions, sampling
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        register_fsdp_forward_method(self.trainer.model, "generate_text")
+        if not any("understanding_accuracy" in entry for entry in state.log_history):
+            self.ask()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.ask()
+
+    def ask(self) -> None:
+        from reca_trainer.evaluation.understanding import understanding_accuracy
+
+        model = adapters.unwrap(self.trainer.model)
+        training = model.training
+        accuracy = understanding_accuracy(model.eval(), self.trainer.processing_class, self.questions, **self.sampling)
+        model.train(training)
+        self.trainer.log({"understanding_accuracy": accuracy})
 
 
 def fixed_rows(trainer: Any, task: str, count: int) -> list[dict]:
