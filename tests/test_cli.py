@@ -58,5 +58,8 @@ def test_mistakes_are_one_line_and_a_status(tmp_path, capsys):
     assert error.startswith("reca-trainer info: ") and "no checkpoint of a known family" in error
     assert main(["merge", str(tmp_path / "nowhere"), str(tmp_path / "merged")]) == 1
     assert "neither a folder on this machine nor a Hub repository id" in capsys.readouterr().err
+    scores = ["--benchmark", "geneval", "--output_dir", str(tmp_path / "scores")]
+    assert main(["evaluate", "--images", str(tmp_path / "nowhere"), *scores]) == 1
+    assert capsys.readouterr().err.startswith(f"reca-trainer evaluate: {tmp_path / 'nowhere'} holds no <prompt>/")
     with pytest.raises(SystemExit):
         main(["melt"])

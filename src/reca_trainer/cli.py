@@ -115,13 +115,13 @@ def torch_dtype(name: str | None) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns its exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in ELSEWHERE:
-        return importlib.import_module(ELSEWHERE[argv[0]][0]).main(argv[1:]) or 0
-    args = make_parser().parse_args(argv)
     try:
+        if argv and argv[0] in ELSEWHERE:
+            return importlib.import_module(ELSEWHERE[argv[0]][0]).main(argv[1:]) or 0
+        args = make_parser().parse_args(argv)
         {"merge": run_merge, "export": run_export, "push": run_push, "info": run_info}[args.command](args)
     except (ValueError, OSError) as error:  # what users can mend; anything else is a bug and keeps its traceback
-        print(f"reca-trainer {args.command}: {error}", file=sys.stderr)
+        print(f"reca-trainer {argv[0]}: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import pipeline
 
 
-class JudgeError(RuntimeError):
+class JudgeError(OSError):
     """A judge that cannot be reached, refuses, or answers with something else than text."""
 
 
