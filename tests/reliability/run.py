@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+import datasets
 import numpy as np
 import psutil
 import torch
@@ -130,6 +131,7 @@ def trainer(output_dir: str, streaming: bool, full: bool, rows: int, bad_rows=()
 
 def main(output_dir: str, options: dict) -> None:
     torch.set_num_threads(1)
+    datasets.config.HF_DATASETS_CACHE = Path(output_dir) / "cache"  # empty at first, and in reach of `die_at`
     resume, streaming, full = (options.pop(name, False) for name in ("resume", "streaming", "full"))
     operations = _die_at(options.pop("die_at", 0), output_dir)
     if file_limit := options.pop("file_limit", None):

@@ -21,6 +21,7 @@ SCENARIOS = {
         "task_mix": "2:0:1",
     },
     "one checkpoint of the whole generator": {"full": True, "save_total_limit": 1, "save_steps": 1},
+    "cached latents": {"cache_latents": True, "dataloader_num_workers": 1},
     "a stream with workers": {"streaming": True, "dataloader_num_workers": 2, "max_steps": 20},
 }
 
