@@ -158,6 +158,51 @@ def test_resume_is_bit_exact(tmp_path, dataset, processor, workers):
         assert torch.equal(weight, trained(second)[name]), name
 
 
+def test_the_average_of_weights_is_what_is_evaluated_and_left_in_the_end(tmp_path, dataset, processor):
+    def run(folder, steps):
+        one = trainer(
+            AutoUnifiedModel.from_pretrained(CHECKPOINT),
+            folder,
+            dataset,
+            processor,
+            max_steps=steps,
+            ema_decay=0.4,
+            eval_size=2,
+            eval_strategy="steps",
+            eval_steps=4,
+            save_strategy="steps",
+            save_steps=2,
+        )
+        weights, start = Weights(), trained(one)
+        one.add_callback(weights)
+        one.train(resume_from_checkpoint=True)
+        return one, start, weights.at
+
+    one, average, steps = run(tmp_path / "one", 4)
+    for weights in steps:
+        average = {name: 0.4 * mean + 0.6 * weights[name] for name, mean in average.items()}
+    for name, weight in trained(one).items():
+        torch.testing.assert_close(weight, average[name], msg=name)
+    assert losses(one, "eval_loss") == [one.evaluate()["eval_loss"]]
+    for name, weight in load_file(tmp_path / "one" / "checkpoint-4" / "adapter_model.safetensors").items():
+        if "lora_" in name:
+            assert torch.equal(weight, steps[-1][name.replace(".weight", ".default.weight")])
+
+    run(tmp_path / "two", 2)
+    two, _, _ = run(tmp_path / "two", 4)
+    assert all(torch.equal(weight, trained(two)[name]) for name, weight in trained(one).items())
+
+
+class Weights(TrainerCallback):
+    """The trained weights after every step."""
+
+    def __init__(self):
+        self.at = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.at.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+
+
 class StopAt(TrainerCallback):
     def __init__(self, step):
         self.step = step

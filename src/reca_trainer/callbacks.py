@@ -1,15 +1,18 @@
-"""What can be watched during a run: preview pictures, reconstruction scores, and the alarms."""
+"""What goes along with a run: the average of its weights, preview pictures, reconstruction scores, and the alarms."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch.distributed.fsdp import register_fsdp_forward_method
+from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 from transformers.utils import logging
 
@@ -18,6 +21,87 @@ from reca_trainer.config import PREVIEW_PROMPTS
 from reca_trainer.data import RowDataset, TaskBatchSampler
 
 logger = logging.get_logger(__name__)
+
+
+class WeightAverage(TrainerCallback):
+    """An exponential moving average of the trained weights, `m ← decay · m + (1 - decay) · w` after every step, in
+    float32 and from the weights that training starts with.
+
+    The average is what is evaluated and drawn, and what the model holds when training ends. A checkpoint's weights are
+    those that training goes on from; the average lies beside them in `weight_average.safetensors`.
+
+    Args:
+        trainer: a `RecATrainer`.
+        decay: after N steps, `decay ** N` of the average still is what training started with.
+    """
+
+    file = "weight_average.safetensors"
+    tolerated_start = 0.05
+
+    def __init__(self, trainer: Any, decay: float):
+        self.trainer, self.decay = trainer, decay
+        self.average: dict[str, torch.Tensor] = {}  # empty before and after training
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        start = self.decay**state.max_steps
+        if start > self.tolerated_start:
+            logger.warning(
+                f"ema_decay={self.decay:g} does not fit a run of {state.max_steps} steps: at its end {start:.1%} of the "
+                f"average are the weights it started from. Use at most "
+                f"{self.tolerated_start ** (1 / state.max_steps):.4g}, or 0 for no average."
+            )
+        self.average = {name: weight.detach().float().clone() for name, weight in self._weights().items()}
+        if self.trainer.resumed_from is not None:
+            self._load(Path(self.trainer.resumed_from))
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, **kwargs):
+        for name, weight in self._weights().items():
+            self.average[name].mul_(self.decay).add_(weight.float(), alpha=1 - self.decay)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load(Path(state.best_model_checkpoint))
+        self._put(self.average)
+        self.average = {}
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model holds the average meanwhile."""
+        weights = {name: weight.detach().clone() for name, weight in self._weights().items() if self.average}
+        self._put(self.average)
+        try:
+            yield
+        finally:
+            self._put(weights)
+
+    def save(self, folder: Path) -> None:
+        """Called by all processes, as each may hold a part; the first writes."""
+        whole = {name: m.full_tensor() if isinstance(m, DTensor) else m for name, m in self.average.items()}
+        if self.trainer.is_world_process_zero():
+            save_file({name: tensor.cpu() for name, tensor in whole.items()}, folder / self.file)
+
+    def _load(self, checkpoint: Path) -> None:
+        if not (checkpoint / self.file).is_file():
+            logger.warning(f"{checkpoint} holds no average of weights; it starts from the checkpoint's weights.")
+            return
+        for name, tensor in load_file(checkpoint / self.file).items():
+            average = self.average[name]
+            if isinstance(average, DTensor):
+                tensor = distribute_tensor(tensor.to(average.device), average.device_mesh, average.placements)
+            average.copy_(tensor)
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return {name: weight for name, weight in self.trainer.model.named_parameters() if weight.requires_grad}
+
+    @torch.no_grad()
+    def _put(self, tensors: dict[str, torch.Tensor]) -> None:
+        for module in self.trainer.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # or it would go on with what it gathered before
+        weights = self._weights() if tensors else {}
+        for name, tensor in tensors.items():
+            weights[name].copy_(tensor)
 
 
 class PreviewCallback(TrainerCallback):
@@ -58,6 +142,10 @@ class PreviewCallback(TrainerCallback):
     def draw(self) -> Path | None:
         """Generate and save the picture of the current step. All processes generate, since all may hold a part of the
         model; the first saves."""
+        with self.trainer.averaged_weights():
+            return self._draw()
+
+    def _draw(self) -> Path | None:
         trainer = self.trainer
         if self.rows is None:
             self.rows = fixed_rows(trainer, "reconstruct", trainer.args.preview_images)

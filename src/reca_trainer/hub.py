@@ -39,6 +39,7 @@ LEFT_OUT = (
     "trainer_state.json",
     "checkpoint_files.json",
     "data_order.json",
+    "weight_average.safetensors",
 )
 RETRIED, WAITS = {429, 500, 502, 503, 504}, (1, 2, 4, 8, 16)  # status codes; seconds before each further try
 PAPER = "https://arxiv.org/abs/2509.07295"

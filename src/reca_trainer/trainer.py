@@ -28,7 +28,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Hu
 from transformers.utils import PushInProgress, logging
 
 from reca_trainer import adapters, cache, hub
-from reca_trainer.callbacks import CollapseAlarm, PreviewCallback, ReconstructionScores, UnderstandingProbe
+from reca_trainer.callbacks import (
+    CollapseAlarm,
+    PreviewCallback,
+    ReconstructionScores,
+    UnderstandingProbe,
+    WeightAverage,
+)
 from reca_trainer.collator import UnifiedCollator
 from reca_trainer.config import RecAConfig
 from reca_trainer.data import (
@@ -163,6 +169,8 @@ class RecATrainer(Trainer):
                 "an image. Leave it 1."
             )
 
+        self.weight_average: WeightAverage | None = None
+        self.resumed_from: str | None = None
         self._encoded: Dataset | None = None
         self._terms = {mode: torch.zeros(len(TASKS), 2, dtype=torch.float64) for mode in ("train", "eval")}
         self.skipped_images, self.nonfinite_steps = 0, 0
@@ -181,6 +189,11 @@ class RecATrainer(Trainer):
         self.can_return_loss, self.label_names = True, []
         if args.n_gpu > 1:
             raise ValueError("RecATrainer runs one process per GPU: start it with `accelerate launch`.")
+        if args.ema_decay:
+            if is_deepspeed_zero3_enabled():
+                raise ValueError("ema_decay needs weights that ZeRO-3 takes apart; use FSDP2, or leave it 0.")
+            self.weight_average = WeightAverage(self, args.ema_decay)
+            self.add_callback(self.weight_average)  # the first, so that what others look at is the average
         self.add_callback(CollapseAlarm(args.collapse_threshold))
         if args.preview_steps and is_deepspeed_zero3_enabled():
             logger.warning(
@@ -379,6 +392,15 @@ class RecATrainer(Trainer):
 
     # --- evaluation and logs ---
 
+    def averaged_weights(self):
+        """A context in which the model holds the average of its weights, if there is one."""
+        return contextlib.nullcontext() if self.weight_average is None else self.weight_average.applied()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `Trainer.evaluate`, of the averaged weights where there are any."""
+        with self.averaged_weights():
+            return super().evaluate(*args, **kwargs)
+
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
@@ -436,6 +458,7 @@ class RecATrainer(Trainer):
         if self.is_world_process_zero():
             for abandoned in Path(self.args.output_dir).glob(f".{PREFIX_CHECKPOINT_DIR}-*.partial"):
                 shutil.rmtree(abandoned)
+        self.resumed_from = resume_from_checkpoint or None
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if result.global_step == self._initial_global_step:
             logger.warning(
@@ -462,6 +485,8 @@ class RecATrainer(Trainer):
         try:
             with self._aside(staging):
                 super()._save_checkpoint(model, trial)
+            if self.weight_average is not None:
+                self.weight_average.save(staging / final.name)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 self._finish_checkpoint(staging / final.name, final)
@@ -645,6 +670,8 @@ class RecATrainer(Trainer):
                  "gradient_accumulation_steps", "optim", "adam_beta2", "weight_decay", "max_grad_norm", "bf16", "seed",
                  "instruction_dropout")  # fmt: skip
         settings = {name: getattr(args, name) for name in names} | {"processes": args.world_size}
+        if args.ema_decay:
+            settings["weights"] = f"exponential moving average, decay {args.ema_decay:g}"
         settings |= {f"weight of {LOSS_NAMES[task]}": weight for task, weight in self.loss_weights.items()}
         if isinstance(self.model, PeftModel):
             peft_config = self.model.active_peft_config

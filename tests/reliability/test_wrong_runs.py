@@ -74,6 +74,15 @@ def test_a_warm_up_as_long_as_the_run_is_warned_of(tmp_path, warnings, warmup_st
     assert ("warms up for 3 of 3 steps and so never reaches 0.001" in warnings.text) == warns
 
 
+@pytest.mark.parametrize(("decay", "warns"), [(0.9, True), (0.3, False)])
+def test_an_average_that_does_not_fit_the_run_is_warned_of(tmp_path, warnings, decay, warns):
+    start(tmp_path, ema_decay=decay).train()
+    said = (
+        "ema_decay=0.9 does not fit a run of 3 steps: at its end 72.9% of the average are the weights it started from"
+    )
+    assert (said in warnings.text) == warns
+
+
 def test_a_resumed_run_compares_with_its_true_beginning(warnings):
     state = TrainerState(log_history=[{"reconstruction_loss": 2.0}, {"reconstruction_loss": 0.1}])
     alarm = CollapseAlarm(threshold=0.02)  # as a process that has seen nothing of this run
