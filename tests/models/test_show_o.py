@@ -554,6 +554,12 @@ def test_truncated_files_are_refused(published):
             AutoUnifiedModel.from_pretrained(path.parent)
 
 
+def test_a_pickle_of_more_than_tensors_is_refused(published):
+    torch.save({"weights": {}, "args": shutil.Error("anything")}, published / "show-o" / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="holds more than tensors"):
+        AutoUnifiedModel.from_pretrained(published / "show-o")
+
+
 @pytest.mark.parametrize(("key", "value"), [("codebook_size", 128), ("num_vq_tokens", 15), ("vocab_size", 700)])
 def test_contradictory_configurations_are_refused(published, key, value):
     path = published / "show-o" / "config.json"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -83,6 +84,11 @@ def _open(path: Path) -> dict[str, LazyTensor]:
             file = safe_open(path, framework="pt")
             return {key: LazyTensor(file.get_slice(key)) for key in file.keys()}  # noqa: SIM118 (not a dict)
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path} holds more than tensors, which could run code: it is not read. {reason}"
+        ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); it may be truncated. Download it again.") from error
     for wrapper in ("state_dict", "model"):
@@ -213,6 +219,69 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
         for index, token in sorted(tokenizer.added_tokens_decoder.items())
     }
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+# Layers of an autoencoder as latent diffusion (LDM) names them, and FLUX, KL-16 and MAGVIT-v2 after it → as diffusers
+# does, in order of application; i is a number that both have.
+LDM_NAMES = (
+    ("encoder.down.{i}.block.", "encoder.down_blocks.{i}.resnets."),
+    ("encoder.down.{i}.attn.", "encoder.down_blocks.{i}.attentions."),
+    ("encoder.down.{i}.downsample.", "encoder.down_blocks.{i}.downsamplers.0."),
+    ("decoder.up.{i}.block.", "decoder.up_blocks.{i}.resnets."),
+    ("decoder.up.{i}.upsample.", "decoder.up_blocks.{i}.upsamplers.0."),
+    (".mid.block_1.", ".mid_block.resnets.0."),
+    (".mid.block_2.", ".mid_block.resnets.1."),
+    (".mid.attn_1.", ".mid_block.attentions.0."),
+    (".nin_shortcut.", ".conv_shortcut."),
+    (".norm_out.", ".conv_norm_out."),
+    (".attentions.{i}.norm.", ".attentions.{i}.group_norm."),
+    (".attentions.{i}.q.", ".attentions.{i}.to_q."),
+    (".attentions.{i}.k.", ".attentions.{i}.to_k."),
+    (".attentions.{i}.v.", ".attentions.{i}.to_v."),
+    (".attentions.{i}.proj_out.", ".attentions.{i}.to_out.0."),
+)
+# Linear layers in diffusers, 1 × 1 convolutions in LDM.
+ATTENTION_WEIGHT = re.compile(r"\.attentions\.\d+\.to_(q|k|v|out\.0)\.weight$")
+
+
+def autoencoder_from_ldm(weights: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """An autoencoder's weights in latent diffusion's layout, in that of diffusers."""
+    names = _rename_layers(weights, LDM_NAMES)
+    return {
+        names[key]: tensor.map(lambda weight: weight.flatten(1)) if ATTENTION_WEIGHT.search(names[key]) else tensor
+        for key, tensor in weights.items()
+    }
+
+
+def autoencoder_to_ldm(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Inverse of `autoencoder_from_ldm`."""
+    names = _rename_layers(weights, [(ours, theirs) for theirs, ours in reversed(LDM_NAMES)])
+    return {
+        names[key]: tensor[:, :, None, None] if ATTENTION_WEIGHT.search(key) else tensor
+        for key, tensor in weights.items()
+    }
+
+
+def _rename_layers(keys: Iterable[str], names: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """From key to renamed key. The decoder's levels count from the output in one layout, towards it in the other."""
+    found = (re.search(r"\.up(?:_blocks)?\.(\d+)\.", key) for key in keys)
+    levels = 1 + max((int(match[1]) for match in found if match), default=0)
+
+    def rename(key: str, source: str, target: str) -> str:
+        pattern = re.escape(source).replace(r"\{i\}", r"(\d+)")
+        if not (match := re.search(pattern, key)):
+            return key
+        number = match[1] if match.groups() else ""
+        if target.startswith("decoder.up"):
+            number = str(levels - 1 - int(number))
+        return key[: match.start()] + target.replace("{i}", number) + key[match.end() :]
+
+    renamed = {}
+    for key in keys:
+        renamed[key] = key
+        for source, target in names:
+            renamed[key] = rename(renamed[key], source, target)
+    return renamed
 
 
 @contextlib.contextmanager

@@ -22,7 +22,14 @@ from transformers import Qwen2Config, Qwen2TokenizerFast, SiglipVisionConfig
 from reca_trainer.models.bagel.configuration_bagel import FLUX_AUTOENCODER, BagelConfig
 from reca_trainer.models.bagel.modeling_bagel import BagelModel
 from reca_trainer.models.bagel.processing_bagel import BagelProcessor
-from reca_trainer.models.checkpoint import CheckpointError, load_strict, open_weights, write_tokenizer
+from reca_trainer.models.checkpoint import (
+    CheckpointError,
+    autoencoder_from_ldm,
+    autoencoder_to_ldm,
+    load_strict,
+    open_weights,
+    write_tokenizer,
+)
 
 WEIGHTS = ("ema.safetensors", "model.safetensors")
 POSITION_TABLES = {"latent_pos_embed.pos_embed": "latent_pos_embed", "vit_pos_embed.pos_embed": "vit_pos_embed"}
@@ -40,15 +47,66 @@ def read_published(folder: Path, **kwargs: Any) -> BagelModel:
         state_dict.pop(name, None)
     layers = {int(m[1]) for key in state_dict if (m := re.match(r"vit_model\..*\.encoder\.layers\.(\d+)\.", key))}
     config = read_config(folder, vision_layers=len(layers))
-    channels = len(config.vae_config["block_out_channels"])
-    for key, tensor in open_weights(folder, "ae.safetensors").items():
-        name, is_linear = autoencoder_key(key, channels)
-        state_dict[f"vae.{name}"] = tensor.map(lambda t: t[:, :, 0, 0]) if is_linear else tensor
+    autoencoder = autoencoder_from_ldm(open_weights(folder, "ae.safetensors"))
+    state_dict |= {f"vae.{key}": tensor for key, tensor in autoencoder.items()}
     return load_strict(BagelModel, config, state_dict, folder, **kwargs)
 
 
 def read_published_processor(folder: Path, **kwargs: Any) -> BagelProcessor:
     return BagelProcessor(Qwen2TokenizerFast.from_pretrained(folder), **kwargs)
+
+
+def write_published(model: BagelModel, processor: BagelProcessor, folder: Path) -> None:
+    """Write `model` in the layout that the original inference code and its ports read. `folder` must exist.
+
+    Raises:
+        CheckpointError: the autoencoder is built otherwise than FLUX', which the layout cannot say.
+    """
+    folder = Path(folder)
+    config = model.config
+    fixed = {"norm_num_groups": 32, "mid_block_add_attention": True}
+    found = {name: config.vae_config.get(name, fixed[name]) for name in fixed}
+    if found != fixed:
+        raise CheckpointError(
+            f"The autoencoder has {found}; in BAGEL's published layout it can only have FLUX' {fixed}. Use the "
+            '"transformers" layout.'
+        )
+    main, autoencoder = published_state_dict(model)
+    main = {key: tensor.contiguous() for key, tensor in main.items()}
+    save_file(main, folder / "ema.safetensors")  # in one file, without metadata, as published
+    sizes = {"total_size": sum(tensor.nbytes for tensor in main.values())}
+    index = {"metadata": sizes, "weight_map": dict.fromkeys(sorted(main), "ema.safetensors")}
+    # Published under this name, though it lists the tensors of `ema.safetensors`.
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    save_file({key: tensor.contiguous() for key, tensor in autoencoder.items()}, folder / "ae.safetensors")
+    write_tokenizer(processor.tokenizer, folder)
+
+    text = {**config.text_config.to_dict(), "rope_theta": config.text_config.rope_parameters["rope_theta"]}
+    for name in ("rope_parameters", "layer_types", "dtype"):
+        text.pop(name, None)
+    text["architectures"] = ["Qwen2ForCausalLM"]
+    vision = {**config.vision_config.to_dict(), "num_hidden_layers": config.vision_config.num_hidden_layers + 1}
+    vision.pop("dtype", None)
+    top = {name: getattr(config, name) for name in (
+        "latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side", "connector_act", "timestep_shift"
+    )}  # fmt: skip
+    top |= {
+        "architectures": ["BagelForConditionalGeneration"],
+        "model_type": "bagel",
+        "visual_gen": True,
+        "visual_und": True,
+        "interpolate_pos": False,
+        "llm_config": {**text, "qk_norm": True, "layer_module": "Qwen2MoTDecoderLayer"},
+        "vit_config": vision,
+        "vae_config": {"z_channels": config.vae_config["latent_channels"], "downsample": config.vae_scale_factor},
+    }
+    files = {"llm_config": text, "vit_config": vision, "config": top}
+    flux = (FLUX_AUTOENCODER["scaling_factor"], FLUX_AUTOENCODER["shift_factor"])
+    scale = (config.vae_config["scaling_factor"], config.vae_config["shift_factor"])
+    if scale != flux:
+        files["ae_params"] = {"scale_factor": scale[0], "shift_factor": scale[1]}
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 def read_config(folder: Path, vision_layers: int) -> BagelConfig:
@@ -109,110 +167,14 @@ def autoencoder_config(folder: Path) -> dict[str, Any]:
     return config if first == config["block_out_channels"][0] else dict(config, conv_in_channels=first)
 
 
-def autoencoder_key(key: str, levels: int) -> tuple[str, bool]:
-    """FLUX' name of an autoencoder tensor -> diffusers' name, and whether it is a 1 × 1 convolution there, linear here."""
-    key = re.sub(
-        r"^(encoder|decoder)\.(down|up)\.(\d+)\.(block|downsample|upsample)",
-        lambda m: (
-            f"{m[1]}.{m[2]}_blocks.{m[3] if m[2] == 'down' else levels - 1 - int(m[3])}."
-            + {"block": "resnets", "downsample": "downsamplers.0", "upsample": "upsamplers.0"}[m[4]]
-        ),
-        key,
-    )
-    key = re.sub(r"\.mid\.block_([12])\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}.", key)
-    key = key.replace("nin_shortcut", "conv_shortcut").replace("norm_out", "conv_norm_out")
-    names = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-    attention = re.sub(
-        r"\.mid\.attn_1\.(norm|q|k|v|proj_out)\.", lambda m: f".mid_block.attentions.0.{names[m[1]]}.", key
-    )
-    return attention, attention != key and attention.endswith("weight") and "group_norm" not in attention
-
-
-def published_key(name: str, levels: int) -> tuple[str, bool]:
-    """Inverse of `autoencoder_key`."""
-    names = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-    attention = re.sub(
-        r"\.mid_block\.attentions\.0\.(group_norm|to_q|to_k|to_v|to_out\.0)\.",
-        lambda m: f".mid.attn_1.{names[m[1]]}.",
-        name,
-    )
-    is_linear = attention != name and attention.endswith("weight") and ".norm." not in attention
-    key = re.sub(r"\.mid_block\.resnets\.([01])\.", lambda m: f".mid.block_{int(m[1]) + 1}.", attention)
-    key = key.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
-    key = re.sub(
-        r"^(encoder|decoder)\.(down|up)_blocks\.(\d+)\.(resnets|downsamplers\.0|upsamplers\.0)",
-        lambda m: (
-            f"{m[1]}.{m[2]}.{m[3] if m[2] == 'down' else levels - 1 - int(m[3])}."
-            + {"resnets": "block", "downsamplers.0": "downsample", "upsamplers.0": "upsample"}[m[4]]
-        ),
-        key,
-    )
-    return key, is_linear
-
-
 def published_state_dict(model: BagelModel) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The weights of `ema.safetensors` and of `ae.safetensors`, under their published names."""
-    levels = len(model.config.vae_config["block_out_channels"])
     main, autoencoder = {}, {}
     for name, tensor in model.state_dict().items():
         if name.startswith("vae."):
-            key, is_linear = published_key(name.removeprefix("vae."), levels)
-            autoencoder[key] = tensor[:, :, None, None] if is_linear else tensor
+            autoencoder[name.removeprefix("vae.")] = tensor
         else:
             main[name] = tensor
     for key, module in POSITION_TABLES.items():
         main[key] = model.get_submodule(module).table.to(model.dtype)
-    return main, autoencoder
-
-
-def write_published(model: BagelModel, processor: BagelProcessor, folder: Path) -> None:
-    """Write `model` in the layout that the original inference code and its ports read. `folder` must exist.
-
-    Raises:
-        CheckpointError: the autoencoder is built otherwise than FLUX', which the layout cannot say.
-    """
-    folder = Path(folder)
-    config = model.config
-    fixed = {"norm_num_groups": 32, "mid_block_add_attention": True}
-    found = {name: config.vae_config.get(name, fixed[name]) for name in fixed}
-    if found != fixed:
-        raise CheckpointError(
-            f"The autoencoder has {found}; in BAGEL's published layout it can only have FLUX' {fixed}. Use the "
-            '"transformers" layout.'
-        )
-    main, autoencoder = published_state_dict(model)
-    main = {key: tensor.contiguous() for key, tensor in main.items()}
-    save_file(main, folder / "ema.safetensors")  # in one file, without metadata, as published
-    sizes = {"total_size": sum(tensor.nbytes for tensor in main.values())}
-    index = {"metadata": sizes, "weight_map": dict.fromkeys(sorted(main), "ema.safetensors")}
-    # Published under this name, though it lists the tensors of `ema.safetensors`.
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    save_file({key: tensor.contiguous() for key, tensor in autoencoder.items()}, folder / "ae.safetensors")
-    write_tokenizer(processor.tokenizer, folder)
-
-    text = {**config.text_config.to_dict(), "rope_theta": config.text_config.rope_parameters["rope_theta"]}
-    for name in ("rope_parameters", "layer_types", "dtype"):
-        text.pop(name, None)
-    text["architectures"] = ["Qwen2ForCausalLM"]
-    vision = {**config.vision_config.to_dict(), "num_hidden_layers": config.vision_config.num_hidden_layers + 1}
-    vision.pop("dtype", None)
-    top = {name: getattr(config, name) for name in (
-        "latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side", "connector_act", "timestep_shift"
-    )}  # fmt: skip
-    top |= {
-        "architectures": ["BagelForConditionalGeneration"],
-        "model_type": "bagel",
-        "visual_gen": True,
-        "visual_und": True,
-        "interpolate_pos": False,
-        "llm_config": {**text, "qk_norm": True, "layer_module": "Qwen2MoTDecoderLayer"},
-        "vit_config": vision,
-        "vae_config": {"z_channels": config.vae_config["latent_channels"], "downsample": config.vae_scale_factor},
-    }
-    files = {"llm_config": text, "vit_config": vision, "config": top}
-    flux = (FLUX_AUTOENCODER["scaling_factor"], FLUX_AUTOENCODER["shift_factor"])
-    scale = (config.vae_config["scaling_factor"], config.vae_config["shift_factor"])
-    if scale != flux:
-        files["ae_params"] = {"scale_factor": scale[0], "shift_factor": scale[1]}
-    for name, content in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    return main, autoencoder_to_ldm(autoencoder)

@@ -11,7 +11,15 @@ from typing import Any
 from huggingface_hub import save_torch_state_dict
 from transformers import Qwen2Tokenizer
 
-from reca_trainer.models.checkpoint import CheckpointError, LazyTensor, load_strict, open_weights, write_tokenizer
+from reca_trainer.models.checkpoint import (
+    CheckpointError,
+    LazyTensor,
+    autoencoder_from_ldm,
+    autoencoder_to_ldm,
+    load_strict,
+    open_weights,
+    write_tokenizer,
+)
 from reca_trainer.models.harmon.configuration_harmon import HarmonConfig, HarmonMarConfig, kl_vae_config, qwen2_5
 from reca_trainer.models.harmon.modeling_harmon import HarmonModel
 from reca_trainer.models.harmon.processing_harmon import HarmonProcessor
@@ -49,10 +57,9 @@ def read_published(folder: str | Path, variant: str | None = None, **kwargs: Any
     config = read_config(published if published is not None else _recognise(weights, folder))
     if config.tie_word_embeddings:
         weights.pop(LM_HEAD, None)
-    levels = len(config.vae_config["block_out_channels"])
-    state_dict = {rename(key, levels): tensor for key, tensor in weights.items()}
-    for key in filter(_is_vae_attention, state_dict):
-        state_dict[key] = state_dict[key].map(lambda weight: weight.flatten(1))  # a 1×1 convolution's
+    state_dict = {key: tensor for key, tensor in weights.items() if not key.startswith("vae.")}
+    vae = {key.removeprefix("vae."): tensor for key, tensor in weights.items() if key.startswith("vae.")}
+    state_dict |= {f"vae.{key}": tensor for key, tensor in autoencoder_from_ldm(vae).items()}
     ignore_missing = [LM_HEAD] if config.tie_word_embeddings else []
     return load_strict(HarmonModel, config, state_dict, folder, ignore_missing, **kwargs)
 
@@ -74,14 +81,11 @@ def write_published(model: HarmonModel, processor: HarmonProcessor, folder: str 
     code, which its loading with transformers needs, is not part of it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    levels = len(model.config.vae_config["block_out_channels"])
-    state_dict = {}
-    for key, tensor in model.state_dict().items():
-        if key == LM_HEAD and model.config.tie_word_embeddings:
-            continue
-        tensor = tensor[:, :, None, None] if _is_vae_attention(key) else tensor
-        state_dict[rename(key, levels, to_published=True)] = tensor.contiguous()
-    save_torch_state_dict(state_dict, folder)
+    state_dict = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith("vae.")}
+    if model.config.tie_word_embeddings:
+        del state_dict[LM_HEAD]
+    state_dict |= {f"vae.{key}": tensor for key, tensor in autoencoder_to_ldm(model.vae.state_dict()).items()}
+    save_torch_state_dict({key: tensor.contiguous() for key, tensor in state_dict.items()}, folder)
     (folder / "config.json").write_text(json.dumps(write_config(model.config), indent=2) + "\n")
     write_tokenizer(processor.tokenizer, folder)
 
@@ -142,48 +146,6 @@ def write_config(config: HarmonConfig) -> dict[str, Any]:
         },
         "vae_scale": vae["scaling_factor"],
     }
-
-
-# Autoencoder names in order of application: (published, diffusers); i is a number that both share.
-VAE_NAMES = (
-    (".encoder.down.{i}.block.", ".encoder.down_blocks.{i}.resnets."),
-    (".encoder.down.{i}.attn.", ".encoder.down_blocks.{i}.attentions."),
-    (".encoder.down.{i}.downsample.", ".encoder.down_blocks.{i}.downsamplers.0."),
-    (".decoder.up.{i}.block.", ".decoder.up_blocks.{i}.resnets."),
-    (".decoder.up.{i}.upsample.", ".decoder.up_blocks.{i}.upsamplers.0."),
-    (".mid.block_1.", ".mid_block.resnets.0."),
-    (".mid.block_2.", ".mid_block.resnets.1."),
-    (".mid.attn_1.", ".mid_block.attentions.0."),
-    (".nin_shortcut.", ".conv_shortcut."),
-    (".norm_out.", ".conv_norm_out."),
-    (".attentions.{i}.norm.", ".attentions.{i}.group_norm."),
-    (".attentions.{i}.q.", ".attentions.{i}.to_q."),
-    (".attentions.{i}.k.", ".attentions.{i}.to_k."),
-    (".attentions.{i}.v.", ".attentions.{i}.to_v."),
-    (".attentions.{i}.proj_out.", ".attentions.{i}.to_out.0."),
-)
-
-
-def rename(key: str, levels: int, to_published: bool = False) -> str:
-    """Translate a key of a model whose autoencoder has `levels` resolutions; the decoder's count the other way."""
-    if not key.startswith("vae."):
-        return key
-    for published, ours in reversed(VAE_NAMES) if to_published else VAE_NAMES:
-        source, target = (ours, published) if to_published else (published, ours)
-
-        def replace(match: re.Match, target: str = target) -> str:
-            number = match[1] if match.groups() else ""
-            if ".decoder.up" in target:
-                number = str(levels - 1 - int(number))
-            return target.replace("{i}", number)
-
-        key = re.sub(re.escape(source).replace(r"\{i\}", r"(\d+)"), replace, key)
-    return key
-
-
-def _is_vae_attention(key: str) -> bool:
-    """Whether our `key` is a linear layer that the published autoencoder stores as a 1×1 convolution."""
-    return re.search(r"^vae\..*attentions\.\d+\.to_(q|k|v|out\.0)\.weight$", key) is not None
 
 
 def _open_training_weights(folder: Path, variant: str | None) -> dict[str, LazyTensor]:

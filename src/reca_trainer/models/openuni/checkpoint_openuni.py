@@ -259,6 +259,3 @@ def _rename_internvl(weights: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
         else:
             renamed[key] = tensor
     return renamed
-
-
-__all__ = ["is_published", "read_published", "read_published_processor", "write_published"]

@@ -24,7 +24,15 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPVisionConfig, PhiConfig
 
-from reca_trainer.models.checkpoint import CheckpointError, LazyTensor, load_strict, open_weights, write_tokenizer
+from reca_trainer.models.checkpoint import (
+    CheckpointError,
+    LazyTensor,
+    autoencoder_from_ldm,
+    autoencoder_to_ldm,
+    load_strict,
+    open_weights,
+    write_tokenizer,
+)
 from reca_trainer.models.show_o.configuration_show_o import MAGVIT_V2, ShowOConfig
 from reca_trainer.models.show_o.modeling_show_o import ShowOModel
 from reca_trainer.models.show_o.processing_show_o import ShowOProcessor
@@ -103,6 +111,69 @@ def read_published_processor(
         return ShowOProcessor.from_config(AutoTokenizer.from_pretrained(llm_folder), config, **kwargs)
     except ValueError as error:
         raise CheckpointError(f"The tokenizer in {llm_folder} does not fit {folder}: {error}") from error
+
+
+def write_published(model: ShowOModel, processor: ShowOProcessor, folder: str | Path) -> None:
+    """Write `model` in the layout that the original code reads, `folder` itself being Show-o's own part.
+
+    The other parts lie in folders inside it, so that it also loads where the published ones do not fit or are out of
+    reach.
+    """
+    folder, config = Path(folder), model.config
+    own, vq, clip = {}, {}, {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith("vq_model."):
+            vq[name.removeprefix("vq_model.")] = tensor
+        elif name.startswith("vision_tower."):
+            clip["vision_model." + name.removeprefix("vision_tower.")] = tensor
+        else:
+            own[re.sub(r"^language_model\.", "showo.", name)] = tensor
+    vq = autoencoder_to_ldm(vq)
+    bits = config.vq_config["latent_channels"]
+    tokens = torch.arange(config.codebook_size, device=model.device)
+    vq["quantize.embedding"] = model.vq_model.codes(tokens[None])[0].T
+    vq["quantize.power_vals"] = 2 ** torch.arange(bits - 1, -1, -1)
+
+    text_config = config.text_config.to_dict() | {
+        "architectures": ["PhiForCausalLM"],
+        "rope_theta": config.text_config.rope_parameters["rope_theta"],
+        "partial_rotary_factor": config.text_config.rope_parameters["partial_rotary_factor"],
+        "qk_layernorm": False,  # as in Phi's own; Show-o's code overrides it
+    }
+    for name in ("rope_parameters", "dtype", "layer_types"):
+        text_config.pop(name, None)
+    vq_sizes = {theirs: config.vq_config[ours] for theirs, ours in VQ_SIZES.items()} | {"codebook_dim": bits}
+    files = {
+        "": {
+            "_class_name": "Showo",
+            "_diffusers_version": "0.30.1",
+            "codebook_size": config.codebook_size,
+            "llm_model_path": LLM,
+            "llm_vocab_size": config.llm_vocab_size,
+            "load_from_showo": True,
+            "mask_token_id": config.mask_token_id,
+            "num_vq_tokens": config.num_vq_tokens,
+            "vocab_size": config.text_config.vocab_size,
+            "w_clip_vit": config.w_clip_vit,
+        },
+        part_name(VQ_MODEL): {"_class_name": "MAGVITv2", "_diffusers_version": "0.30.1"}
+        | ({} if config.vq_config == MAGVIT_V2 else {"tiny": vq_sizes}),
+        part_name(LLM): text_config,
+    }
+    weights = {"": own, part_name(VQ_MODEL): vq}
+    if config.w_clip_vit:
+        vision_config = config.vision_config.to_dict()
+        vision_config.pop("dtype", None)
+        files[part_name(VISION_TOWER)], weights[part_name(VISION_TOWER)] = vision_config, clip
+    for name, content in files.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+    for name, tensors in weights.items():
+        file = "model.safetensors" if name == part_name(VISION_TOWER) else "pytorch_model.safetensors"
+        save_file(
+            {key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name / file, {"format": "pt"}
+        )
+    write_tokenizer(processor.tokenizer, folder / part_name(LLM))
 
 
 def part_name(repository: str) -> str:
@@ -202,115 +273,10 @@ def read_vq_weights(folder: Path, config: ShowOConfig) -> dict[str, LazyTensor]:
         "quantize.power_vals": powers,
         "quantize.embedding": ((torch.arange(2**bits)[:, None] & powers) != 0).float() * 2 - 1,
     }
-    state_dict = {}
-    for key, tensor in open_weights(folder, *WEIGHTS).items():
-        if key in fixed:
-            if not torch.equal(tensor[...].to(fixed[key].dtype), fixed[key]):
-                raise CheckpointError(
-                    f"{folder}: {key} is not the binary code that MAGVIT-v2 uses; bits would be mixed up."
-                )
-            continue
-        name = vq_key(key, len(config.vq_config["encoder_channel_multipliers"]))
-        state_dict[name] = tensor.map(lambda t: t[:, :, 0, 0]) if is_attention_weight(name) else tensor
-    return state_dict
-
-
-VQ_NAMES = (
-    (".mid.block_1.", ".mid_block.resnets.0."),
-    (".mid.block_2.", ".mid_block.resnets.1."),
-    (".mid.attn_1.norm.", ".mid_block.attentions.0.group_norm."),
-    (".mid.attn_1.q.", ".mid_block.attentions.0.to_q."),
-    (".mid.attn_1.k.", ".mid_block.attentions.0.to_k."),
-    (".mid.attn_1.v.", ".mid_block.attentions.0.to_v."),
-    (".mid.attn_1.proj_out.", ".mid_block.attentions.0.to_out.0."),
-    (".nin_shortcut.", ".conv_shortcut."),
-    (".norm_out.", ".conv_norm_out."),
-    (".block.", ".resnets."),
-    (".downsample.", ".downsamplers.0."),
-    (".upsample.", ".upsamplers.0."),
-    (".down.", ".down_blocks."),
-    (".up.", ".up_blocks."),
-)
-
-
-def vq_key(key: str, levels: int) -> str:
-    """MAGVIT-v2's published name of a tensor -> ours. Published decoder levels count from the output inwards."""
-    for theirs, ours in VQ_NAMES:
-        key = key.replace(theirs, ours)
-    return re.sub(r"\.up_blocks\.(\d+)\.", lambda m: f".up_blocks.{levels - 1 - int(m[1])}.", key)
-
-
-def published_vq_key(name: str, levels: int) -> str:
-    """Inverse of `vq_key`."""
-    for theirs, ours in VQ_NAMES:
-        name = name.replace(ours, theirs)
-    return re.sub(r"\.up\.(\d+)\.", lambda m: f".up.{levels - 1 - int(m[1])}.", name)
-
-
-def is_attention_weight(name: str) -> bool:
-    """A linear layer here, a 1 × 1 convolution there."""
-    return bool(re.search(r"\.attentions\.0\.to_(q|k|v|out\.0)\.weight$", name))
-
-
-def write_published(model: ShowOModel, processor: ShowOProcessor, folder: str | Path) -> None:
-    """Write `model` in the layout that the original code reads, `folder` itself being Show-o's own part.
-
-    The other parts lie in folders inside it, so that it also loads where the published ones do not fit or are out of
-    reach.
-    """
-    folder, config = Path(folder), model.config
-    own, vq, clip = {}, {}, {}
-    levels = len(config.vq_config["encoder_channel_multipliers"])
-    for name, tensor in model.state_dict().items():
-        if name.startswith("vq_model."):
-            name = name.removeprefix("vq_model.")
-            vq[published_vq_key(name, levels)] = tensor[:, :, None, None] if is_attention_weight(name) else tensor
-        elif name.startswith("vision_tower."):
-            clip["vision_model." + name.removeprefix("vision_tower.")] = tensor
-        else:
-            own[re.sub(r"^language_model\.", "showo.", name)] = tensor
-    bits = config.vq_config["latent_channels"]
-    tokens = torch.arange(config.codebook_size, device=model.device)
-    vq["quantize.embedding"] = model.vq_model.codes(tokens[None])[0].T
-    vq["quantize.power_vals"] = 2 ** torch.arange(bits - 1, -1, -1)
-
-    text_config = config.text_config.to_dict() | {
-        "architectures": ["PhiForCausalLM"],
-        "rope_theta": config.text_config.rope_parameters["rope_theta"],
-        "partial_rotary_factor": config.text_config.rope_parameters["partial_rotary_factor"],
-        "qk_layernorm": False,  # as in Phi's own; Show-o's code overrides it
-    }
-    for name in ("rope_parameters", "dtype", "layer_types"):
-        text_config.pop(name, None)
-    vq_sizes = {theirs: config.vq_config[ours] for theirs, ours in VQ_SIZES.items()} | {"codebook_dim": bits}
-    files = {
-        "": {
-            "_class_name": "Showo",
-            "_diffusers_version": "0.30.1",
-            "codebook_size": config.codebook_size,
-            "llm_model_path": LLM,
-            "llm_vocab_size": config.llm_vocab_size,
-            "load_from_showo": True,
-            "mask_token_id": config.mask_token_id,
-            "num_vq_tokens": config.num_vq_tokens,
-            "vocab_size": config.text_config.vocab_size,
-            "w_clip_vit": config.w_clip_vit,
-        },
-        part_name(VQ_MODEL): {"_class_name": "MAGVITv2", "_diffusers_version": "0.30.1"}
-        | ({} if config.vq_config == MAGVIT_V2 else {"tiny": vq_sizes}),
-        part_name(LLM): text_config,
-    }
-    weights = {"": own, part_name(VQ_MODEL): vq}
-    if config.w_clip_vit:
-        vision_config = config.vision_config.to_dict()
-        vision_config.pop("dtype", None)
-        files[part_name(VISION_TOWER)], weights[part_name(VISION_TOWER)] = vision_config, clip
-    for name, content in files.items():
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / name / "config.json").write_text(json.dumps(content, indent=2) + "\n")
-    for name, tensors in weights.items():
-        file = "model.safetensors" if name == part_name(VISION_TOWER) else "pytorch_model.safetensors"
-        save_file(
-            {key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name / file, {"format": "pt"}
-        )
-    write_tokenizer(processor.tokenizer, folder / part_name(LLM))
+    weights = open_weights(folder, *WEIGHTS)
+    for key in fixed.keys() & weights.keys():
+        if not torch.equal(weights.pop(key)[...].to(fixed[key].dtype), fixed[key]):
+            raise CheckpointError(
+                f"{folder}: {key} is not the binary code that MAGVIT-v2 uses; bits would be mixed up."
+            )
+    return autoencoder_from_ldm(weights)
