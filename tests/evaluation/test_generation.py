@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -33,23 +34,45 @@ def test_an_image_depends_on_seed_prompt_and_number_only(painter, tmp_path):
     assert all(other[name] != images[name] for name in images)
 
 
-def test_an_interrupted_run_continues_to_the_same_images(painter, tmp_path, monkeypatch):
+def draw_elsewhere(folder, script, launch=()):
+    """Run `script` in a process of its own, after the model and `generate` are there as they are here."""
+    path = folder.with_suffix(".py")
+    setup = f"""
+        import os, signal, sys, torch
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from conftest import Image, PainterConfig, PainterModel, PainterProcessor
+        from test_generation import PROMPTS, find_images, generate, score_images
+        torch.manual_seed(0)
+        model, folder = PainterModel(PainterConfig()), {str(folder)!r}
+    """
+    path.write_text(textwrap.dedent(setup) + textwrap.dedent(script))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run([sys.executable, *launch, path], capture_output=True, text=True, env=environment)
+
+
+def test_a_killed_run_continues_to_the_same_images(painter, tmp_path):
     whole = draw(painter, tmp_path / "whole")
+    killed = draw_elsewhere(
+        tmp_path / "parts",
+        """
+        save, saved = Image.Image.save, []
+        def die(image, path, **options):
+            saved.append(path)
+            if len(saved) == 4:
+                path.write_bytes(b"half an image")
+                os.kill(os.getpid(), signal.SIGKILL)
+            save(image, path, **options)
+        Image.Image.save = die
+        generate(model, PainterProcessor(), PROMPTS, folder, 2, 2)
+        """,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("*/samples/*.png")}
+    assert len(before) == 3
     painter.model.drawn.clear()
-    original = painter.model.generate_images
-
-    def interrupted(*args, **kwargs):
-        if len(painter.model.drawn) >= 4:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(painter.model, "generate_images", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            draw(painter, tmp_path / "parts")
-    assert len(contents(tmp_path / "parts")) == 4
     assert draw(painter, tmp_path / "parts") == whole
-    assert len(painter.model.drawn) == len(whole)  # no image was drawn twice
+    assert len(painter.model.drawn) == 8  # the batch that was cut off, and those after it
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # nothing was written twice
     assert not list(tmp_path.glob("**/*.part"))
 
 
@@ -134,25 +157,16 @@ def test_scores_are_kept_until_the_image_or_the_scorer_changes(painter, tmp_path
 
 def test_two_processes_make_what_one_makes(painter, tmp_path):
     expected = draw(painter, tmp_path / "one", batch_size=2)
-    script = tmp_path / "script.py"
-    script.write_text(
-        textwrap.dedent(f"""
-        import sys, torch
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from conftest import PainterConfig, PainterModel, PainterProcessor
-        from test_generation import PROMPTS, find_images, generate, score_images
-        torch.manual_seed(0)
-        model = PainterModel(PainterConfig())
-        generate(model, PainterProcessor(), PROMPTS, {str(tmp_path / "two")!r}, 2, 2)
-        score = lambda prompt, paths: [{{"score": 1.0, "categories": {{}}, "drawn": len(model.drawn)}} for _ in paths]
-        images_of = lambda prompt: find_images({str(tmp_path / "two")!r}, prompt.id)
-        rows = score_images(PROMPTS, images_of, score, {str(tmp_path / "two")!r}, {{}})
+    done = draw_elsewhere(
+        tmp_path / "two",
+        """
+        generate(model, PainterProcessor(), PROMPTS, folder, 2, 2)
+        score = lambda prompt, paths: [{"score": 1.0, "categories": {}, "drawn": len(model.drawn)} for _ in paths]
+        rows = score_images(PROMPTS, lambda prompt: find_images(folder, prompt.id), score, folder, {})
         assert [row["id"] for row in rows] == [prompt.id for prompt in PROMPTS for _ in range(2)]
-        """)
+        """,
+        launch=["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(launch, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "two") == expected
     rows = [json.loads(line) for line in (tmp_path / "two" / "results.jsonl").read_text().splitlines()]

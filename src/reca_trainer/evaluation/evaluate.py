@@ -1,6 +1,6 @@
 """`reca-trainer evaluate`: one model, one benchmark, one report.
 
-Run it under `accelerate launch` to spread the work over several GPUs; the result does not depend on their number.
+On several GPUs: `accelerate launch -m reca_trainer.cli evaluate …`; the result does not depend on their number.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from reca_trainer.images import decode_image
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
 from reca_trainer.models.unified import UnifiedModel, UnifiedProcessor
 
-DESCRIPTION = "Score a model on a benchmark. An interrupted run continues where it stopped when started again."
+DESCRIPTION = """Score a model on a benchmark. An interrupted run of geneval or dpg continues where it stopped when started
+again. On several GPUs: accelerate launch -m reca_trainer.cli evaluate ..."""
 
 
 def make_parser(parser: argparse.ArgumentParser | None = None) -> argparse.ArgumentParser:

@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ class Prompt:
 def processes() -> PartialState:
     """The processes of this run and this one's device, also where there is no accelerator to find."""
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu=cpu)
+    # Who is done waits for the others, on a continued run as long as they still have to draw.
+    return PartialState(cpu=cpu, timeout=timedelta(days=7))
 
 
 def generate(
@@ -134,7 +136,9 @@ def _claim(folder: Path, prompts: list[Prompt], settings: dict[str, Any]) -> Non
         metadata = folder / prompt.id / "metadata.jsonl"
         if metadata.exists() and metadata.read_text() != line:
             raise ValueError(f"{metadata} describes another prompt than {prompt.text!r}; use another folder.")
-        (folder / prompt.id / "samples").mkdir(parents=True, exist_ok=True)
+        (samples := folder / prompt.id / "samples").mkdir(parents=True, exist_ok=True)
+        for left in samples.glob(".*.part"):  # by a run that was killed
+            left.unlink()
         if not metadata.exists():
             with replacing(metadata) as temporary:
                 temporary.write_text(line)
