@@ -209,7 +209,7 @@ def _page(
 
     # Wrong ones first: where the models after the base do worst, and among those where they lost what it could do.
     order = sorted(by_prompt[0], key=lambda prompt: (sum(scores(prompt)[1:]), -scores(prompt)[0], prompt))
-    title = html.escape(f"{reports[0]['title']}: {', '.join(names)}")
+    title = html.escape(f"{reports[0]['title']}: {' vs. '.join(names)}")
     yield f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
     yield f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style></head><body>\n'
     yield f'<h1>{title}</h1>\n<div class="scroll"><table><thead>{_html_row("th", _header(names))}</thead><tbody>\n'

@@ -11,8 +11,9 @@ and the understanding benchmarks. It finds this module by itself once both packa
 Its image benchmarks are judged by a model behind an OpenAI-compatible endpoint, named in the environment:
 `WISE_API_KEY`, `WISE_BASE_URL`, `WISE_MODEL_NAME`; the same three with `IMGEDIT_`; for GEdit-Bench `VIESCORE_API_KEY`,
 `VIESCORE_API_BASE`, `VIESCORE_MODEL_NAME`. Scores of different judges cannot be compared: the published ones come from
-GPT-4o. lmms-eval has no GenEval and no DPG-Bench (`reca-trainer evaluate` has), and of ImgEdit the single-turn suite
-only; tasks that show several images at once are beyond the models here.
+GPT-4o. A judge that cannot be reached is an error in the log and a 0 in WISE's score. lmms-eval has no GenEval and no
+DPG-Bench (`reca-trainer evaluate` has), and of ImgEdit the single-turn suite only; tasks that show several images at
+once are beyond the models here.
 """
 
 from __future__ import annotations
