@@ -80,6 +80,7 @@ def _work(pipe, build: Build, options: dict[str, Any], threads: int) -> None:
     while (request := pipe.recv())[0] != "stop":
         if request[0] == "warm up":
             losses += [step() for _ in range(request[1])]
+            getattr(step, "warmed_up", lambda: None)()
             _reset_peak(device)
             pipe.send(None)
         elif request[0] == "time":
@@ -115,6 +116,23 @@ def _busy_seconds() -> float:
     fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
     user, nice, system, _, _, irq, softirq, steal = map(int, fields)
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def busy_share() -> Callable[[], float]:
+    """Start a clock; what it returns tells the share of the machine that other processes have had since, the children
+    of this one not counted as others."""
+    busy, own, started = _busy_seconds(), _own_seconds(), time.perf_counter()
+
+    def share() -> float:
+        foreign = _busy_seconds() - busy - (_own_seconds() - own)
+        return round(max(foreign, 0.0) / (time.perf_counter() - started) / os.cpu_count(), 3)
+
+    return share
+
+
+def _own_seconds() -> float:
+    """Processor seconds of this process and of its children that have ended."""
+    return sum(os.times()[:4])
 
 
 def _resident() -> int:

@@ -86,21 +86,35 @@ def build_model(preset: str, dtype: torch.dtype, device: str, seed: int = 0) -> 
 
 
 def reconstruction_batch(
-    model: Model, batch_size: int, resolution: int, latents: bool = False, seed: int = 0
+    model: Model,
+    batch_size: int,
+    resolution: int,
+    images: str = "pixels",
+    instruction_length: int = INSTRUCTION_LENGTH,
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """A batch of square noise images: pixels, or the VAE latents that a cache would hold."""
+    """A batch of square noise images: as `pixels`, as `latents` beside the condition's pixels, or `encoded` as
+    `cache_latents` keeps them."""
     generator = torch.Generator().manual_seed(seed)
     config = model.config
-    side = 224 // config.vision_config.patch_size * config.vision_config.patch_size
+    grid, channels = 224 // config.vision_config.patch_size, config.vae_config["latent_channels"]
+    side, size = grid * config.vision_config.patch_size, resolution // config.vae_scale_factor
+
+    def uniform(*shape: int) -> torch.Tensor:
+        return torch.rand(batch_size, *shape, generator=generator)
+
+    shape = (1, instruction_length)
     batch = {
         "task": "reconstruct",
-        "condition_pixel_values": torch.rand(batch_size, 3, side, side, generator=generator) * 2 - 1,
-        "input_ids": torch.randint(6, config.text_config.vocab_size, (1, INSTRUCTION_LENGTH), generator=generator),
+        "input_ids": torch.randint(6, config.text_config.vocab_size, shape, generator=generator),
     }
-    if latents:
-        size = resolution // config.vae_scale_factor
-        channels = config.vae_config["latent_channels"]
+    if images == "encoded":
+        batch["condition_embeds"] = uniform(grid, grid, config.text_config.hidden_size) - 0.5
+        batch["posterior"] = uniform(2, channels, size, size)
+        return batch
+    batch["condition_pixel_values"] = uniform(3, side, side) * 2 - 1
+    if images == "latents":
         batch["latents"] = torch.randn(batch_size, channels, size, size, generator=generator)
     else:
-        batch["pixel_values"] = torch.rand(batch_size, 3, resolution, resolution, generator=generator) * 2 - 1
+        batch["pixel_values"] = uniform(3, resolution, resolution) * 2 - 1
     return batch

@@ -16,6 +16,7 @@ import measure
 import presets
 import train_step
 from reca_trainer.models.bagel import Processor
+from reca_trainer.plan import Meter
 from reca_trainer.shapes.tokenizer import make_tokenizer
 
 
@@ -37,6 +38,10 @@ def build(options: dict[str, Any]) -> Callable[[], float]:
         )
         return float(len(images))
 
+    meter = Meter()
+    with meter:
+        step()
+    step.notes = lambda: {"model_tflop": round(meter.flops / 1e12, 4)}
     return step
 
 
@@ -59,6 +64,9 @@ def main() -> None:
     result = run["results"]["sample"]
     del result["losses"]
     result["images_per_second"] = round(options["batch_size"] / result["step_seconds_median"], 4)
+    peak = measure.matmul_rate(options["device"], train_step.DTYPES[options["dtype"]], options["threads"])
+    utilisation = result["model_tflop"] * 1e12 / result["step_seconds_median"] / peak
+    result |= {"matmul_gflops": round(peak / 1e9, 1), "model_flops_utilisation": round(utilisation, 3)}
     print(json.dumps({"benchmark": "sample", **options, **result, "foreign_cpu": run["foreign_cpu"],
                       **measure.environment(options["device"])}))  # fmt: skip
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ import measure
 import presets
 from reca_trainer import adapters
 from reca_trainer.plan import step_cost
+from reca_trainer.trainer import compile_layers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -32,7 +34,11 @@ def keep_matrix_products() -> dict[str, Any]:
     return {"use_reentrant": False, "context_fn": functools.partial(create_selective_checkpoint_contexts, kept)}
 
 
-CHECKPOINTING = {"layers": lambda: {"use_reentrant": False}, "elementwise": keep_matrix_products}
+CHECKPOINTING = {
+    "layers": lambda: {"activation_checkpointing_kwargs": {"use_reentrant": False}},
+    "every_second": lambda: {"activation_checkpointing_kwargs": {"use_reentrant": False}, "every_n_layers": 2},
+    "elementwise": lambda: {"activation_checkpointing_kwargs": keep_matrix_products()},
+}
 
 
 def build(options: dict[str, Any]) -> Callable[[], float]:
@@ -47,21 +53,17 @@ def build(options: dict[str, Any]) -> Callable[[], float]:
     else:
         trained = adapters.attach(model, LoraConfig(r=options["lora_rank"], lora_alpha=options["lora_rank"]))
     if options["checkpointing"] != "none":
-        model.activation_checkpointing_enable(CHECKPOINTING[options["checkpointing"]]())
+        model.activation_checkpointing_enable(**CHECKPOINTING[options["checkpointing"]]())
     model.train()
     if options["compile"]:
-        for layer in model.language_model.model.layers:
-            layer.compile(dynamic=False)
+        compile_layers(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(options["optimizer"], parameters)
-    batch = presets.reconstruction_batch(
-        model, options["batch_size"], options["resolution"], options["cached_latents"]
-    )
-    batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
-    batch["timesteps_per_image"] = options["timesteps_per_image"]
-    generator = torch.Generator().manual_seed(1)
+    batches = [make_batch(model, options, length) for length in options["instruction_lengths"]]
+    generator, turns, compiled = torch.Generator().manual_seed(1), itertools.cycle(batches), []
 
     def step() -> float:
+        batch = next(turns)
         corruption = model.sample_corruption(batch, generator)
         loss = trained(corruption=corruption, **batch).loss
         loss.backward()
@@ -70,12 +72,26 @@ def build(options: dict[str, Any]) -> Callable[[], float]:
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
-    step.notes = lambda: {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "trained_parameters": sum(parameter.numel() for parameter in parameters),
-        **({"recompiles": recompiles()} if options["compile"] else {}),
-    }
+    def notes() -> dict[str, Any]:
+        counted = {
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "trained_parameters": sum(parameter.numel() for parameter in parameters),
+        }
+        if options["compile"]:
+            counted |= {"graphs": compiled[0], "recompiles": graphs() - compiled[0]}
+            assert not counted["recompiles"], "something was compiled after the warm-up"
+        return counted
+
+    step.warmed_up = lambda: compiled.append(graphs())
+    step.notes = notes
     return step
+
+
+def make_batch(model: presets.Model, options: dict[str, Any], instruction_length: int) -> dict[str, Any]:
+    sizes = (options["batch_size"], options["resolution"], options["images"], instruction_length)
+    batch = presets.reconstruction_batch(model, *sizes)
+    batch = {name: value.to(options["device"]) if torch.is_tensor(value) else value for name, value in batch.items()}
+    return {**batch, "timesteps_per_image": options["timesteps_per_image"]}
 
 
 def make_optimizer(name: str, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -106,12 +122,13 @@ def quantise(model: torch.nn.Module) -> None:
             )
             layer.weight = Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True)
             layer.bias = module.bias
+            layer.support_avx512bf16_for_cpu = False  # as `UnifiedModel.from_pretrained`
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, layer.to(device))
 
 
-def recompiles() -> int:
-    """How many times the compiler ran since the process started."""
+def graphs() -> int:
+    """How many graphs were compiled since the process started."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
@@ -131,9 +148,21 @@ def make_parser() -> argparse.ArgumentParser:
         help="what the backward pass recomputes: whole layers, or all but matrix products and attention",
     )
     parser.add_argument("--timesteps_per_image", type=int, default=1)
-    parser.add_argument("--compile", action="store_true", help="torch.compile every decoder layer, static shapes")
+    parser.add_argument("--compile", action="store_true", help="as --torch_compile of a run: layer by layer")
+    parser.add_argument(
+        "--instruction_lengths",
+        type=int,
+        nargs="+",
+        default=[presets.INSTRUCTION_LENGTH],
+        help="tokens, step by step; of several, none may compile anything after the warm-up",
+    )
     parser.add_argument("--optimizer", default="adamw_fused", choices=["adamw_fused", "adamw_foreach", "adamw_8bit"])
-    parser.add_argument("--cached_latents", action="store_true", help="leave the autoencoder out of the step")
+    parser.add_argument(
+        "--images",
+        default="latents",
+        choices=["pixels", "latents", "encoded"],
+        help="what a batch holds: encoded as cache_latents keeps it, or with the autoencoder's part done",
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="0: as torch decides")
     parser.add_argument("--warmup", type=int, default=3)
@@ -146,12 +175,20 @@ def finish(result: dict[str, Any], options: dict[str, Any], peak: float) -> dict
     with torch.device("meta"):
         model = presets.Model(presets.PRESETS[options["preset"]]())
     batch_size = options["batch_size"]
-    batch = presets.reconstruction_batch(model, batch_size, options["resolution"], options["cached_latents"])
-    batch["timesteps_per_image"] = options["timesteps_per_image"]
-    tokens = (
-        batch_size * options["timesteps_per_image"] * (options["resolution"] // model.config.latent_token_stride) ** 2
+    images = batch_size * options["timesteps_per_image"]
+    tokens = images * (options["resolution"] // model.config.latent_token_stride) ** 2
+    batch = make_batch(model, {**options, "device": "cpu"}, options["instruction_lengths"][0])
+    device = options["device"].partition(":")[0]
+    cost = step_cost(
+        model,
+        batch,
+        options["mode"],
+        DTYPES[options["dtype"]],
+        checkpointing=options["checkpointing"] == "layers",
+        lora_rank=options["lora_rank"],
+        device=device,
     )
-    cost = step_cost(model, batch, options["mode"], DTYPES[options["dtype"]], lora_rank=options["lora_rank"])
+    measured = result.get("peak_reserved_gb", result["peak_rss_gb"])
     seconds = result["step_seconds_median"]
     return {
         **result,
@@ -160,6 +197,8 @@ def finish(result: dict[str, Any], options: dict[str, Any], peak: float) -> dict
         "model_tflop_per_step": round(cost.flops / 1e12, 4),
         "model_flops_utilisation": round(cost.flops / seconds / peak, 3),
         "model_flops_utilisation_best": round(cost.flops / result["step_seconds_min"] / peak, 3),
+        "planned_gb": round(cost.process(device) / 1e9, 3),
+        "planned_over_measured": round(cost.process(device) / 1e9 / measured, 3),
     }
 
 
@@ -169,6 +208,7 @@ def main() -> None:
     run = measure.run_alternating(
         {"step": (build, options)}, options["warmup"], options["steps"], rounds=1, threads=options["threads"]
     )
+    peak = max(peak, measure.matmul_rate(options["device"], DTYPES[options["dtype"]], options["threads"]))
     result = finish(run["results"]["step"], options, peak)
     print(
         json.dumps(

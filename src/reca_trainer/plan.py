@@ -30,8 +30,8 @@ MODES = ("full", "lora", "qlora")
 INSTRUCTION = "Describe every detail of the picture."
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight with its doubly quantised scale (QLoRA, section 3)
 OPTIMIZER_BYTES = {"adamw_torch_fused": 8.0, "adamw_bnb_8bit": 2.0 + 8 / 256, "sgd": 0.0}  # a trained weight
-PROCESS_BYTES = 0.8e9  # CUDA context and libraries
-FRAGMENTATION = 1.05  # what an allocator reserves, over what tensors take
+PROCESS_BYTES = {"cuda": 0.8e9, "cpu": 0.52e9}  # CUDA context, or Python with its libraries
+FRAGMENTATION = {"cuda": 1.05, "cpu": 1.15}  # what an allocator holds, over what tensors take
 
 
 def attention_flops(query, key, value, *args, **kwargs) -> int:
@@ -52,7 +52,7 @@ FLOPS = flop_registry | {
 
 @dataclass
 class Cost:
-    """What one optimiser step on `batch_size` images of one micro-batch needs.
+    """What one optimiser step on one micro-batch needs.
 
     Args:
         weights, optimizer: bytes held all the time: parameters and buffers, and the optimiser's state.
@@ -61,7 +61,6 @@ class Cost:
         parameters, trained_parameters: their numbers.
     """
 
-    batch_size: int
     weights: float
     optimizer: float
     step: float
@@ -71,8 +70,12 @@ class Cost:
 
     @property
     def peak(self) -> float:
-        """Bytes of tensors at the fullest moment. The process itself (libraries, CUDA context) comes on top."""
+        """Bytes of tensors at the fullest moment."""
         return self.weights + self.optimizer + self.step
+
+    def process(self, device: str = "cuda") -> float:
+        """Bytes that a process holds then: reserved on the GPU, or resident in main memory."""
+        return self.peak * FRAGMENTATION[device] + PROCESS_BYTES[device]
 
 
 class Meter(TorchDispatchMode):
@@ -151,7 +154,6 @@ def step_cost(
     held -= sum(quantized) * (dtype.itemsize - NF4_BYTES)
     numbers = [p.numel() for p in model.parameters() if p.requires_grad]
     return Cost(
-        batch_size=len(batch["condition_pixel_values"]),
         weights=held,
         optimizer=sum(numbers) * OPTIMIZER_BYTES[optimizer],
         step=meter.peak + max(quantized, default=0) * dtype.itemsize,  # one layer at a time is dequantised
@@ -234,15 +236,14 @@ def main(argv: list[str] | None = None) -> None:
     """`reca-trainer plan`: print what a step takes, the largest batch that fits, and the time of a run."""
     args = make_parser().parse_args(argv)
     one, two = (plan_cost(args, batch_size) for batch_size in (1, 2))
-    room = (args.gpu * 1e9 - PROCESS_BYTES) / FRAGMENTATION
-    largest = int(1 + (room - one.peak) // (two.peak - one.peak)) if room >= one.peak else 0
-    needed = one.peak * FRAGMENTATION + PROCESS_BYTES
+    needed, further = one.process(), two.process() - one.process()
+    largest = int(1 + (args.gpu * 1e9 - needed) // further) if args.gpu * 1e9 >= needed else 0
     print(f"{one.parameters / 1e9:.2f} B parameters, {one.trained_parameters / 1e6:,.1f} M of them trained")
     print(
         f"weights {one.weights / 1e9:.2f} GB, optimiser {one.optimizer / 1e9:.2f} GB, one image's step {one.step / 1e9:.2f} GB"
     )
     print(
-        f"with process and fragmentation: {needed / 1e9:.1f} GB for a batch of 1, each further image {(two.peak - one.peak) * FRAGMENTATION / 1e9:.2f} GB"
+        f"with process and fragmentation: {needed / 1e9:.1f} GB for a batch of 1, each further image {further / 1e9:.2f} GB"
     )
     if not largest:
         print(f"Does not fit into {args.gpu:g} GB." + _advice(args))
