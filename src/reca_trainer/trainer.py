@@ -169,6 +169,9 @@ class RecATrainer(Trainer):
                 "an image. Leave it 1."
             )
 
+        if args.torch_compile:
+            compile_layers(base, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+
         self.weight_average: WeightAverage | None = None
         self.resumed_from: str | None = None
         self._encoded: Dataset | None = None
@@ -208,6 +211,11 @@ class RecATrainer(Trainer):
         if args.max_nonfinite_steps and self.is_deepspeed_enabled:
             raise ValueError("max_nonfinite_steps cannot take a step back that DeepSpeed has taken; leave it 0.")
         base.add_model_tags(list(self._tag_names))
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        arguments = super()._build_accelerator_args(**kwargs)
+        arguments.pop("dynamo_plugin", None)  # it compiles the model as a whole; see `compile_layers`
+        return arguments
 
     # --- the loss ---
 
@@ -922,6 +930,15 @@ def delete_surplus(output_dir: Path, limit: int, keep: set[Path]) -> None:
     deletable = [path for path in [*damaged, *whole] if path not in keep]
     for path in deletable[: max(0, len(whole) + len(damaged) - limit)]:
         shutil.rmtree(path)
+
+
+def compile_layers(model: UnifiedModel, **options: Any) -> None:
+    """`torch.compile` every transformer layer for itself, in place: layers are alike, so they share what is compiled, and
+    all a family does around them (which branches on the batch) stays as it is. A second size of a dimension makes it
+    symbolic, so images of other shapes and longer instructions soon compile nothing any more."""
+    for module in model.modules():
+        if type(module).__name__ in model._no_split_modules:
+            module.compile(**options)
 
 
 def unwrap_name(model: Any) -> str:
