@@ -314,6 +314,8 @@ def test_generation_leaves_the_training_mode(model, processor):
     model.train()
     model.generate_images(processor, ["red"])
     model.generate_text(processor, ["red"], max_new_tokens=2)
+    with pytest.raises(ValueError, match="height=64"):
+        model.generate_images(processor, ["red"], height=64)
     assert model.training and model.model.language_model.training
     assert not model.model.vision_model.training and not model.model.vqmodel.training
 

@@ -17,11 +17,13 @@ A batch is a plain dict. Its keys mean the same in every family:
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import ModelOutput
@@ -208,6 +210,59 @@ class UnifiedProcessor(ProcessorMixin):
     def target_sizes(self) -> list[tuple[int, int]]:
         """The `(height, width)` buckets a target may be resized to; one entry for families that train on squares."""
         raise NotImplementedError
+
+
+def evaluating(method: Callable) -> Callable:
+    """Decorates a method of a `UnifiedModel` that samples: it runs in eval mode and without gradients, and leaves the
+    model in the mode it was in, also where it fails."""
+
+    @functools.wraps(method)
+    def run(self: UnifiedModel, *args: Any, **kwargs: Any) -> Any:
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                return method(self, *args, **kwargs)
+        finally:
+            self.train(training)
+
+    return run
+
+
+def token_cross_entropy(
+    head: Callable[[torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    understanding_embeds: torch.Tensor | None = None,
+) -> UnifiedOutput:
+    """Cross-entropy of the labels that are not -100.
+
+    Args:
+        head: output layer, `[L, D]` -> `[L, V]`. Only supervised positions go through it: the others' logits would fill
+            the memory.
+        hidden: `[B, T, D]`, each what predicts the label at its place (next tokens: `hidden[:, :-1]`, `labels[:, 1:]`).
+        labels: `[B, T]` int64.
+
+    Returns:
+        `UnifiedOutput` with `prediction` the logits `[L, V]` and `target` the labels `[L]` of the supervised positions.
+
+    Raises:
+        ValueError: there are none.
+    """
+    supervised = labels != -100
+    target = labels[supervised]
+    if not len(target):
+        raise ValueError("No token of this batch is supervised; are its questions so long that the answers are cut?")
+    logits = head(hidden[supervised])
+    losses = F.cross_entropy(logits.float(), target, reduction="none")  # [L]
+    by_place = losses.new_zeros(supervised.shape).masked_scatter(supervised, losses.detach())
+    return UnifiedOutput(
+        loss=losses.mean(),
+        per_sample_loss=by_place.sum(1) / supervised.sum(1).clamp(min=1),
+        prediction=logits,
+        target=target,
+        understanding_embeds=understanding_embeds,
+    )
 
 
 def per_sample(

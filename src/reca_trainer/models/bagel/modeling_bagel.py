@@ -24,7 +24,6 @@ from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 from PIL import Image
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -38,7 +37,14 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from reca_trainer.models.bagel.configuration_bagel import BagelConfig
 from reca_trainer.models.bagel.processing_bagel import BagelProcessor
-from reca_trainer.models.unified import Generators, UnifiedModel, UnifiedOutput, per_sample
+from reca_trainer.models.unified import (
+    Generators,
+    UnifiedModel,
+    UnifiedOutput,
+    evaluating,
+    per_sample,
+    token_cross_entropy,
+)
 
 UNDERSTANDING, GENERATION = "", "_moe_gen"  # suffixes of an expert's module names, as published
 
@@ -137,54 +143,6 @@ class BagelTimestepEmbedder(nn.Module):
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
 
 
-class RMSNorm(torch.autograd.Function):
-    """`Qwen2RMSNorm`, bit for bit, that keeps its input and one number a token for the backward pass: neither the input
-    in float32 nor the normalised one."""
-
-    @staticmethod
-    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        x = hidden.float()
-        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)  # [..., 1]
-        ctx.save_for_backward(hidden, weight, scale)
-        return weight * (x * scale).to(hidden.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        hidden, weight, scale = ctx.saved_tensors
-        grad, normed, grad_weight = grad.float(), hidden.float() * scale, None
-        if ctx.needs_input_grad[1]:
-            grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        grad = grad * weight.float()
-        grad = (grad - normed * (grad * normed).mean(-1, keepdim=True)) * scale
-        return grad.to(hidden.dtype), grad_weight, None
-
-
-class BagelRMSNorm(Qwen2RMSNorm):
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return RMSNorm.apply(hidden, self.weight, self.variance_epsilon)
-
-
-class SwiGLU(torch.autograd.Function):
-    """`silu(gate) · up`, bit for bit; the backward pass computes `silu(gate)` again rather than keeping it."""
-
-    @staticmethod
-    def forward(ctx, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
-
-
-class BagelMLP(Qwen2MLP):
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(SwiGLU.apply(self.gate_proj(hidden), self.up_proj(hidden)))
-
-
 class BagelAttention(nn.Module):
     """Grouped-query attention whose projections and query/key norms exist once per expert."""
 
@@ -198,8 +156,8 @@ class BagelAttention(nn.Module):
             self.add_module(f"k_proj{expert}", nn.Linear(config.hidden_size, kv_dim))
             self.add_module(f"v_proj{expert}", nn.Linear(config.hidden_size, kv_dim))
             self.add_module(f"o_proj{expert}", nn.Linear(q_dim, config.hidden_size, bias=False))
-            self.add_module(f"q_norm{expert}", BagelRMSNorm(self.head_dim, eps=config.rms_norm_eps))
-            self.add_module(f"k_norm{expert}", BagelRMSNorm(self.head_dim, eps=config.rms_norm_eps))
+            self.add_module(f"q_norm{expert}", Qwen2RMSNorm(self.head_dim, eps=config.rms_norm_eps))
+            self.add_module(f"k_norm{expert}", Qwen2RMSNorm(self.head_dim, eps=config.rms_norm_eps))
 
     def project(self, hidden: torch.Tensor, expert: str) -> list[torch.Tensor]:
         """`[B, T, D]` -> queries, keys, values `[B, heads, T, head_dim]`, normalised but not yet rotated."""
@@ -221,10 +179,10 @@ class BagelDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = BagelAttention(config)
         for expert in (UNDERSTANDING, GENERATION):
-            self.add_module(f"mlp{expert}", BagelMLP(config))
-            self.add_module(f"input_layernorm{expert}", BagelRMSNorm(config.hidden_size, eps=config.rms_norm_eps))
+            self.add_module(f"mlp{expert}", Qwen2MLP(config))
+            self.add_module(f"input_layernorm{expert}", Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
             self.add_module(
-                f"post_attention_layernorm{expert}", BagelRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+                f"post_attention_layernorm{expert}", Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             )
 
     def forward(
@@ -286,8 +244,8 @@ class BagelDecoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([BagelDecoderLayer(config) for _ in range(config.num_hidden_layers)])
-        self.norm = BagelRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.norm_moe_gen = BagelRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm_moe_gen = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen2RotaryEmbedding(config)
 
 
@@ -435,18 +393,8 @@ class BagelModel(UnifiedModel):
         embeds = self.encode_image(condition_pixel_values)
         context = self.read_image(self.new_context(len(embeds)), embeds, condition_pixel_values.shape[-2:])
         hidden, _, _ = self._read(context, self.embed(input_ids), causal=True, mask=attention_mask, keep=False)
-        supervised = labels[:, 1:] != -100
-        logits = self.language_model.lm_head(self.language_model.model.norm(hidden)[:, :-1][supervised])
-        target = labels[:, 1:][supervised]
-        token_loss = F.cross_entropy(logits.float(), target, reduction="none")
-        per_token = token_loss.new_zeros(supervised.shape).masked_scatter(supervised, token_loss.detach())
-        return UnifiedOutput(
-            loss=token_loss.mean(),
-            per_sample_loss=per_token.sum(1) / supervised.sum(1),
-            prediction=logits,
-            target=target,
-            understanding_embeds=embeds,
-        )
+        hidden = self.language_model.model.norm(hidden[:, :-1])
+        return token_cross_entropy(self.language_model.lm_head, hidden, labels[:, 1:], embeds)
 
     def _flow_matching(self, context, latents, corruption, understanding_embeds=None) -> UnifiedOutput:
         """Rectified flow: `x_t = (1 - t) x_0 + t ε`, and the velocity `ε - x_0` is the target (BAGEL, section 2). With
@@ -634,7 +582,7 @@ class BagelModel(UnifiedModel):
         corruption["noise"] = normal(repeats, tokens, self.config.latent_token_dim).flatten(0, 1)
         return corruption
 
-    @torch.no_grad()
+    @evaluating
     def generate_images(
         self,
         processor: BagelProcessor,
@@ -683,8 +631,6 @@ class BagelModel(UnifiedModel):
                 "timestep_shift": timestep_shift,
             }
             return self._one_by_one(processor, text, images, generator, latents, options)
-        training = self.training
-        self.eval()
         tokens = None if text is None else {k: v.to(self.device) for k, v in processor.tokenize(text).items()}
 
         def read_prompt(context: Context) -> Context:
@@ -730,7 +676,6 @@ class BagelModel(UnifiedModel):
                 v = guide(velocities, guidance_scale, image_guidance_scale, guidance_renorm, guidance_renorm_min)
             x = x - v * (now - following)
         decoded = self.decode_latents(unpatchify(x, grid, self.config.latent_patch_size))
-        self.train(training)
         array = ((decoded * 0.5 + 0.5).clamp(0, 1) * 255).permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
         return [Image.fromarray(np.ascontiguousarray(image)) for image in array]
 
@@ -748,7 +693,7 @@ class BagelModel(UnifiedModel):
             )
         return result
 
-    @torch.no_grad()
+    @evaluating
     def generate_text(
         self,
         processor: BagelProcessor,
@@ -764,8 +709,6 @@ class BagelModel(UnifiedModel):
             options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "generator": generator}
             pairs = zip(text, images, strict=True)
             return [self.generate_text(processor, [one], [image], **options)[0] for one, image in pairs]
-        training = self.training
-        self.eval()
         context = self.new_context(len(text))
         if images is not None:
             resized = [processor.resize(image, processor.generation_size) for image in images]
@@ -788,7 +731,6 @@ class BagelModel(UnifiedModel):
             generated.append(ids.masked_fill(done[:, None], self.config.eos_token_id))
             if done.all():
                 break
-        self.train(training)
         rows = torch.cat(generated, dim=1).tolist() if generated else [[] for _ in text]
         return [processor.tokenizer.decode([i for i in row if i != self.config.eos_token_id]) for row in rows]
 

@@ -12,8 +12,6 @@ tokens, E / D MAR encoder / decoder width, H language model width, M noise draws
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +26,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from reca_trainer.models.harmon.configuration_harmon import HarmonConfig, HarmonMarConfig
 from reca_trainer.models.harmon.processing_harmon import HarmonProcessor
-from reca_trainer.models.unified import Generators, UnifiedModel, UnifiedOutput, per_sample
+from reca_trainer.models.unified import (
+    Generators,
+    UnifiedModel,
+    UnifiedOutput,
+    evaluating,
+    per_sample,
+    token_cross_entropy,
+)
 
 # --- masking -------------------------------------------------------------------------------------------------------
 
@@ -490,6 +495,9 @@ class HarmonModel(UnifiedModel):
             if isinstance(module, FinalLayer):
                 init.zeros_(module.linear.weight)
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.llm.get_input_embeddings()
+
     @property
     def generation_modules(self) -> list[str]:
         return ["llm", "mar", "proj_in", "proj_out"]
@@ -503,9 +511,6 @@ class HarmonModel(UnifiedModel):
         super().train(mode)
         self.vae.eval()
         return self
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.llm.get_input_embeddings()
 
     # losses
 
@@ -570,20 +575,7 @@ class HarmonModel(UnifiedModel):
             understanding = self._scale_gradient(self.understand(self.encode_image(condition_pixel_values)))
         embeds, mask, labels = self._embed(input_ids, attention_mask, understanding, labels)
         hidden = self.llm.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
-        supervised = labels[:, 1:] != -100  # [B, T - 1]
-        if not supervised.any():
-            raise ValueError("No token of this caption batch is supervised: every label is -100.")
-        target = labels[:, 1:][supervised]
-        logits = self.llm.lm_head(hidden[:, :-1][supervised]).float()  # [N, vocabulary]
-        losses = F.cross_entropy(logits, target, reduction="none")
-        by_sample = torch.zeros(supervised.shape, device=losses.device).masked_scatter(supervised, losses.detach())
-        return UnifiedOutput(
-            loss=losses.mean(),
-            per_sample_loss=by_sample.sum(1) / supervised.sum(1).clamp(min=1),
-            prediction=logits,
-            target=target,
-            understanding_embeds=understanding,
-        )
+        return token_cross_entropy(self.llm.lm_head, hidden[:, :-1], labels[:, 1:], understanding)
 
     @torch.no_grad()
     def encode_image(self, pixel_values: Tensor) -> Tensor:
@@ -694,16 +686,7 @@ class HarmonModel(UnifiedModel):
 
     # sampling
 
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        training = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.train(training)
-
+    @evaluating
     def generate_images(
         self,
         processor: HarmonProcessor,
@@ -743,26 +726,25 @@ class HarmonModel(UnifiedModel):
             raise ValueError(f"height and width must be multiples of {stride}, got {size}.")
         grid = (size[0] // stride, size[1] // stride)
 
-        with self._evaluating():
-            prompts, understanding = processor.prompt_ids(text, task), None
-            if task == "reconstruct":
-                pixel_values = processor(images=images, instruction="", task=task, size=size)["pixel_values"]
-                understanding = self.understand(self.encode_image(pixel_values.to(self.device)))
-            context, context_mask = self._embed_prompts(processor, prompts, understanding)
-            if guidance_scale != 1:
-                unconditional = self._embed_prompts(processor, processor.prompt_ids([""] * count, "generate"), None)
-                context, context_mask = stack_prompts((context, context_mask), unconditional)
-            latents = self.sample_latents(
-                context,
-                context_mask,
-                **self.sample_noise(count, grid, generator),
-                grid=grid,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                guidance_schedule=guidance_schedule,
-                temperature=temperature,
-            )
-            pixels = (127.5 * self.decode_image(latents) + 128).clamp(0, 255).to(torch.uint8)
+        prompts, understanding = processor.prompt_ids(text, task), None
+        if task == "reconstruct":
+            pixel_values = processor(images=images, instruction="", task=task, size=size)["pixel_values"]
+            understanding = self.understand(self.encode_image(pixel_values.to(self.device)))
+        context, context_mask = self._embed_prompts(processor, prompts, understanding)
+        if guidance_scale != 1:
+            unconditional = self._embed_prompts(processor, processor.prompt_ids([""] * count, "generate"), None)
+            context, context_mask = stack_prompts((context, context_mask), unconditional)
+        latents = self.sample_latents(
+            context,
+            context_mask,
+            **self.sample_noise(count, grid, generator),
+            grid=grid,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance_schedule=guidance_schedule,
+            temperature=temperature,
+        )
+        pixels = (127.5 * self.decode_image(latents) + 128).clamp(0, 255).to(torch.uint8)
         return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
     def sample_noise(self, batch_size: int, grid: tuple[int, int], generator: Generators = None) -> dict[str, Tensor]:
@@ -836,6 +818,7 @@ class HarmonModel(UnifiedModel):
         ids, mask = processor.pad(prompts, side)
         return self._embed(ids.to(self.device), mask.to(self.device), image_embeds)[:2]
 
+    @evaluating
     def generate_text(
         self,
         processor: HarmonProcessor,
@@ -848,7 +831,7 @@ class HarmonModel(UnifiedModel):
     ) -> list[str]:
         """Answer questions, greedily unless `sampling` (arguments of transformers' `generate`) says otherwise;
         `generator` then seeds the draws."""
-        with self._evaluating(), torch.random.fork_rng(enabled=generator is not None):
+        with torch.random.fork_rng(enabled=generator is not None):
             if generator is not None:
                 torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
             understanding = None

@@ -10,9 +10,8 @@ token that begins an image:
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +23,14 @@ from transformers import DynamicCache
 
 from reca_trainer.models.janus.configuration_janus import JanusConfig
 from reca_trainer.models.janus.processing_janus import JanusProcessor
-from reca_trainer.models.unified import Generators, UnifiedModel, UnifiedOutput, per_sample
+from reca_trainer.models.unified import (
+    Generators,
+    UnifiedModel,
+    UnifiedOutput,
+    evaluating,
+    per_sample,
+    token_cross_entropy,
+)
 
 
 class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForConditionalGeneration):
@@ -125,18 +131,7 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
     ) -> UnifiedOutput:
         understanding_embeds = self.encode_understanding(condition_pixel_values)
         hidden = self._run_language_model(self.embed_prompt(input_ids, understanding_embeds), attention_mask)
-        supervised = labels[:, 1:] != -100
-        target = labels[:, 1:][supervised]  # [L]
-        logits = self.lm_head(hidden[:, :-1][supervised])  # [L, vocab_size]; the other positions would fill the memory
-        losses = F.cross_entropy(logits.float(), target, reduction="none")
-        sums = losses.new_zeros(len(labels)).index_add(0, supervised.nonzero()[:, 0], losses.detach())
-        return UnifiedOutput(
-            loss=losses.mean(),
-            per_sample_loss=sums / supervised.sum(dim=1),
-            prediction=logits,
-            target=target,
-            understanding_embeds=understanding_embeds,
-        )
+        return token_cross_entropy(self.lm_head, hidden[:, :-1], labels[:, 1:], understanding_embeds)
 
     def encode_understanding(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Images `[B, 3, h, w]` as the vision tower wants them -> what the language model reads, `[B, S, D]`."""
@@ -200,7 +195,7 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
             return super().count_supervised(batch, corruption)
         return len(batch["pixel_values"]) * self.config.vq_config.num_patches**2
 
-    @torch.no_grad()
+    @evaluating
     def generate_images(
         self,
         processor: JanusProcessor,
@@ -244,29 +239,28 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
         else:
             raise ValueError(f"task={task!r}: Janus generates from text, or reconstructs images; pass text or images.")
         tokenizer, input_ids, mask = processor.tokenizer, inputs["input_ids"], inputs["attention_mask"]
-        with _evaluating(self):
-            understanding = self.encode_understanding(inputs["pixel_values"]) if task == "reconstruct" else None
-            prompt = self.embed_prompt(input_ids, understanding)
-            if guidance_scale != 1:
-                keep = input_ids == tokenizer.bos_token_id
-                keep[:, -1] = True
-                blank = self.embed_prompt(input_ids.where(keep, tokenizer.pad_token_id))
-                prompt, mask = torch.cat([prompt, blank]), mask.repeat(2, 1)
-            tokens = self._sample_tokens(
-                prompt,
-                mask,
-                head=self.model.generation_head,
-                embed=self.prepare_embeddings_for_image_generation,
-                max_tokens=fixed["num_inference_steps"],
-                guidance_scale=guidance_scale,
-                temperature=temperature,
-                generator=generator,
-            )
-            pixels = self.model.vqmodel.decode(tokens)  # [B, 3, H, W] in [-1, 1]
+        understanding = self.encode_understanding(inputs["pixel_values"]) if task == "reconstruct" else None
+        prompt = self.embed_prompt(input_ids, understanding)
+        if guidance_scale != 1:
+            keep = input_ids == tokenizer.bos_token_id
+            keep[:, -1] = True
+            blank = self.embed_prompt(input_ids.where(keep, tokenizer.pad_token_id))
+            prompt, mask = torch.cat([prompt, blank]), mask.repeat(2, 1)
+        tokens = self._sample_tokens(
+            prompt,
+            mask,
+            head=self.model.generation_head,
+            embed=self.prepare_embeddings_for_image_generation,
+            max_tokens=fixed["num_inference_steps"],
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            generator=generator,
+        )
+        pixels = self.model.vqmodel.decode(tokens)  # [B, 3, H, W] in [-1, 1]
         pixels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
         return [Image.fromarray(one) for one in pixels.cpu().numpy()]
 
-    @torch.no_grad()
+    @evaluating
     def generate_text(
         self,
         processor: JanusProcessor,
@@ -285,18 +279,17 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
             temperature: divides the logits; 0 takes the likeliest token.
         """
         inputs = processor.prompts(text, [image.convert("RGB") for image in images or []]).to(self.device)
-        with _evaluating(self):
-            understanding = self.encode_understanding(inputs["pixel_values"]) if images else None
-            tokens = self._sample_tokens(
-                self.embed_prompt(inputs["input_ids"], understanding),
-                inputs["attention_mask"],
-                head=self.lm_head,
-                embed=self.get_input_embeddings(),
-                max_tokens=max_new_tokens,
-                temperature=temperature,
-                generator=generator,
-                stop=processor.tokenizer.eos_token_id,
-            )
+        understanding = self.encode_understanding(inputs["pixel_values"]) if images else None
+        tokens = self._sample_tokens(
+            self.embed_prompt(inputs["input_ids"], understanding),
+            inputs["attention_mask"],
+            head=self.lm_head,
+            embed=self.get_input_embeddings(),
+            max_tokens=max_new_tokens,
+            temperature=temperature,
+            generator=generator,
+            stop=processor.tokenizer.eos_token_id,
+        )
         return [answer.strip() for answer in processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     def _sample_tokens(
@@ -346,14 +339,3 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
                 inputs = inputs.repeat(2, 1, 1)
             attention_mask = F.pad(attention_mask, (0, 1), value=1)
         return torch.stack(tokens, dim=1)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, and afterwards in the mode it was in."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -22,7 +22,14 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from reca_trainer.models.openuni.configuration_openuni import OpenUniConfig
 from reca_trainer.models.openuni.processing_openuni import OpenUniProcessor
-from reca_trainer.models.unified import Generators, UnifiedModel, UnifiedOutput, per_sample
+from reca_trainer.models.unified import (
+    Generators,
+    UnifiedModel,
+    UnifiedOutput,
+    evaluating,
+    per_sample,
+    token_cross_entropy,
+)
 
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -154,17 +161,7 @@ class OpenUniModel(UnifiedModel):
         """Next-token cross-entropy of the answer. Nothing that OpenUni generates with depends on it."""
         embeds = None if condition_pixel_values is None else self.encode_condition(condition_pixel_values)
         hidden = self._read(input_ids, attention_mask, embeds)[:, :-1]  # [B, T - 1, D]
-        logits = self.internvl.lm_head(hidden).float()
-        target = labels[:, 1:]
-        losses = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")  # [B, T - 1], 0 if unsupervised
-        count = (target != -100).sum(dim=1)
-        return UnifiedOutput(
-            loss=losses.sum() / count.sum(),
-            per_sample_loss=(losses.sum(dim=1) / count).detach(),
-            prediction=logits,
-            target=target,
-            understanding_embeds=embeds,
-        )
+        return token_cross_entropy(self.internvl.lm_head, hidden, labels[:, 1:], embeds)
 
     @torch.no_grad()
     def encode_condition(self, condition_pixel_values: torch.Tensor) -> torch.Tensor:
@@ -243,7 +240,7 @@ class OpenUniModel(UnifiedModel):
         noise = per_sample(lambda one: torch.randn(shape, generator=one), batch_size, generator)
         return {"noise": noise, "u": per_sample(lambda one: torch.rand((), generator=one), batch_size, generator)}
 
-    @torch.no_grad()
+    @evaluating
     def generate_images(
         self,
         processor: OpenUniProcessor,
@@ -282,20 +279,13 @@ class OpenUniModel(UnifiedModel):
             text = [*text, *[negative_text] * batch_size]
             images = images and [*images, *images]
         requests = {"text": text} if task == "generate" else {"images": images, "instruction": text}
-        was_training = self.training
-        self.eval()
-        try:
-            batch = processor(**requests, task=task, size=(height, width))
-            prompt_embeds = self._encode_batch(batch)
-            if latents is None:
-                ratio = self.config.spatial_compression_ratio
-                shape = (batch_size, self.transformer.config.in_channels, height // ratio, width // ratio)
-                latents = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
-            pixels = self.decode_latents(
-                self.sample_latents(latents, prompt_embeds, num_inference_steps, guidance_scale)
-            )
-        finally:
-            self.train(was_training)
+        batch = processor(**requests, task=task, size=(height, width))
+        prompt_embeds = self._encode_batch(batch)
+        if latents is None:
+            ratio = self.config.spatial_compression_ratio
+            shape = (batch_size, self.transformer.config.in_channels, height // ratio, width // ratio)
+            latents = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
+        pixels = self.decode_latents(self.sample_latents(latents, prompt_embeds, num_inference_steps, guidance_scale))
         return processor.to_images(pixels)
 
     def _encode_batch(self, batch: dict[str, Any]) -> torch.Tensor:
@@ -341,7 +331,7 @@ class OpenUniModel(UnifiedModel):
                 on_step(timestep, latents)
         return latents
 
-    @torch.no_grad()
+    @evaluating
     def generate_text(
         self,
         processor: OpenUniProcessor,
@@ -361,22 +351,17 @@ class OpenUniModel(UnifiedModel):
         batch = {name: tensor.to(self.device) for name, tensor in processor.ask(text, images).items()}
         if images:
             batch["pixel_values"] = batch.pop("condition_pixel_values")
-        was_training = self.training
-        self.eval()
-        try:
-            devices = [self.device] if self.device.type == "cuda" else []
-            with torch.random.fork_rng(devices=devices, enabled=generator is not None):
-                if generator is not None:
-                    torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-                tokens = self.internvl.generate(
-                    **batch,
-                    max_new_tokens=max_new_tokens,
-                    eos_token_id=processor.tokenizer.convert_tokens_to_ids("<|im_end|>"),
-                    pad_token_id=processor.tokenizer.pad_token_id,
-                    **{"do_sample": False, **sampling},
-                )
-        finally:
-            self.train(was_training)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices, enabled=generator is not None):
+            if generator is not None:
+                torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+            tokens = self.internvl.generate(
+                **batch,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=processor.tokenizer.convert_tokens_to_ids("<|im_end|>"),
+                pad_token_id=processor.tokenizer.pad_token_id,
+                **{"do_sample": False, **sampling},
+            )
         answers = tokens[:, batch["input_ids"].shape[1] :]
         return [answer.strip() for answer in processor.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
@@ -389,6 +374,3 @@ def noise_levels(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     timestep = NUM_TRAIN_TIMESTEPS - (u.float() * NUM_TRAIN_TIMESTEPS).floor()
     return timestep, timestep / NUM_TRAIN_TIMESTEPS
-
-
-__all__ = ["OpenUniModel"]

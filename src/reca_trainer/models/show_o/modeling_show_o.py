@@ -27,7 +27,14 @@ from transformers import CLIPVisionModel, DynamicCache, PhiForCausalLM
 
 from reca_trainer.models.show_o.configuration_show_o import CONDITION_TOKEN_ID, ShowOConfig
 from reca_trainer.models.show_o.processing_show_o import ShowOProcessor, resize_and_crop
-from reca_trainer.models.unified import Generators, UnifiedModel, UnifiedOutput, per_sample
+from reca_trainer.models.unified import (
+    Generators,
+    UnifiedModel,
+    UnifiedOutput,
+    evaluating,
+    per_sample,
+    token_cross_entropy,
+)
 
 
 class MagvitV2Encoder(nn.Module):
@@ -194,7 +201,7 @@ class ShowOModel(UnifiedModel):
             embeds = embeds.detach()  # as in the official run
         hidden = self.attend(embeds, self.attention_mask("reconstruct", input_ids, attention_mask))
         hidden = hidden[:, -1 - tokens.shape[1] : -1]  # the image tokens without their markers
-        return self._cross_entropy(hidden, tokens.masked_fill(~mask, -100), condition)
+        return token_cross_entropy(self.language_model.lm_head, hidden, tokens.masked_fill(~mask, -100), condition)
 
     def _generate(self, pixel_values, input_ids, attention_mask, corruption, **_) -> UnifiedOutput:
         """Text-to-image: predict the masked tokens behind the caption, and the two markers around them."""
@@ -207,7 +214,7 @@ class ShowOModel(UnifiedModel):
         segment = tokens.shape[1] + 2
         labels = input_ids[:, -segment:].clone()
         labels[:, 1:-1] = tokens.masked_fill(~mask, -100)
-        return self._cross_entropy(hidden[:, -segment:], labels)
+        return token_cross_entropy(self.language_model.lm_head, hidden[:, -segment:], labels)
 
     def _caption(
         self, input_ids, labels, attention_mask=None, condition_pixel_values=None, corruption=None, **_
@@ -216,27 +223,7 @@ class ShowOModel(UnifiedModel):
         condition = None if condition_pixel_values is None else self.encode_condition(condition_pixel_values)
         embeds, condition = self.embed(input_ids, condition)
         hidden = self.attend(embeds, self.attention_mask("caption", input_ids, attention_mask))
-        return self._cross_entropy(hidden[:, :-1], labels[:, 1:], condition)
-
-    def _cross_entropy(self, hidden, labels, understanding_embeds=None) -> UnifiedOutput:
-        """Over the whole vocabulary, at the positions of `hidden` `[B, T, D]` whose label `[B, T]` is not -100."""
-        supervised = labels != -100
-        target = labels[supervised]
-        if not len(target):
-            raise ValueError(
-                "No token of this batch is supervised; are its questions so long that the answers are cut?"
-            )
-        logits = self.language_model.lm_head(hidden[supervised])
-        token_loss = F.cross_entropy(logits.float(), target, reduction="none")
-        per_token = torch.zeros(supervised.shape, device=hidden.device)
-        per_token = per_token.masked_scatter(supervised, token_loss.detach())
-        return UnifiedOutput(
-            loss=token_loss.mean(),
-            per_sample_loss=per_token.sum(1) / supervised.sum(1).clamp(min=1),
-            prediction=logits,
-            target=target,
-            understanding_embeds=understanding_embeds,
-        )
+        return token_cross_entropy(self.language_model.lm_head, hidden[:, :-1], labels[:, 1:], condition)
 
     @torch.no_grad()
     def tokenize_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -368,7 +355,7 @@ class ShowOModel(UnifiedModel):
         count = super().count_supervised(batch, corruption)
         return count + 2 * len(corruption["mask"]) if "drop_text" in corruption else count  # generate's markers
 
-    @torch.no_grad()
+    @evaluating
     def generate_images(
         self,
         processor: ShowOProcessor,
@@ -405,8 +392,6 @@ class ShowOModel(UnifiedModel):
             raise ValueError("Reconstruction needs `images`.")
         if task != "reconstruct" and text is None:
             raise ValueError("Text-to-image and inpainting need `text`; an empty string for no guidance by words.")
-        training = self.training
-        self.eval()
         condition, known = None, None
         if task == "reconstruct":
             batch = processor(images=images, instruction=text, task="reconstruct")
@@ -427,9 +412,7 @@ class ShowOModel(UnifiedModel):
             condition=condition,
             known=known,
         )
-        pixels = self.decode_tokens(tokens)
-        self.train(training)
-        return self.to_images(pixels)
+        return self.to_images(self.decode_tokens(tokens))
 
     @torch.no_grad()
     def generate_tokens(
@@ -540,7 +523,7 @@ class ShowOModel(UnifiedModel):
         attention_mask[:, :prefix] = 0
         return input_ids, attention_mask
 
-    @torch.no_grad()
+    @evaluating
     def generate_text(
         self,
         processor: ShowOProcessor,
@@ -552,8 +535,6 @@ class ShowOModel(UnifiedModel):
         generator: Generators = None,
     ) -> list[str]:
         """See `UnifiedModel.generate_text`. Greedy at `temperature` 0, as the authors' evaluation is, else sampled."""
-        training = self.training
-        self.eval()
         conditions = [None] * len(text)
         if images is not None:
             conditions = self.encode_condition(processor.understanding_pixels(images).to(self.device)).split(1)
@@ -563,7 +544,6 @@ class ShowOModel(UnifiedModel):
         for input_ids, condition, one in zip(questions, conditions, generators, strict=True):
             ids, _ = self.answer(input_ids.to(self.device), condition, max_new_tokens, temperature, one)
             answers.append(processor.tokenizer.decode(ids, skip_special_tokens=True).strip())
-        self.train(training)
         return answers
 
     @torch.no_grad()
