@@ -24,6 +24,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 from PIL import Image
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -143,6 +144,54 @@ class BagelTimestepEmbedder(nn.Module):
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
 
 
+class RMSNorm(torch.autograd.Function):
+    """`Qwen2RMSNorm`, bit for bit, that keeps its input and one number a token for the backward pass: neither the input
+    in float32 nor the normalised one."""
+
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        x = hidden.float()
+        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)  # [..., 1]
+        ctx.save_for_backward(hidden, weight, scale)
+        return weight * (x * scale).to(hidden.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        hidden, weight, scale = ctx.saved_tensors
+        grad, normed, grad_weight = grad.float(), hidden.float() * scale, None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        grad = grad * weight.float()
+        grad = (grad - normed * (grad * normed).mean(-1, keepdim=True)) * scale
+        return grad.to(hidden.dtype), grad_weight, None
+
+
+class BagelRMSNorm(Qwen2RMSNorm):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return RMSNorm.apply(hidden, self.weight, self.variance_epsilon)
+
+
+class SwiGLU(torch.autograd.Function):
+    """`silu(gate) · up`, bit for bit; the backward pass computes `silu(gate)` again rather than keeping it."""
+
+    @staticmethod
+    def forward(ctx, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+class BagelMLP(Qwen2MLP):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(SwiGLU.apply(self.gate_proj(hidden), self.up_proj(hidden)))
+
+
 class BagelAttention(nn.Module):
     """Grouped-query attention whose projections and query/key norms exist once per expert."""
 
@@ -156,8 +205,8 @@ class BagelAttention(nn.Module):
             self.add_module(f"k_proj{expert}", nn.Linear(config.hidden_size, kv_dim))
             self.add_module(f"v_proj{expert}", nn.Linear(config.hidden_size, kv_dim))
             self.add_module(f"o_proj{expert}", nn.Linear(q_dim, config.hidden_size, bias=False))
-            self.add_module(f"q_norm{expert}", Qwen2RMSNorm(self.head_dim, eps=config.rms_norm_eps))
-            self.add_module(f"k_norm{expert}", Qwen2RMSNorm(self.head_dim, eps=config.rms_norm_eps))
+            self.add_module(f"q_norm{expert}", BagelRMSNorm(self.head_dim, eps=config.rms_norm_eps))
+            self.add_module(f"k_norm{expert}", BagelRMSNorm(self.head_dim, eps=config.rms_norm_eps))
 
     def project(self, hidden: torch.Tensor, expert: str) -> list[torch.Tensor]:
         """`[B, T, D]` -> queries, keys, values `[B, heads, T, head_dim]`, normalised but not yet rotated."""
@@ -179,10 +228,10 @@ class BagelDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = BagelAttention(config)
         for expert in (UNDERSTANDING, GENERATION):
-            self.add_module(f"mlp{expert}", Qwen2MLP(config))
-            self.add_module(f"input_layernorm{expert}", Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
+            self.add_module(f"mlp{expert}", BagelMLP(config))
+            self.add_module(f"input_layernorm{expert}", BagelRMSNorm(config.hidden_size, eps=config.rms_norm_eps))
             self.add_module(
-                f"post_attention_layernorm{expert}", Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+                f"post_attention_layernorm{expert}", BagelRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             )
 
     def forward(
@@ -244,8 +293,8 @@ class BagelDecoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([BagelDecoderLayer(config) for _ in range(config.num_hidden_layers)])
-        self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.norm_moe_gen = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = BagelRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm_moe_gen = BagelRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen2RotaryEmbedding(config)
 
 
@@ -294,7 +343,6 @@ class BagelModel(UnifiedModel):
     lora_target_modules = (
         r"language_model\.model\.layers\.\d+\.(self_attn\.[qkvo]_proj_moe_gen|mlp_moe_gen\.(gate|up|down)_proj)"
     )
-    lora_modules_to_save = ("vae2llm", "llm2vae", "time_embedder")
     quantized_modules = r"language_model\.model\.layers\.\d+\..*"  # both experts
     frozen_encoders = ("vit_model", "connector", "vae")
     supports_timesteps_per_image = True
