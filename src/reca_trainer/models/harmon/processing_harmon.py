@@ -74,9 +74,6 @@ class HarmonProcessor(UnifiedProcessor):
         """Id of `<|im_end|>`, which ends every turn and pads training batches."""
         return self.tokenizer.convert_tokens_to_ids("<|im_end|>")
 
-    def target_sizes(self) -> list[tuple[int, int]]:
-        return [(self.image_size, self.image_size)]
-
     def __call__(
         self,
         images: list[Image.Image] | None = None,
@@ -122,6 +119,9 @@ class HarmonProcessor(UnifiedProcessor):
             "input_ids": input_ids,
             "attention_mask": attention_mask,
         }
+
+    def target_sizes(self) -> list[tuple[int, int]]:
+        return [(self.image_size, self.image_size)]
 
     # text
 

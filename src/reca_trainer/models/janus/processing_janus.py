@@ -36,6 +36,46 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
     It saves and loads as transformers' own, whose call with free-form text is `transformers.JanusProcessor.__call__`.
     """
 
+    @classmethod
+    def tiny(cls, config: JanusConfig, tokenizer: PreTrainedTokenizerFast | None = None) -> JanusProcessor:
+        """The processor of a `JanusConfig.tiny`, with a chat template in the style of Janus.
+
+        Args:
+            tokenizer: gets Janus' six special tokens behind its vocabulary; single bytes by default.
+
+        Raises:
+            ValueError: tokenizer and config differ in vocabulary size.
+        """
+        if tokenizer is None:
+            backend = Tokenizer(models.BPE(vocab={b: i for i, b in enumerate(sorted(_BYTES))}, merges=[]))
+            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            backend.decoder = decoders.ByteLevel()
+        else:
+            backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        backend.add_special_tokens(list(TINY_SPECIAL_TOKENS.values()))
+        if backend.get_vocab_size() != config.text_config.vocab_size:
+            raise ValueError(
+                f"The tokenizer has {backend.get_vocab_size()} entries with Janus' special tokens, but the config's "
+                f"vocab_size is {config.text_config.vocab_size}."
+            )
+        bos = TINY_SPECIAL_TOKENS["bos_token"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
+        )
+        names = dict(TINY_SPECIAL_TOKENS)
+        image_tokens = {name: names.pop(name) for name in ("image_token", "boi_token", "eoi_token")}
+        side = config.vision_config.image_size
+        return cls(
+            image_processor=JanusImageProcessorPil(
+                size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+            ),
+            tokenizer=PreTrainedTokenizerFast(
+                tokenizer_object=backend, extra_special_tokens=image_tokens, padding_side="left", **names
+            ),
+            chat_template=TINY_CHAT_TEMPLATE,
+            num_image_tokens=config.vision_config.num_image_tokens,
+        )
+
     def __call__(
         self,
         images: list[Image.Image] | None = None,
@@ -79,6 +119,9 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
         inputs = self.prompts(text, generation_mode="image")
         return {**batch, "input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
 
+    def target_sizes(self) -> list[tuple[int, int]]:
+        return [(self.image_processor.size["height"], self.image_processor.size["width"])]
+
     def prompts(
         self, text: list[str], images: list[Image.Image] | None = None, generation_mode: str = "text"
     ) -> BatchFeature:
@@ -109,49 +152,6 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
         """The central square of each image, at the size that the model generates."""
         height, width = self.target_sizes()[0]
         return [ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC) for image in images]
-
-    def target_sizes(self) -> list[tuple[int, int]]:
-        return [(self.image_processor.size["height"], self.image_processor.size["width"])]
-
-    @classmethod
-    def tiny(cls, config: JanusConfig, tokenizer: PreTrainedTokenizerFast | None = None) -> JanusProcessor:
-        """The processor of a `JanusConfig.tiny`, with a chat template in the style of Janus.
-
-        Args:
-            tokenizer: gets Janus' six special tokens behind its vocabulary; single bytes by default.
-
-        Raises:
-            ValueError: tokenizer and config differ in vocabulary size.
-        """
-        if tokenizer is None:
-            backend = Tokenizer(models.BPE(vocab={b: i for i, b in enumerate(sorted(_BYTES))}, merges=[]))
-            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            backend.decoder = decoders.ByteLevel()
-        else:
-            backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        backend.add_special_tokens(list(TINY_SPECIAL_TOKENS.values()))
-        if backend.get_vocab_size() != config.text_config.vocab_size:
-            raise ValueError(
-                f"The tokenizer has {backend.get_vocab_size()} entries with Janus' special tokens, but the config's "
-                f"vocab_size is {config.text_config.vocab_size}."
-            )
-        bos = TINY_SPECIAL_TOKENS["bos_token"]
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
-        )
-        names = dict(TINY_SPECIAL_TOKENS)
-        image_tokens = {name: names.pop(name) for name in ("image_token", "boi_token", "eoi_token")}
-        side = config.vision_config.image_size
-        return cls(
-            image_processor=JanusImageProcessorPil(
-                size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.5] * 3
-            ),
-            tokenizer=PreTrainedTokenizerFast(
-                tokenizer_object=backend, extra_special_tokens=image_tokens, padding_side="left", **names
-            ),
-            chat_template=TINY_CHAT_TEMPLATE,
-            num_image_tokens=config.vision_config.num_image_tokens,
-        )
 
     def _captions(
         self, images: list[Image.Image], questions: list[str], captions: list[str]

@@ -96,27 +96,6 @@ class OpenUniConfig(PreTrainedConfig):
         for nested in (self.internvl_config.text_config, self.internvl_config.vision_config):
             nested.dtype = None
 
-    @property
-    def condition_size(self) -> int:
-        """Height and width, in pixels, of the image that the understanding encoder sees."""
-        return self.internvl_config.vision_config.image_size[0]
-
-    @property
-    def num_image_tokens(self) -> int:
-        """Number of understanding embeddings an image becomes."""
-        vision = self.internvl_config.vision_config
-        return int(self.condition_size // vision.patch_size[0] * self.internvl_config.downsample_ratio) ** 2
-
-    @property
-    def spatial_compression_ratio(self) -> int:
-        """Pixels per latent, along each side."""
-        return 2 ** (len(self.vae_config["encoder_block_out_channels"]) - 1)
-
-    @property
-    def image_size(self) -> int:
-        """Height and width, in pixels, of the images SANA was trained at."""
-        return self.transformer_config["sample_size"] * self.spatial_compression_ratio
-
     @classmethod
     def tiny(cls, vocab_size: int) -> OpenUniConfig:
         """About a million parameters in the published structure: 32×32 images as 8×8 latents, 16 understanding
@@ -165,5 +144,23 @@ class OpenUniConfig(PreTrainedConfig):
             num_queries=16,
         )
 
+    @property
+    def condition_size(self) -> int:
+        """Height and width, in pixels, of the image that the understanding encoder sees."""
+        return self.internvl_config.vision_config.image_size[0]
 
-__all__ = ["OpenUniConfig"]
+    @property
+    def num_image_tokens(self) -> int:
+        """Number of understanding embeddings an image becomes."""
+        vision = self.internvl_config.vision_config
+        return int(self.condition_size // vision.patch_size[0] * self.internvl_config.downsample_ratio) ** 2
+
+    @property
+    def spatial_compression_ratio(self) -> int:
+        """Pixels per latent, along each side."""
+        return 2 ** (len(self.vae_config["encoder_block_out_channels"]) - 1)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width, in pixels, of the images SANA was trained at."""
+        return self.transformer_config["sample_size"] * self.spatial_compression_ratio

@@ -115,14 +115,14 @@ class OpenUniProcessor(UnifiedProcessor):
             batch["condition_pixel_values"] = self._to_condition(batch["pixel_values"])
         return batch
 
+    def target_sizes(self) -> list[tuple[int, int]]:
+        return [(self.image_size, self.image_size)]
+
     def ask(self, questions: list[str], images: list[Image.Image] | None = None) -> dict[str, torch.Tensor]:
         """Prompts that end where an answer begins, and the images they ask about."""
         if not images:
             return self._tokenize([self._turn(question) for question in questions])
         return {**self._tokenize([self._image_turn(question) for question in questions]), **self._condition(images)}
-
-    def target_sizes(self) -> list[tuple[int, int]]:
-        return [(self.image_size, self.image_size)]
 
     def to_images(self, pixels: torch.Tensor) -> list[Image.Image]:
         """`[B, 3, H, W]` in about [-1, 1] → PIL images, rounded to the nearest of 256 levels."""
@@ -174,6 +174,3 @@ class OpenUniProcessor(UnifiedProcessor):
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         normalised = ((pixel_values + 1) / 2 - mean) / std
         return F.interpolate(normalised, size=(self.condition_size, self.condition_size), mode="bilinear")
-
-
-__all__ = ["OpenUniProcessor"]
