@@ -206,6 +206,8 @@ def check_training(case, load, processor, record):
     output.loss.backward()
     gradients = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
     assert set(gradients) == set(info["trainable_parameters"])
+    gradients = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+    assert set(info["trainable_parameters"]) - set(gradients) == set(info["trainable_without_grad"])
     for name, norm in info["grad_norms"].items():
         # In exact arithmetic the gradients of key biases are zero; what is recorded for them is round-off.
         assert gradients[name].norm().item() == pytest.approx(norm, rel=5e-3, abs=1e-6), name
