@@ -6,8 +6,8 @@ the small projections in full beside the adapters buys.
     python benchmarks/adapters.py modules --output benchmarks/results/DATE-modules-to-save.json
 
 `errors` compares velocities with those of base and adapter as trained, on a random BAGEL. `memory` makes random BAGELs of
-two sizes and runs each step in a process of its own. `modules` trains the embedded default with `modules_to_save` as the
-family sets it and with none, from the same seeds on the same rows. Prints one JSON line.
+two sizes and runs each step in a process of its own. `modules` trains the embedded default with `modules_to_save` and
+without, from the same seeds on the same rows. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def measure_modules(folder: Path, steps: int = 200, seeds: int = 2) -> dict:
     table = []
     for learning_rate in (1e-3, 1e-4):
         for seed in range(seeds):
-            for modules in (None, []):  # as the family sets it, or none
+            for modules in (["vae2llm", "llm2vae", "time_embedder"], None):
                 model, processor = shapes.load()
                 settings = {
                     "max_steps": steps,

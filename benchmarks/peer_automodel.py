@@ -54,10 +54,10 @@ def build_automodel(options: dict[str, Any]) -> Callable[[], float]:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
     if options["mode"] == "lora":
-        rank, save = options["lora_rank"], tuple(f"model.{name}." for name in Model.lora_modules_to_save)
+        rank = options["lora_rank"]
         model = inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), model)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_("lora_" in name or name.startswith(save))
+            parameter.requires_grad_("lora_" in name)
     if options["checkpointing"] != "none":
         _apply_full_layer_checkpointing(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

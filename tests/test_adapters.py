@@ -41,7 +41,7 @@ def dataset():
 def with_adapter(quantization=None, seed=3, dtype=None, **lora):
     """The tiny BAGEL with an adapter that has visibly learnt something."""
     model = AutoUnifiedModel.from_pretrained(CHECKPOINT, quantization_config=quantization, dtype=dtype)
-    model = attach(model, LoraConfig(r=4, **lora))
+    model = attach(model, LoraConfig(r=4, **{"modules_to_save": ["vae2llm", "llm2vae", "time_embedder"], **lora}))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -26,7 +26,10 @@ def test_help_imports_nothing_heavy():
 
 
 def test_merge_export_and_info(tmp_path, capsys):
-    model = attach(AutoUnifiedModel.from_pretrained(CHECKPOINT), LoraConfig(r=2, init_lora_weights=False))
+    model = attach(
+        AutoUnifiedModel.from_pretrained(CHECKPOINT),
+        LoraConfig(r=2, init_lora_weights=False, modules_to_save=["llm2vae"]),
+    )
     model.save_pretrained(tmp_path / "adapter")
     merged = ["merge", str(tmp_path / "adapter"), str(tmp_path / "merged"), "--dtype", "bfloat16"]
     assert main(merged) == 0
@@ -41,7 +44,14 @@ def test_merge_export_and_info(tmp_path, capsys):
         assert main(["info", str(tmp_path / name)]) == 0
         descriptions[name] = capsys.readouterr().out
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    for part in ("LORA adapter", str(CHECKPOINT), "14: down_proj, gate_proj", "llm2vae", f"{trained:,}", "2, 8"):
+    for part in (
+        "LORA adapter",
+        str(CHECKPOINT),
+        "14: mlp_moe_gen.down_proj, mlp_moe_gen.gate_proj",
+        "llm2vae",
+        f"{trained:,}",
+        "2, 8",
+    ):
         assert part in descriptions["adapter"], part
     total = sum(p.numel() for p in model.get_base_model().parameters()) - sum(
         p.numel() for name, p in model.named_parameters() if "lora_" in name or "modules_to_save" in name

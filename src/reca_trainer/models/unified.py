@@ -62,7 +62,6 @@ class UnifiedModel(PreTrainedModel):
         shares_weights: whether understanding and generation run through the same weights. If so RecA trains them with
             an image-to-text loss beside the reconstruction loss (paper, section 3); if not, understanding is frozen.
         lora_target_modules: regular expression that fully matches the names of the generator's linear layers.
-        lora_modules_to_save: names of small generator layers trained in full beside the LoRA adapters.
         quantized_modules: regular expression that fully matches the names of the linear layers a `BitsAndBytesConfig`
             quantises; by default `lora_target_modules`. All others stay as they are.
         frozen_encoders: names of the submodules that `encode_batch` computes with; none where a family has no such
@@ -73,7 +72,6 @@ class UnifiedModel(PreTrainedModel):
 
     shares_weights: bool = False
     lora_target_modules: str = ""
-    lora_modules_to_save: tuple[str, ...] = ()
     quantized_modules: str = ""
     frozen_encoders: tuple[str, ...] = ()
     supports_timesteps_per_image: bool = False
