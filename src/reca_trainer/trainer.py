@@ -936,6 +936,8 @@ def compile_layers(model: UnifiedModel, **options: Any) -> None:
     """`torch.compile` every transformer layer for itself, in place: layers are alike, so they share what is compiled, and
     all a family does around them (which branches on the batch) stays as it is. A second size of a dimension makes it
     symbolic, so images of other shapes and longer instructions soon compile nothing any more."""
+    # Layers of every kind, task and shape count as one function: the wrapper that transformers puts around `forward`.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for module in model.modules():
         if type(module).__name__ in model._no_split_modules:
             module.compile(**options)
