@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPModel
 
 from reca_trainer.evaluation import evaluate
 from reca_trainer.evaluation.reconstruction import (
@@ -74,7 +75,11 @@ def test_scores_of_known_images():
 def test_similarity_of_an_image_with_itself_is_one(clip_folder):
     clip = ClipSimilarity(clip_folder)
     assert clip(noise(0), noise(0)) == pytest.approx(1, abs=1e-5)
-    assert clip(noise(0), Image.new("RGB", (40, 20), "red")) < 1
+    other = Image.new("RGB", (40, 20), "red")
+    inputs = clip.processor(images=[noise(0), other], return_tensors="pt")
+    a, b = CLIPModel.from_pretrained(clip_folder).eval().get_image_features(**inputs).pooler_output
+    cosine = torch.cosine_similarity(a, b, dim=0).item()
+    assert clip(noise(0), other) == pytest.approx(cosine, abs=1e-5) and cosine < 1
     assert image_scores(noise(0), noise(0), clip)["clip_similarity"] == pytest.approx(1, abs=1e-5)
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from PIL import Image
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.functional.multimodal import clip_score
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, CLIPModel
+from transformers import CLIPModel, CLIPProcessor
 
 from reca_trainer.evaluation.generation import image_seed
 from reca_trainer.models.unified import UnifiedModel, UnifiedProcessor
@@ -154,12 +155,17 @@ def image_scores(
 
 def _to_unit(image: Image.Image) -> torch.Tensor:
     """`[1, 3, H, W]` float in [0, 1]."""
+    return _to_bytes(image)[None].float() / 255
+
+
+def _to_bytes(image: Image.Image) -> torch.Tensor:
+    """`[3, H, W]` uint8."""
     pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-    return pixels.view(1, image.height, image.width, 3).permute(0, 3, 1, 2).float() / 255
+    return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
 
 
 class ClipSimilarity:
-    """Cosine of two images' CLIP embeddings: alike in meaning, whatever the pixels.
+    """torchmetrics' CLIPScore of two images, in [0, 1]: alike in meaning, whatever the pixels.
 
     Args:
         name: id or folder of a `CLIPModel`.
@@ -167,14 +173,20 @@ class ClipSimilarity:
     """
 
     def __init__(self, name: str, revision: str | None = None, device: str | torch.device = "cpu"):
-        self.processor = AutoImageProcessor.from_pretrained(name, revision=revision)
-        self.model = CLIPModel.from_pretrained(name, revision=revision).to(device).eval()
+        self.processor = CLIPProcessor.from_pretrained(name, revision=revision)
+        self.model = _ImageEmbeddings.from_pretrained(name, revision=revision).to(device).eval()
 
     @torch.inference_mode()
     def __call__(self, a: Image.Image, b: Image.Image) -> float:
-        pixels = self.processor(images=[a, b], return_tensors="pt").to(self.model.device)
-        features = self.model.get_image_features(**pixels).pooler_output
-        return float(torch.nn.functional.cosine_similarity(features[0], features[1], dim=0))
+        images = [_to_bytes(image).to(self.model.device) for image in (a, b)]
+        return float(clip_score(images[:1], images[1:], lambda: (self.model, self.processor))) / 100
+
+
+class _ImageEmbeddings(CLIPModel):
+    """A CLIP whose image features are a tensor, as torchmetrics takes them to be."""
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return super().get_image_features(pixel_values).pooler_output
 
 
 def load_lpips(device: str | torch.device = "cpu") -> torch.nn.Module:
