@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from reca_trainer.hub import push
+from reca_trainer.hub import model_card, push
 from reca_trainer.models.checkpoint import CheckpointError
 from tests.hub_server import HubServer, Repo
 
@@ -93,7 +93,9 @@ import huggingface_hub.constants
 huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 65536  # what has arrived is kept in whole chunks
 model, merged = (AutoUnifiedModel.from_pretrained(name) for name in ("me/adapter", "me/merged"))
 expected = torch.tensor(json.loads(Path("expected.json").read_text()))
-distances = [(velocity(m).flatten() - expected).abs().max().item() for m in (model, merged)]
+adapters.merge_adapter("me/base", "me/adapter", "again")
+again = AutoUnifiedModel.from_pretrained("again")
+distances = [(velocity(m).flatten() - expected).abs().max().item() for m in (model, merged, again)]
 revision = model.active_peft_config.revision
 processor = AutoUnifiedProcessor.from_pretrained("me/adapter")
 from huggingface_hub import hf_hub_download
@@ -138,7 +140,7 @@ def test_adapter_and_merged_model_travel(tmp_path, server):
     (tmp_path / "b" / "expected.json").write_text(json.dumps(velocity))
     found, _ = client(server, tmp_path / "b", PULL)
     assert found["revision"] == base
-    assert found["distances"][0] == 0 and 0 < found["distances"][1] < 1e-4
+    assert found["distances"][0] == 0 and 0 < found["distances"][1] == found["distances"][2] < 1e-4
     assert found["image"]
     ranges = [request for request in server.requests if "ema.safetensors bytes=" in request]
     assert len(ranges) == 1 and not ranges[0].endswith("bytes=0-"), server.requests
@@ -189,7 +191,8 @@ print(json.dumps(attempt(hub.push, "model", "me/model")))
 """
     server.cut_after = 2
     found, _ = client(server, tmp_path, code)
-    assert not found.startswith("ok") and not server.repos["me/model"].files()
+    assert found.startswith("ConnectionError") and "Push again: what has arrived is not sent again" in found
+    assert not server.repos["me/model"].files()
     assert len(server.objects) == 2
     server.cut_after = None
     found, _ = client(server, tmp_path, code)
@@ -208,6 +211,12 @@ def test_dangerous_and_unfit_repositories_are_refused(tmp_path, server):
 from peft import LoraConfig
 model = adapters.attach(AutoUnifiedModel.from_pretrained(CHECKPOINT), LoraConfig(r=2))
 model.save_pretrained({str(adapter)!r})
+from safetensors.torch import load_file, save_file
+hub.export(CHECKPOINT, "own", "transformers")
+weights = load_file("own/model.safetensors")
+torch.save(weights, "own/pytorch_model.bin")
+weights.pop("vae2llm.bias")
+save_file(weights, "own/partial.safetensors", metadata={{"format": "pt"}})
 print(json.dumps(0))
 """
     client(server, tmp_path, code)
@@ -222,23 +231,36 @@ print(json.dumps(0))
     def adapter_files(base, **changes):
         return {"adapter_config.json": json.dumps({**config, "base_model_name_or_path": base, **changes}).encode()}
 
+    own = {path.name: path.read_bytes() for path in (tmp_path / "own").iterdir()}
+    full, partial, pickle = (
+        own.pop(name) for name in ("model.safetensors", "partial.safetensors", "pytorch_model.bin")
+    )
+    repo("own", {**own, "model.safetensors": full})
+    repo("partial", {**own, "model.safetensors": partial})
+    repo("pickle", {**own, "pytorch_model.bin": pickle})
     repo("base", checkpoint)
     repo("good", {**adapter_files("me/base"), "adapter_model.safetensors": weights})
     repo("pickled", {**adapter_files("me/base"), "adapter_model.bin": b"pickle"})
     repo("climbing", {**checkpoint, "../../../../evil.json": b"{}"})
     repo("outside", {**adapter_files("../base"), "adapter_model.safetensors": weights})
     repo("absolute", {**adapter_files(str(CHECKPOINT)), "adapter_model.safetensors": weights})
+    repo("named", {**adapter_files("base"), "adapter_model.safetensors": weights})
     repo("unpinned", {**adapter_files("me/base", revision="0" * 40), "adapter_model.safetensors": weights})
     repo("other", {**adapter_files("me/base", target_modules="no_such_layer", modules_to_save=None), "adapter_model.safetensors": weights})  # fmt: skip
     code = """
-names = ("good", "pickled", "climbing", "outside", "absolute", "unpinned", "other")
+names = ("good", "own", "partial", "pickle", "pickled", "climbing", "outside", "absolute", "named", "unpinned", "other")
 print(json.dumps({name: attempt(AutoUnifiedModel.from_pretrained, f"me/{name}") for name in names}))
 """
     found, _ = client(server, tmp_path, code)
-    assert found["good"].startswith("ok")
+    assert found["good"].startswith("ok") and found["own"].startswith("ok")
+    assert (
+        found["partial"].startswith("CheckpointError: The weights in me/partial")
+        and "vae2llm.bias" in found["partial"]
+    )
+    assert "no file named model.safetensors" in found["pickle"]
     assert "adapter_model.bin is a pickle" in found["pickled"] and "refused" in found["pickled"]
     assert not found["climbing"].startswith("ok") and not list(tmp_path.parent.glob("**/evil.json"))
-    for name in ("outside", "absolute"):
+    for name in ("outside", "absolute", "named"):
         assert "is a path and not a Hub repository; pass base_model" in found[name]
     assert "RevisionNotFoundError" in found["unpinned"]
     assert "does not fit me/base" in found["other"]
@@ -248,3 +270,10 @@ def test_a_folder_without_weights_is_not_pushed(tmp_path):
     (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
     with pytest.raises(CheckpointError, match=r"holds no \.safetensors file"):
         push(tmp_path, "me/model")
+
+
+def test_card_of_an_adapter_on_a_local_base_says_how_to_load_it():
+    about = {"datasets": [], "hyperparameters": {}, "losses": {}, "steps": 1}
+    card = str(model_card("me/adapter", base_model="/home/me/secret/bagel", is_adapter=True, **about))
+    assert 'AutoUnifiedModel.from_pretrained("me/adapter", base_model="path/to/bagel")' in card
+    assert "secret" not in card and "base_model:" not in card

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from transformers import BitsAndBytesConfig
 from transformers.utils import logging
@@ -91,6 +91,7 @@ def push(
     Raises:
         CheckpointError: the folder has no weights as safetensors.
         PermissionError: not logged in, or no right to write there.
+        ConnectionError: the Hub cannot be reached, or stopped answering.
         HfHubHTTPError: what else the Hub answers.
     """
     folder = Path(folder)
@@ -125,6 +126,10 @@ def push(
         if status in (409, 412):
             error.append_to_message(f"\n{repo_id} was changed by someone else during the upload; push again.")
         raise
+    except HTTPError as error:
+        raise ConnectionError(
+            f"The connection to {api.endpoint} failed ({error!r}). Push again: what has arrived is not sent again."
+        ) from error
 
 
 def _retried(request: Any) -> Any:
@@ -185,8 +190,8 @@ def base_license(model: str | None, token: str | None = None) -> str | None:
 SNIPPET = """
 from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor
 
-model = AutoUnifiedModel.from_pretrained("{repo_id}")
-processor = AutoUnifiedProcessor.from_pretrained("{repo_id}")
+model = AutoUnifiedModel.from_pretrained("{repo_id}"{base})
+processor = AutoUnifiedProcessor.from_pretrained("{repo_id}"{base})
 image = model.generate_images(processor, text=["a red circle above a blue square"])[0]
 image.save("image.png")
 """
@@ -216,6 +221,7 @@ def model_card(
     """
     base = public_name(base_model)
     on_hub = base is not None and base == base_model
+    where = f', base_model="path/to/{base}"' if is_adapter and not on_hub else ""
     tags = ["reca-trainer", "reconstruction-alignment", "unified-multimodal-model", *(["lora"] if is_adapter else [])]
     data = ModelCardData(
         base_model=base if on_hub else None,
@@ -239,7 +245,7 @@ def model_card(
         *(notes or []),
         f"![Input, reconstruction and text-to-image, before and after training]({preview})" if preview else "",
         "## Usage",
-        f"```python{SNIPPET.format(repo_id=repo_id)}```",
+        f"```python{SNIPPET.format(repo_id=repo_id, base=where)}```",
         "## Training",
         f"Data: {', '.join(map(str, datasets)) or 'not recorded'}. {steps:,} steps on {device}.",
         f"| hyper-parameter | value |\n|---|---|\n{rows}",
@@ -262,7 +268,7 @@ def describe(model_or_path: str | os.PathLike) -> dict[str, Any]:
     if is_adapter(folder):
         config = json.loads((folder / "adapter_config.json").read_text())
         weights = open_weights(folder, "adapter_model.safetensors")
-        targets = sorted({match[1] for key in weights if (match := re.search(r"([^.]+)\.lora_A\.", key))})
+        targets = sorted({match[1] for key in weights if (match := re.search(r"([^.]+\.[^.]+)\.lora_A\.", key))})
         trained, _ = read_quantization(folder)
         found = {
             "kind": f"{config['peft_type']} adapter",
