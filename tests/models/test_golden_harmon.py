@@ -60,8 +60,8 @@ def check_gradients(check, model, tensors, norms):
     gradients = {name: p.grad for name, p in model.named_parameters()}
     expected = {name: norm for name, norm in norms.items() if norm is not None}
     assert {name for name, grad in gradients.items() if grad is not None} == set(expected)
-    ratios = [float(gradients[name].norm()) / norm for name, norm in expected.items() if norm > 0]
-    check("gradient norms (relative)", ratios, torch.ones(len(ratios)))
+    found = [float(gradients[name].norm()) for name in expected]
+    check("gradient norms", found, list(expected.values()), atol=1e-6, rtol=7e-5)
     for name, norm in expected.items():
         assert norm > 0 or not gradients[name].any(), name
     for name, value in tensors.items():
@@ -204,9 +204,9 @@ def recon_loss(info, tensors, model, processor, check):
     }
     mask = inputs["corruption"]["mask"]
     output = backward(model, **inputs)
-    check("loss", output.loss, info["scalars"]["loss"], atol=2e-6, rtol=0)
+    check("loss", output.loss, info["scalars"]["loss"], atol=2e-6, rtol=1e-6)
     weighted = (output.per_sample_loss * mask.sum(1)).sum() / mask.sum()
-    check("per_sample_loss", weighted, info["scalars"]["loss"], atol=2e-6, rtol=0)
+    check("per_sample_loss", weighted, info["scalars"]["loss"], atol=2e-6, rtol=1e-6)
     check("z_enc", output.understanding_embeds, tensors["z_enc"])
     assert torch.equal(mask, tensors["mask"].bool())
     assert model.count_supervised(inputs, inputs["corruption"]) == int(tensors["num_masked"]) * len(mask)
@@ -245,7 +245,7 @@ def caption_inputs(tensors, images):
 def image2text_loss(info, tensors, model, processor, check):
     inputs = caption_inputs(tensors, images_of(info, tensors))
     output = backward(model, **inputs)
-    check("loss", output.loss, info["scalars"]["loss"], atol=5e-6, rtol=0)
+    check("loss", output.loss, info["scalars"]["loss"], atol=5e-6, rtol=1e-6)
     assert model.count_supervised(inputs, {}) == info["scalars"]["num_supervised"] == len(output.prediction)
     check_scaled_gradients(check, model, inputs, info, tensors)
 
@@ -256,7 +256,7 @@ def text2image_loss(info, tensors, model, processor, check):
     images = pixels(images_of(info, tensors))
     text = {"input_ids": tensors["input_ids"], "attention_mask": tensors["attention_mask"].long()}
     output = backward(model, task="generate", pixel_values=images, corruption=draws, **text)
-    check("loss", output.loss, info["scalars"]["loss"], atol=2e-6, rtol=0)
+    check("loss", output.loss, info["scalars"]["loss"], atol=2e-6, rtol=1e-6)
     check_gradients(check, model, tensors, info["scalars"]["grad_norms"])
     with torch.no_grad():
         visible = Visible.of(draws["mask"])
@@ -295,7 +295,7 @@ def train_step(info, tensors, model, processor, check):
         loss = model(**flipped).loss
         (loss / len(scalars["micro_batches"])).backward()
         losses.append(loss)
-    check("losses", torch.stack(losses), scalars["losses"], atol=5e-6, rtol=0)
+    check("losses", torch.stack(losses), scalars["losses"], atol=5e-6, rtol=1e-6)
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), scalars["max_norm"])
     check("grad_norm", norm / scalars["grad_norm_before_clip"], 1.0)
     optimizer.step()
@@ -400,7 +400,7 @@ def image2text_generate(info, tensors, model, processor, check):
             )  # fmt: skip
             assert torch.equal(output.sequences, tensors[name])
             if penalty == 1.0:
-                check("logits", torch.cat(output.logits), tensors["logits"], atol=1e-4)
+                check("logits", torch.cat(output.logits), tensors["logits"], atol=2e-4)
     assert torch.equal(positions(mask)[0], torch.arange(mask.shape[1]))
 
 
