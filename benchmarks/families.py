@@ -4,7 +4,8 @@ image-to-text term and without it.
     python benchmarks/families.py harmon [--max_steps 200 …]
 
 Further words are passed to the recipe. Prints one line of JSON and writes it to `results/families/`, with a picture of
-held-out scenes, their reconstructions before RecA, and after.
+held-out scenes, what the autoencoder alone makes of them (no reconstruction can be better), their reconstructions before
+RecA, and after.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from reca_trainer import adapters
 from reca_trainer.callbacks import contact_sheet
@@ -39,25 +41,47 @@ SAMPLING = {
 }
 
 
+def scores_of(images: list[Image.Image]) -> dict:
+    """How near images are to the held-out scenes they should show."""
+    world = World()
+    scenes = held_out_scenes(world, len(images))
+    scores = compare_images(images, [world.render(scene) for scene in scenes])
+    scores["facts_kept"] = judge_dense(Detector(world)(images), [world.facts(scene) for scene in scenes])["soft"]
+    return scores
+
+
+def rounded(scores: dict) -> dict:
+    return {name: {key: round(value, 4) for key, value in score.items()} for name, score in scores.items()}
+
+
+@torch.no_grad()
+def autoencoder_alone(recipe: dict, model: UnifiedModel, processor: UnifiedProcessor, size: int) -> tuple[dict, list]:
+    """Scores of `size` held-out scenes that went through the autoencoder, and the pictures."""
+    world = World()
+    originals = [world.render(scene) for scene in held_out_scenes(world, size)]
+    pixels = processor(images=originals, instruction=INSTRUCTION, task="reconstruct")["pixel_values"]
+    decoded = recipe["decode"](model, recipe["encode"](model, pixels))
+    levels = (127.5 * decoded + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    images = [Image.fromarray(one) for one in levels]
+    return rounded(scores_of(images)), images
+
+
 def measure(model: UnifiedModel, processor: UnifiedProcessor, sampling: dict, size: int) -> tuple[dict, list]:
     """Scores on `size` held-out scenes and as many questions of each kind, and the reconstructions."""
     world = World()
-    scenes = held_out_scenes(world, size)
-    originals = [world.render(scene) for scene in scenes]
+    originals = [world.render(scene) for scene in held_out_scenes(world, size)]
     noise = [torch.Generator().manual_seed(index) for index in range(size)]
     images = model.generate_images(
         processor, text=[INSTRUCTION] * size, images=originals, task="reconstruct", generator=noise, **sampling
     )
-    scores = compare_images(images, originals)
-    scores["facts_kept"] = judge_dense(Detector(world)(images), [world.facts(scene) for scene in scenes])["soft"]
-    right = []
+    scores, right = scores_of(images), []
     for kind in QUESTION_KINDS:
         triples = questions(world, kind, size)
         shown = [world.render(scene) for scene, _, _ in triples]
         answers = model.generate_text(processor, [text for _, text, _ in triples], images=shown, max_new_tokens=8)
         right += [normalise_answer(got) == want for got, (_, _, want) in zip(answers, triples, strict=True)]
     scores["question_accuracy"] = mean(right)
-    return {name: {key: round(value, 4) for key, value in score.items()} for name, score in scores.items()}, images
+    return rounded(scores), images
 
 
 def train_and_measure(name: str, weight: float | None, argv: list[str], size: int) -> tuple[dict, list]:
@@ -88,10 +112,12 @@ def main() -> None:
     torch.set_num_threads(1)
 
     started = time.time()
-    model, processor = runpy.run_path(str(ROOT.parent / "recipes" / f"{name}.py"))["tiny"]()
+    recipe = runpy.run_path(str(ROOT.parent / "recipes" / f"{name}.py"))
+    model, processor = recipe["tiny"]()
     result = {"recipe": name, "date": datetime.date.today().isoformat()}
     result["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     result["preparation_seconds"] = round(time.time() - started)
+    result["autoencoder_alone"], ceiling = autoencoder_alone(recipe, model, processor, size)
     runs = {"reca_and_image_to_text": None, "reca_alone": 0.0} if model.shares_weights else {"reca": None}
     with ProcessPoolExecutor(len(runs), mp_context=get_context("spawn")) as pool:
         jobs = {label: pool.submit(train_and_measure, name, w, passed_on, size) for label, w in runs.items()}
@@ -102,8 +128,8 @@ def main() -> None:
     world, shown = World(), 8
     originals = [world.render(scene) for scene in held_out_scenes(world, shown)]
     after = next(iter(finished.values()))[1]
-    titles = ["rows: held out,", "before,", "after", *[""] * (shown - 3)]
-    columns = list(zip(titles, zip(originals, before, after, strict=False), strict=True))
+    titles = ["rows: held out,", "autoencoder,", "before,", "after", *[""] * (shown - 4)]
+    columns = list(zip(titles, zip(originals, ceiling, before, after, strict=False), strict=True))
     folder = ROOT / "results" / "families"
     folder.mkdir(parents=True, exist_ok=True)
     contact_sheet(columns, cell=96).save(folder / f"{name}-{result['date']}.png")
