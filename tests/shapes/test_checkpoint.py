@@ -1,16 +1,18 @@
 """The embedded default: what ships, and that it knows its world."""
 
+import copy
 import hashlib
 import json
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from PIL import Image
 
-from reca_trainer import shapes
+from reca_trainer import RecAConfig, RecATrainer, shapes
 from reca_trainer.shapes.detector import Detector
-from reca_trainer.shapes.score import compare_images, held_out_scenes, judge_dense, questions, score
+from reca_trainer.shapes.score import INSTRUCTION, compare_images, held_out_scenes, judge_dense, questions, score
 from reca_trainer.shapes.world import World, normalise_answer
 
 
@@ -27,7 +29,7 @@ def test_the_record_beside_the_weights_is_true(loaded):
     assert sum(parameter.numel() for parameter in loaded[0].parameters()) == record["parameters"]
 
 
-@pytest.mark.parametrize(("kind", "least"), [("where-is", 0.75), ("what-is-at", 0.95), ("how-many", 0.9)])
+@pytest.mark.parametrize(("kind", "least"), [("where-is", 0.9), ("what-is-at", 0.95), ("how-many", 0.95)])
 def test_it_knows_where_things_are_in_scenes_with_unseen_combinations(loaded, kind, least):
     model, processor = loaded
     world = World()
@@ -55,3 +57,33 @@ def test_its_autoencoder_keeps_what_is_in_a_scene(loaded):
 def test_its_score_is_the_same_twice(loaded):
     first, second = (score(*loaded, size=2, batch_size=5, sampling=shapes.SAMPLING, progress=False) for _ in range(2))
     assert first == second
+
+
+def test_a_short_run_of_reca_reconstructs_scenes_it_never_saw_3_db_better(loaded, tmp_path):
+    base, processor = loaded
+    originals = [World().render(scene) for scene in held_out_scenes(World(), 24)]
+
+    def reconstruct(model):
+        noise = [torch.Generator().manual_seed(index) for index in range(len(originals))]
+        sampling = {**shapes.SAMPLING, "guidance_scale": 1.0}
+        images = model.eval().generate_images(
+            processor, [INSTRUCTION] * 24, originals, task="reconstruct", generator=noise, **sampling
+        )
+        return compare_images(images, originals)["psnr"]["mean"]
+
+    before = reconstruct(base)
+    args = RecAConfig(
+        output_dir=str(tmp_path),
+        max_steps=120,
+        learning_rate=2e-3,
+        per_device_train_batch_size=16,
+        save_strategy="no",
+        use_cpu=True,
+        report_to="none",
+    )
+    trainer = RecATrainer(
+        copy.deepcopy(base), args, train_dataset=shapes.dataset("train", 500), processing_class=processor,
+        peft_config=LoraConfig(r=32, lora_alpha=64),
+    )  # fmt: skip
+    trainer.train()
+    assert reconstruct(trainer.model) >= before + 3
