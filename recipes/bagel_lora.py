@@ -10,10 +10,13 @@ The real run on your own images, a folder or a dataset id:
         --model_name_or_path ByteDance-Seed/BAGEL-7B-MoT --dataset_name path/to/images
 """
 
+from functools import partial
 from pathlib import Path
 
 from reca_trainer import shapes
 from reca_trainer.recipe import run
+from reca_trainer.shapes.score import score
 
 if __name__ == "__main__":
-    run(shapes.load, Path(__file__).with_name("bagel_lora_tiny.yaml"))
+    quick = partial(score, quick=True, sampling=shapes.SAMPLING)
+    run(shapes.load, Path(__file__).with_name("bagel_lora_tiny.yaml"), score=quick)

@@ -6,11 +6,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from accelerate import PartialState
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from reca_trainer import shapes
+from reca_trainer import adapters, shapes
 from reca_trainer.config import RecAConfig
-from reca_trainer.models.unified import UnifiedModel, UnifiedProcessor
+from reca_trainer.data import load_image_dataset
+from reca_trainer.models.unified import TASKS, UnifiedModel, UnifiedProcessor
+from reca_trainer.shapes.score import Score, table
 from reca_trainer.trainer import RecATrainer
 
 
@@ -18,6 +21,7 @@ def run(
     tiny: Callable[[], tuple[UnifiedModel, UnifiedProcessor]],
     tiny_config: Path,
     argv: Sequence[str] | None = None,
+    score: Callable[[UnifiedModel, UnifiedProcessor], dict[str, Score]] | None = None,
 ) -> RecATrainer:
     """Train from the command line.
 
@@ -27,23 +31,30 @@ def run(
     Args:
         tiny: makes the model and processor to train where no `--model_name_or_path` is given.
         tiny_config: the YAML of that run, used where neither a model nor a `--config` is given.
+        score: measures that run's model before and after, unless it is given other images; the table is printed and
+            written to `score.md`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not {"--model_name_or_path", "--config"} & {word.partition("=")[0] for word in argv}:
         argv = ["--config", str(tiny_config), *argv]
     args, model_args = TrlParser((RecAConfig, ModelConfig)).parse_args_and_config(argv)
 
-    dataset, eval_dataset, processor = None, None, None
+    dataset, eval_dataset, processor, before = None, None, None, None
     quantization = get_quantization_config(model_args)
     if model_args.model_name_or_path is None:
         model, processor = tiny()
+        dataset = shapes.dataset("train", 4000, seed=1)
+        if args.dataset_name is None:
+            eval_dataset = shapes.dataset("validation", 32, seed=1)
+            if score is not None and PartialState().is_main_process:
+                before = score(model, processor)
+        else:  # the model's own scenes have the captions that the other terms need
+            images = load_image_dataset(
+                args.dataset_name, args.dataset_split, args.dataset_config_name, args.dataset_streaming
+            )
+            dataset = dict.fromkeys(TASKS, dataset) | {"reconstruct": images}
         if quantization is not None:
             model = model.name_or_path  # a model is quantised while it is loaded
-        if args.dataset_name is None:
-            dataset, eval_dataset = (
-                shapes.dataset("train", 2000, args.seed),
-                shapes.dataset("validation", 32, args.seed),
-            )
     else:
         model = model_args.model_name_or_path
         init = {"revision": model_args.model_revision, "dtype": model_args.dtype}
@@ -62,6 +73,10 @@ def run(
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model()
     trainer.save_state()
+    if before is not None:
+        rows = table(before=before, after=score(adapters.unwrap(trainer.model).eval(), processor))
+        (Path(args.output_dir) / "score.md").write_text(f"{rows}\n")
+        print(rows)
     if args.push_to_hub:
         trainer.push_to_hub()
     if trainer.is_world_process_zero():

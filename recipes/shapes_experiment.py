@@ -1,0 +1,318 @@
+"""Does RecA improve text-to-image? The embedded default as a small experiment, with controls.
+
+    python recipes/shapes_experiment.py --output_dir runs/shapes-experiment --workers 2
+
+From each base model every run of `RUNS` is trained for the same number of steps, seed by seed, and scored on the same
+prompts with the same noise. Controls see the same scenes for as many steps, but learn plain text-to-image from their
+captions. Interrupted, the same command goes on with the runs that have no `result.json` yet. At the end, `table.md`,
+`results.json`, `scores.png` and `pictures.png` say what came out; the figure needs matplotlib.
+
+The two metrics that decide were fixed before any run: `dense_soft`, the share of a full description's facts that hold,
+and `short_mean`, the mean of the six categories of short prompts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser, TrainerCallback
+
+from reca_trainer import RecAConfig, RecATrainer, shapes
+from reca_trainer.callbacks import contact_sheet
+from reca_trainer.shapes.score import CATEGORIES, score
+
+PRIMARY = ("dense_soft", "short_mean")
+REPORTED = (*PRIMARY, *CATEGORIES, "dense_strict", "psnr", "ssim", "facts_kept", "question_where_is",
+            "question_what_is_at", "question_accuracy")  # fmt: skip
+PROMPTS = ("a red circle", "two green triangles", "a blue square and a yellow cross",
+           "a cross at the top left and a circle at the bottom right",
+           "a large purple square at the top left and a small cyan circle at the bottom right on a white background",
+           "a small yellow triangle at the top left, a large red cross at the top right and a large green circle at the "
+           "bottom left on a black background")  # fmt: skip
+
+PROJECTIONS = ("vae2llm", "llm2vae", "time_embedder")  # trained in full beside an adapter
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run trains on and how.
+
+    Args:
+        task_mix: micro-batches of reconstruct:caption:generate per turn; one micro-batch is one step here.
+        captions: of the generate task, `"sparse"` as in pretraining, or `"dense"`: everything named.
+        lora_r: rank of the adapter on the generator; 0 trains the whole generator.
+    """
+
+    task_mix: str
+    learning_rate: float
+    captions: str = "sparse"
+    lora_r: int = 64
+
+
+RUNS = {
+    "control": Run("0:0:1", 1e-3),
+    "control, dense captions": Run("0:0:1", 1e-3, captions="dense"),
+    "RecA": Run("1:0:0", 1e-3),
+    "RecA + rehearsal .1": Run("9:0:1", 1e-3),
+    "RecA + rehearsal .3": Run("7:0:3", 1e-3),
+    "RecA + rehearsal .5": Run("1:0:1", 1e-3),
+    "control, whole generator": Run("0:0:1", 3e-4, lora_r=0),
+    "RecA, whole generator": Run("1:0:0", 3e-4, lora_r=0),
+    "RecA + rehearsal .1, whole generator": Run("9:0:1", 3e-4, lora_r=0),
+}
+
+
+@dataclass
+class Arguments:
+    output_dir: str = field(metadata={"help": "where runs and reports are written"})
+    bases: list[str] = field(
+        default_factory=lambda: [str(shapes.CHECKPOINT)],
+        metadata={"help": "checkpoints of recipes/pretrain_shapes.py, of different pretraining seeds"},
+    )
+    runs: list[str] = field(default_factory=lambda: list(RUNS), metadata={"help": "names in RUNS"})
+    seeds: int = field(default=3, metadata={"help": "training seeds a run"})
+    steps: int = field(default=600, metadata={"help": "optimizer steps a run"})
+    batch_size: int = 32
+    scenes: int = field(default=4000, metadata={"help": "training scenes"})
+    size: int = field(default=200, metadata={"help": "prompts a category; dense prompts are twice as many"})
+    scores: int = field(default=3, metadata={"help": "times a run is scored, evenly spread"})
+    workers: int = field(default=1, metadata={"help": "runs at a time, one thread each"})
+
+
+class Scores(TrainerCallback):
+    """Scores the model `times` times, always on the same prompts with the same noise, all but the last time on a quarter
+    of them."""
+
+    def __init__(self, times: int, size: int):
+        self.times, self.size, self.curve = times, size, []
+
+    def on_step_end(self, args, state, control, model=None, processing_class=None, **kwargs):
+        if state.global_step % (state.max_steps // self.times) == 0:
+            size = self.size if state.global_step == state.max_steps else self.size // 4
+            results = score(merged(model), processing_class, size=size, sampling=shapes.SAMPLING, progress=False)
+            self.curve.append({"step": state.global_step, **results})
+
+
+def merged(model: Any) -> Any:
+    """A copy for inference, its adapter merged."""
+    model = copy.deepcopy(model)
+    return (model.merge_and_unload() if isinstance(model, PeftModel) else model).eval()
+
+
+def pretraining_seed(base: str) -> int:
+    return json.loads((Path(base) / "pretraining.json").read_text())["arguments"]["seed"]
+
+
+def draw(model: Any, processor: Any) -> list[Image.Image]:
+    """The images of `PROMPTS`, always from the same noise."""
+    noise = [torch.Generator().manual_seed(index) for index in range(len(PROMPTS))]
+    return model.generate_images(processor, text=list(PROMPTS), generator=noise, **shapes.SAMPLING)
+
+
+def train(base: str, name: str, seed: int, arguments: Arguments, folder: Path) -> None:
+    """One run; its scores and settings are written to `folder/result.json` when it is done."""
+    torch.set_num_threads(1)
+    run, started = RUNS[name], time.time()
+    model, processor = shapes.load(base)
+    dataset = shapes.World().dataset(
+        "train", arguments.scenes, seed=1, density=1.0 if run.captions == "dense" else shapes.SPARSE
+    )
+    shares = [int(share) for share in run.task_mix.split(":")]
+    adapter = LoraConfig(r=run.lora_r, lora_alpha=2 * run.lora_r, modules_to_save=list(PROJECTIONS))
+    callback = Scores(arguments.scores, arguments.size)
+    trainer = RecATrainer(
+        model,
+        RecAConfig(
+            output_dir=str(folder),
+            seed=seed,
+            learning_rate=run.learning_rate,
+            lr_scheduler_type="cosine",
+            max_steps=arguments.steps,
+            per_device_train_batch_size=arguments.batch_size,
+            task_mix=run.task_mix,
+            reca_weight=float(shares[0] > 0),
+            image_to_text_weight=float(shares[1] > 0),
+            text_to_image_weight=float(shares[2] > 0),
+            caption_column="text",
+            cache_latents=shares[0] > 0,
+            bf16=True,
+            use_cpu=True,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=dataset,
+        processing_class=processor,
+        callbacks=[callback],
+        peft_config=adapter if run.lora_r else None,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "log.txt").open("w") as log, contextlib.redirect_stdout(log), sdpa_kernel(SDPBackend.MATH):
+        trainer.train()
+    for index, image in enumerate(draw(merged(trainer.model), processor)):
+        image.save(folder / f"{index}.png")
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    result = {"base": pretraining_seed(base), "run": name, "seed": seed, **asdict(run), "steps": arguments.steps,
+              "batch_size": arguments.batch_size, "scenes": arguments.scenes, "losses": losses,
+              "seconds": round(time.time() - started), "curve": callback.curve}  # fmt: skip
+    (folder / "result.json.partial").write_text(json.dumps(result))
+    (folder / "result.json.partial").rename(folder / "result.json")
+
+
+def score_base(base: str, arguments: Arguments, folder: Path) -> None:
+    """The base model itself, as a run of no steps."""
+    torch.set_num_threads(1)
+    model, processor = shapes.load(base)
+    with sdpa_kernel(SDPBackend.MATH):
+        results = score(model, processor, size=arguments.size, sampling=shapes.SAMPLING, progress=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, image in enumerate(draw(model, processor)):
+        image.save(folder / f"{index}.png")
+    (folder / "result.json").write_text(
+        json.dumps({"base": pretraining_seed(base), "run": "base", "seed": None, "curve": [{"step": 0, **results}]})
+    )
+
+
+def summarise(results: list[dict]) -> dict[str, dict[str, dict[str, float]]]:
+    """For every run and score the mean over bases and seeds and its standard error; `n` runs. One run alone has the
+    standard error of its prompts."""
+    summary: dict[str, dict[str, dict[str, float]]] = {}
+    for name in dict.fromkeys(result["run"] for result in results):
+        last = [result["curve"][-1] for result in results if result["run"] == name]
+        summary[name] = {}
+        for metric in REPORTED:
+            values = np.array([scores[metric]["mean"] for scores in last])
+            spread = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else last[0][metric]["stderr"]
+            summary[name][metric] = {"mean": float(values.mean()), "stderr": float(spread), "n": len(values)}
+    return summary
+
+
+def differences(results: list[dict], control: str) -> dict[str, dict[str, dict[str, float]]]:
+    """For every run and primary metric its difference from the control of the same base and seed, which saw the same
+    prompts with the same noise: mean and standard error over these pairs."""
+    last = {(r["base"], r["seed"], r["run"]): r["curve"][-1] for r in results}
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name in dict.fromkeys(result["run"] for result in results):
+        pairs = [(scores, last[base, seed, control]) for (base, seed, run), scores in last.items()
+                 if run == name != control and (base, seed, control) in last]  # fmt: skip
+        if len(pairs) > 1:
+            found[name] = {}
+            for metric in PRIMARY:
+                values = np.array([a[metric]["mean"] - b[metric]["mean"] for a, b in pairs])
+                stderr = float(values.std(ddof=1) / len(values) ** 0.5)
+                found[name][metric] = {"mean": float(values.mean()), "stderr": stderr, "n": len(values)}
+    return found
+
+
+def report(results: list[dict], output: Path) -> str:
+    """Write the tables, the figure and the pictures; returns the Markdown."""
+    summary = summarise(results)
+    lines = [f"| run | n | {' | '.join(REPORTED)} |", "|---" * (len(REPORTED) + 2) + "|"]
+    for name, scores in summary.items():
+        cells = [f"{s['mean']:.{1 if metric == 'psnr' else 3}f} ± {s['stderr']:.{1 if metric == 'psnr' else 3}f}"
+                 for metric, s in scores.items()]  # fmt: skip
+        lines.append(f"| {name} | {scores[PRIMARY[0]]['n']} | {' | '.join(cells)} |")
+    controls = [name for name in summary if name.startswith("control")]
+    compared = {control: differences(results, control) for control in controls}
+    for control, rows in compared.items():
+        lines += ["", f"Difference from *{control}*, same base, seed, prompts and noise:", ""]
+        lines += [f"| run | n | {' | '.join(PRIMARY)} |", "|---" * (len(PRIMARY) + 2) + "|"]
+        for name, row in rows.items():
+            cells = [f"{row[m]['mean']:+.3f} ± {row[m]['stderr']:.3f}" for m in PRIMARY]
+            lines.append(f"| {name} | {row[PRIMARY[0]]['n']} | {' | '.join(cells)} |")
+    text = "\n".join(lines) + "\n"
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "table.md").write_text(text)
+    kept = [{k: v for k, v in result.items() if k != "losses"} for result in results]
+    (output / "results.json").write_text(
+        json.dumps({"summary": summary, "differences": compared, "runs": kept}, indent=1) + "\n"
+    )
+    return text
+
+
+def draw_scores(results: list[dict], path: Path) -> None:
+    """Both primary metrics over steps with error bars, and reconstruction against the dense score."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    base = [result["curve"][-1] for result in results if result["run"] == "base"]
+    start = {metric: np.mean([scores[metric]["mean"] for scores in base]) for metric in (*PRIMARY, "facts_kept")}
+    for name in dict.fromkeys(result["run"] for result in results):
+        curves = [result["curve"] for result in results if result["run"] == name]
+        style = {"label": name, "linestyle": "--" if name.startswith("control") else "-", "marker": "o", "capsize": 3}
+        if name == "base":
+            axes[2].plot(start["facts_kept"], start["dense_soft"], "k*", markersize=12, label=name)
+            continue
+        for axis, metric in zip(axes, PRIMARY, strict=False):
+            values = np.array([[scores[metric]["mean"] for scores in curve] for curve in curves])
+            spread = values.std(axis=0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0 * values[0]
+            steps = [0] + [scores["step"] for scores in curves[0]]
+            axis.errorbar(steps, [start[metric], *values.mean(axis=0)], [0, *spread], **style)
+        ends = [curve[-1] for curve in curves]
+        kept, dense = ([scores[metric]["mean"] for scores in ends] for metric in ("facts_kept", "dense_soft"))
+        axes[2].scatter(kept, dense, label=name, marker="x" if name.startswith("control") else "o")
+    for axis, metric in zip(axes, PRIMARY, strict=False):
+        axis.set(xlabel="step", ylabel=metric)
+    axes[2].set(xlabel="facts kept in reconstructions", ylabel="dense_soft")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def draw_pictures(folders: dict[str, Path], path: Path) -> None:
+    """One row of pictures a run, one column a prompt."""
+    columns = []
+    for index, prompt in enumerate(PROMPTS):
+        columns.append((prompt, [Image.open(folder / f"{index}.png") for folder in folders.values()]))
+    names = [Image.new("RGB", (192, 192), "white") for _ in folders]
+    sheet = contact_sheet([("rows: " + ", ".join(folders), names), *columns], cell=128)
+    sheet.save(path)
+
+
+def main(arguments: Arguments) -> str:
+    output = Path(arguments.output_dir)
+    jobs: list[tuple] = []
+    for index, base in enumerate(arguments.bases):
+        jobs.append((score_base, (base, arguments, output / f"base-{index}" / "base")))
+    for seed in range(arguments.seeds):
+        for index, base in enumerate(arguments.bases):
+            for name in arguments.runs:
+                slug = "-".join(name.replace(",", "").replace("+ ", "").split())
+                folder = output / f"base-{index}" / f"{slug}-{seed}"
+                jobs.append((train, (base, name, seed, arguments, folder)))
+    folders = [job[1][-1] for job in jobs]
+    todo = [job for job in jobs if not (job[1][-1] / "result.json").is_file()]
+    with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
+        running = [pool.submit(function, *words) for function, words in todo]
+        bar = tqdm(as_completed(running), total=len(jobs), initial=len(jobs) - len(todo), desc="runs", unit="run")
+        for done in bar:
+            done.result()
+    results = [json.loads((folder / "result.json").read_text()) for folder in folders]
+    text = report(results, output)
+    first: dict[str, Path] = {}
+    for result, folder in zip(results, folders, strict=True):
+        first.setdefault(result["run"], folder)
+    draw_pictures(first, output / "pictures.png")
+    draw_scores(results, output / "scores.png")
+    return text
+
+
+if __name__ == "__main__":
+    (parsed,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    print(main(parsed))
