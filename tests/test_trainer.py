@@ -203,6 +203,27 @@ class Weights(TrainerCallback):
         self.at.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
 
 
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_losses_and_soon_compile_nothing(tmp_path, dataset, processor):
+    """Without code generation: traced, with gradients by the compiler's autograd, and run operation by operation."""
+
+    graphs = []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+    options = {"text_to_image_weight": 0.5, "max_steps": 24, "learning_rate": 1e-4}
+    plain = trainer(AutoUnifiedModel.from_pretrained(CHECKPOINT), tmp_path, dataset, processor, **options)
+    plain.train()
+    options |= {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    compiled = trainer(AutoUnifiedModel.from_pretrained(CHECKPOINT), tmp_path, dataset, processor, **options)
+    compiled.add_callback(Count())
+    compiled.train()
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
+    assert graphs[0] > 0 and graphs[11] == graphs[23]
+
+
 class StopAt(TrainerCallback):
     def __init__(self, step):
         self.step = step
