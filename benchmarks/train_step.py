@@ -20,7 +20,6 @@ import measure
 import presets
 from reca_trainer import adapters
 from reca_trainer.plan import step_cost
-from reca_trainer.trainer import compile_layers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -56,6 +55,8 @@ def build(options: dict[str, Any]) -> Callable[[], float]:
         model.activation_checkpointing_enable(**CHECKPOINTING[options["checkpointing"]]())
     model.train()
     if options["compile"]:
+        from reca_trainer.trainer import compile_layers  # 0.1 GB of libraries that others need not hold
+
         compile_layers(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(options["optimizer"], parameters)
