@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, TrainerCallback
@@ -188,8 +188,7 @@ def score_base(base: str, arguments: Arguments, folder: Path) -> None:
 
 
 def summarise(results: list[dict]) -> dict[str, dict[str, dict[str, float]]]:
-    """For every run and score the mean over bases and seeds and its standard error; `n` runs. One run alone has the
-    standard error of its prompts."""
+    """For every run and score the mean over training seeds and its standard error; one run alone has that of its prompts."""
     summary: dict[str, dict[str, dict[str, float]]] = {}
     for name in dict.fromkeys(result["run"] for result in results):
         last = [result["curve"][-1] for result in results if result["run"] == name]
@@ -202,13 +201,13 @@ def summarise(results: list[dict]) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def differences(results: list[dict], control: str) -> dict[str, dict[str, dict[str, float]]]:
-    """For every run and primary metric its difference from the control of the same base and seed, which saw the same
-    prompts with the same noise: mean and standard error over these pairs."""
-    last = {(r["base"], r["seed"], r["run"]): r["curve"][-1] for r in results}
+    """For every run and primary metric its difference from the control of the same seed, which saw the same prompts with
+    the same noise: mean and standard error over the seeds."""
+    last = {(r["seed"], r["run"]): r["curve"][-1] for r in results}
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name in dict.fromkeys(result["run"] for result in results):
-        pairs = [(scores, last[base, seed, control]) for (base, seed, run), scores in last.items()
-                 if run == name != control and (base, seed, control) in last]  # fmt: skip
+        pairs = [(scores, last[seed, control]) for (seed, run), scores in last.items()
+                 if run == name != control and (seed, control) in last]  # fmt: skip
         if len(pairs) > 1:
             found[name] = {}
             for metric in PRIMARY:
@@ -218,71 +217,81 @@ def differences(results: list[dict], control: str) -> dict[str, dict[str, dict[s
     return found
 
 
+def of_base(results: list[dict]) -> dict[int, list[dict]]:
+    """Results by pretraining seed."""
+    return {base: [result for result in results if result["base"] == base] for base in {r["base"] for r in results}}
+
+
 def report(results: list[dict], output: Path) -> str:
-    """Write the tables, the figure and the pictures; returns the Markdown."""
-    summary = summarise(results)
-    lines = [f"| run | n | {' | '.join(REPORTED)} |", "|---" * (len(REPORTED) + 2) + "|"]
-    for name, scores in summary.items():
-        cells = [f"{s['mean']:.{1 if metric == 'psnr' else 3}f} ± {s['stderr']:.{1 if metric == 'psnr' else 3}f}"
-                 for metric, s in scores.items()]  # fmt: skip
-        lines.append(f"| {name} | {scores[PRIMARY[0]]['n']} | {' | '.join(cells)} |")
-    controls = [name for name in summary if name.startswith("control")]
-    compared = {control: differences(results, control) for control in controls}
-    for control, rows in compared.items():
-        lines += ["", f"Difference from *{control}*, same base, seed, prompts and noise:", ""]
-        lines += [f"| run | n | {' | '.join(PRIMARY)} |", "|---" * (len(PRIMARY) + 2) + "|"]
-        for name, row in rows.items():
-            cells = [f"{row[m]['mean']:+.3f} ± {row[m]['stderr']:.3f}" for m in PRIMARY]
-            lines.append(f"| {name} | {row[PRIMARY[0]]['n']} | {' | '.join(cells)} |")
-    text = "\n".join(lines) + "\n"
+    """Write `table.md` and `results.json`; returns the Markdown."""
+    lines: list[str] = []
+    for base, of_it in sorted(of_base(results).items()):
+        lines += [f"## Pretraining seed {base}", ""]
+        lines += [f"| run | n | {' | '.join(REPORTED)} |", "|---" * (len(REPORTED) + 2) + "|"]
+        for name, scores in summarise(of_it).items():
+            cells = [f"{s['mean']:.{1 if metric == 'psnr' else 3}f} ± {s['stderr']:.{1 if metric == 'psnr' else 3}f}"
+                     for metric, s in scores.items()]  # fmt: skip
+            lines.append(f"| {name} | {scores[PRIMARY[0]]['n']} | {' | '.join(cells)} |")
+        for control in (name for name in RUNS if name.startswith("control")):
+            rows = differences(of_it, control)
+            if not rows:
+                continue
+            lines += ["", f"Difference from *{control}*, same seed, prompts and noise:", ""]
+            lines += [f"| run | n | {' | '.join(PRIMARY)} |", "|---" * (len(PRIMARY) + 2) + "|"]
+            for name, row in rows.items():
+                cells = [f"{row[m]['mean']:+.3f} ± {row[m]['stderr']:.3f}" for m in PRIMARY]
+                lines.append(f"| {name} | {row[PRIMARY[0]]['n']} | {' | '.join(cells)} |")
+        lines.append("")
+    text = "\n".join(lines)
     output.mkdir(parents=True, exist_ok=True)
     (output / "table.md").write_text(text)
-    kept = [{k: v for k, v in result.items() if k != "losses"} for result in results]
-    (output / "results.json").write_text(
-        json.dumps({"summary": summary, "differences": compared, "runs": kept}, indent=1) + "\n"
-    )
+    (output / "results.json").write_text(json.dumps(results) + "\n")
     return text
 
 
 def draw_scores(results: list[dict], path: Path) -> None:
-    """Both primary metrics over steps with error bars, and reconstruction against the dense score."""
+    """For each base both primary metrics over steps, with error bars, and reconstruction against the dense score."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    base = [result["curve"][-1] for result in results if result["run"] == "base"]
-    start = {metric: np.mean([scores[metric]["mean"] for scores in base]) for metric in (*PRIMARY, "facts_kept")}
-    for name in dict.fromkeys(result["run"] for result in results):
-        curves = [result["curve"] for result in results if result["run"] == name]
-        style = {"label": name, "linestyle": "--" if name.startswith("control") else "-", "marker": "o", "capsize": 3}
-        if name == "base":
-            axes[2].plot(start["facts_kept"], start["dense_soft"], "k*", markersize=12, label=name)
-            continue
+    bases = sorted(of_base(results).items())
+    figure, rows = plt.subplots(len(bases), 3, figsize=(17, 4.5 * len(bases)), layout="constrained", squeeze=False)
+    for axes, (base, of_it) in zip(rows, bases, strict=True):
+        start = next(result["curve"][-1] for result in of_it if result["run"] == "base")
+        axes[2].plot(start["facts_kept"]["mean"], start["dense_soft"]["mean"], "k*", markersize=12, label="base")
+        for name in dict.fromkeys(result["run"] for result in of_it if result["run"] != "base"):
+            curves = [result["curve"] for result in of_it if result["run"] == name]
+            control = name.startswith("control")
+            style = {"label": name, "linestyle": "--" if control else "-", "marker": "o", "capsize": 3}
+            for axis, metric in zip(axes, PRIMARY, strict=False):
+                values = np.array([[scores[metric]["mean"] for scores in curve] for curve in curves])
+                prompts = np.array([scores[metric]["stderr"] for scores in curves[0]])
+                spread = values.std(axis=0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else prompts
+                steps = [0] + [scores["step"] for scores in curves[0]]
+                axis.errorbar(steps, [start[metric]["mean"], *values.mean(axis=0)], [0, *spread], **style)
+            ends = [curve[-1] for curve in curves]
+            kept, dense = ([scores[metric]["mean"] for scores in ends] for metric in ("facts_kept", "dense_soft"))
+            axes[2].scatter(kept, dense, label=name, marker="x" if control else "o")
         for axis, metric in zip(axes, PRIMARY, strict=False):
-            values = np.array([[scores[metric]["mean"] for scores in curve] for curve in curves])
-            spread = values.std(axis=0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0 * values[0]
-            steps = [0] + [scores["step"] for scores in curves[0]]
-            axis.errorbar(steps, [start[metric], *values.mean(axis=0)], [0, *spread], **style)
-        ends = [curve[-1] for curve in curves]
-        kept, dense = ([scores[metric]["mean"] for scores in ends] for metric in ("facts_kept", "dense_soft"))
-        axes[2].scatter(kept, dense, label=name, marker="x" if name.startswith("control") else "o")
-    for axis, metric in zip(axes, PRIMARY, strict=False):
-        axis.set(xlabel="step", ylabel=metric)
-    axes[2].set(xlabel="facts kept in reconstructions", ylabel="dense_soft")
-    axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+            axis.set(xlabel="step", ylabel=metric, title=f"pretraining seed {base}")
+        axes[2].set(xlabel="facts kept in reconstructions", ylabel="dense_soft")
+        axes[2].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=100)
 
 
 def draw_pictures(folders: dict[str, Path], path: Path) -> None:
     """One row of pictures a run, one column a prompt."""
-    columns = []
+    names = []
+    for name in folders:
+        label = Image.new("RGB", (128, 128), "white")
+        ImageDraw.Draw(label).text((4, 50), name.replace(", ", "\n").replace(" + ", "\n+ "), fill="black")
+        names.append(label)
+    columns = [("", names)]
     for index, prompt in enumerate(PROMPTS):
         columns.append((prompt, [Image.open(folder / f"{index}.png") for folder in folders.values()]))
-    names = [Image.new("RGB", (192, 192), "white") for _ in folders]
-    sheet = contact_sheet([("rows: " + ", ".join(folders), names), *columns], cell=128)
-    sheet.save(path)
+    contact_sheet(columns, cell=128).save(path)
 
 
 def main(arguments: Arguments) -> str:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm.auto import tqdm
 
 from reca_trainer.models.unified import UnifiedModel, UnifiedProcessor
@@ -117,6 +116,8 @@ def judge_dense(scenes: Sequence[Scene], facts: Sequence[list[Fact]]) -> dict[st
 
 def compare_images(images: Sequence[Image.Image], references: Sequence[Image.Image]) -> dict[str, Score]:
     """PSNR (dB) and SSIM of each image against its reference, which it is resized to, both on the range [0, 1]."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
     psnr, ssim = [], []
     for image, reference in zip(images, references, strict=True):
         a, b = (
