@@ -126,7 +126,9 @@ def push(
         if status in (409, 412):
             error.append_to_message(f"\n{repo_id} was changed by someone else during the upload; push again.")
         raise
-    except HTTPError as error:
+    except (HTTPError, RuntimeError) as error:
+        if not isinstance(error, HTTPError) and not isinstance(error.__cause__, HTTPError):
+            raise  # uploads in threads wrap what went wrong
         raise ConnectionError(
             f"The connection to {api.endpoint} failed ({error!r}). Push again: what has arrived is not sent again."
         ) from error

@@ -46,7 +46,7 @@ def test_a_training_run_stays_in_its_folders_and_off_the_network(tmp_path, reque
     }
     script = [ROOT / "recipes" / "bagel_lora.py", *(f"--{name}={value}" for name, value in options.items())]
     place = {"HF_HOME": folders[1], "TMPDIR": folders[2], "XDG_CACHE_HOME": folders[1], "HOME": tmp_path / "home"}
-    place["TORCHINDUCTOR_CACHE_DIR"] = folders[1]
+    place |= {"TORCHINDUCTOR_CACHE_DIR": folders[1], "MPLCONFIGDIR": folders[1]}
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     environment |= {name: str(folder) for name, folder in place.items()}
     environment |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "HF_TOKEN": "hf_this_is_a_secret_token"}

@@ -14,11 +14,11 @@ SAVING = {"max_steps": 4, "per_device_train_batch_size": 2, "save_strategy": "st
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """2 MB, room for three checkpoints of half a megabyte."""
+    """640 kB, room for three checkpoints of the adapter."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", str(folder)], capture_output=True, text=True
     )
     if mount.returncode:
         pytest.skip(f"a small disk cannot be mounted here: {mount.stderr.strip()}")
@@ -51,4 +51,4 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(small_disk):
 
 
 def test_a_file_that_cannot_be_written_whole_stops_the_run(tmp_path):
-    assert assert_stopped_clearly(tmp_path, start(tmp_path, file_limit=100_000, **SAVING)) == 1
+    assert assert_stopped_clearly(tmp_path, start(tmp_path, file_limit=50_000, **SAVING)) == 1
