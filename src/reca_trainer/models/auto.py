@@ -124,9 +124,10 @@ class AutoUnifiedModel:
 
         Args:
             pretrained_model_name_or_path: folder or Hub id.
-            kwargs: `revision`, `token`, `cache_dir`, `local_files_only` for the Hub; `dtype` (default float32),
-                `device_map`, `quantization_config`, … as for `PreTrainedModel.from_pretrained`. For an adapter also
-                `base_model`, to use in place of the base it names, and `is_trainable`.
+            kwargs: `revision`, `token`, `cache_dir`, `local_files_only` for the Hub; `dtype` (default: float32 for a
+                published layout, as stored for our own), `device_map`, `quantization_config`, … as for
+                `PreTrainedModel.from_pretrained`. For an adapter also `base_model`, to use in place of the base it
+                names, and `is_trainable`.
 
         Returns:
             The model; for an adapter, the `PeftModel` around its base, at the revision the adapter was trained on.
