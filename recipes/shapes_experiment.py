@@ -19,6 +19,7 @@ import json
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -318,7 +319,10 @@ def main(arguments: Arguments) -> str:
     for result, folder in zip(results, folders, strict=True):
         first.setdefault(result["run"], folder)
     draw_pictures(first, output / "pictures.png")
-    draw_scores(results, output / "scores.png")
+    if find_spec("matplotlib"):
+        draw_scores(results, output / "scores.png")
+    else:
+        print("No scores.png: it needs `pip install matplotlib`, and this command again.")
     return text
 
 

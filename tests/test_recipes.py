@@ -62,3 +62,23 @@ def test_the_image_to_text_term_learns_from_the_questions_of_the_shapes():
     row = shapes.dataset("train", 1)[0]
     question, answer = row["conversations"]
     assert (question["value"], answer["value"]) == (row["question"], row["answer"])
+
+
+def test_the_experiment_goes_on_with_the_runs_that_are_missing(tmp_path):
+    options = "--output_dir out --runs control RecA --seeds 1 --steps 2 --batch_size 4 --scenes 8 --size 4 --scores 1"
+    command = [sys.executable, str(RECIPES / "shapes_experiment.py"), *options.split()]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+    def run():
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    first = run()
+    assert "Difference from" not in first  # one seed has no spread
+    results = {path.parent.name: path for path in (tmp_path / "out").glob("*/*/result.json")}
+    assert results.keys() == {"base", "control-0", "RecA-0"}
+    kept = results["control-0"].stat().st_mtime_ns
+    results["RecA-0"].unlink()
+    assert run() == first
+    assert results["control-0"].stat().st_mtime_ns == kept and (tmp_path / "out" / "pictures.png").is_file()
