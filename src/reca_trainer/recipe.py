@@ -12,6 +12,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from reca_trainer import adapters, shapes
 from reca_trainer.config import RecAConfig
 from reca_trainer.data import load_image_dataset
+from reca_trainer.models.auto import AutoUnifiedModel
 from reca_trainer.models.unified import TASKS, UnifiedModel, UnifiedProcessor
 from reca_trainer.shapes.score import Score, table
 from reca_trainer.trainer import RecATrainer
@@ -74,7 +75,10 @@ def run(
     trainer.save_model()
     trainer.save_state()
     if before is not None:
-        rows = table(before=before, after=score(adapters.unwrap(trainer.model).eval(), processor))
+        # What was saved, and not the model at hand: other processes may hold parts of that, and do not score.
+        options = {"dtype": adapters.unwrap(trainer.model).dtype, "quantization_config": quantization}
+        saved = AutoUnifiedModel.from_pretrained(args.output_dir, **options)
+        rows = table(before=before, after=score(saved.eval(), processor))
         (Path(args.output_dir) / "score.md").write_text(f"{rows}\n")
         print(rows)
     if args.push_to_hub:
