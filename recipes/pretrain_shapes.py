@@ -12,7 +12,8 @@ Six stages, all deterministic in the seed on one machine. Each is resumed from i
    an image unsaid, which is what RecA makes up for.
 6. `answers`: the last layer of the understanding expert, as far as the generator does not see it, answers better.
 
-The matrices of the transformer layers are trained by Muon: at this size it reaches a loss in a fifth of AdamW's steps.
+The matrices of the transformer layers are trained by Muon: the generator's validation loss after 300 steps was 0.33, and
+0.51 with AdamW at the better of two learning rates.
 """
 
 from __future__ import annotations
