@@ -130,6 +130,7 @@ def trainer(output_dir: str, streaming: bool, full: bool, rows: int, bad_rows=()
 
 
 def main(output_dir: str, options: dict) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # of loading workers, as in a run started by hand
     torch.set_num_threads(1)
     datasets.config.HF_DATASETS_CACHE = Path(output_dir) / "cache"  # empty at first, and in reach of `die_at`
     resume, streaming, full = (options.pop(name, False) for name in ("resume", "streaming", "full"))

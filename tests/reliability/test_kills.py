@@ -37,12 +37,15 @@ def undisturbed(folder, options):
     assert process.exitcode == 0, (folder / "log.txt").read_text()
 
 
-def killed(process, cpu_seconds):
-    """Whether the process was still running, and so was killed, when it had worked for so long."""
+def killed(process, cpu_seconds, workers):
+    """Whether the process was still running, and so was killed, when it had worked for so long; its children are added
+    to `workers`."""
     while process.exitcode is None:
         with contextlib.suppress(psutil.NoSuchProcess):
-            used = psutil.Process(process.pid).cpu_times()
+            running = psutil.Process(process.pid)
+            used = running.cpu_times()
             if used.user + used.system >= cpu_seconds:
+                workers += running.children(recursive=True)
                 process.kill()
         process.join(0.005)
     return process.exitcode == -signal.SIGKILL
@@ -66,17 +69,18 @@ def survive(tmp_path, options, kills, seed):
     undisturbed(tmp_path / "whole", options)
     seconds = json.loads((tmp_path / "whole" / "usage.json").read_text())["cpu_seconds"]
     expected = result(tmp_path / "whole")
-    rng, killed_at, chain = random.Random(seed), [], 0
+    rng, killed_at, workers, chain = random.Random(seed), [], [], 0
     while len(killed_at) < kills:
         folder, chain = tmp_path / f"chain-{chain}", chain + 1
         while len(killed_at) < kills:
             process = start(folder, resume=True, **options)
-            if not killed(process, rng.uniform(0.3, 1) * seconds):  # the chain got through
+            if not killed(process, rng.uniform(0.3, 1) * seconds, workers):  # the chain got through
                 assert process.exitcode == 0, (folder / "log.txt").read_text()
                 break
             saved = [int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")]
             killed_at.append((max(saved, default=0), len(list(folder.glob(".*.partial")))))
         finish_and_compare(folder, expected, options)
+    assert not psutil.wait_procs(workers, timeout=60)[1], "loading workers outlive a killed run"
     return killed_at
 
 

@@ -3,7 +3,10 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from reca_trainer import AutoUnifiedModel
 from tests.reliability.run import CHECKPOINT, fork, start, start_together, trainer
+
+ROOT = Path(__file__).parents[2]
 
 TOLERANCE = 1e-5  # of losses, relative; weights after Adam's steps of 1e-3: absolute, a hundredth of a step
 
@@ -77,6 +82,29 @@ def test_two_processes_equal_one(tmp_path, name, record_property):
     for alone, shared in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         # One row on two processes is drawn by both, and counts once in the mean.
         assert [batch * (2 if len(batch) == 1 else 1) for batch in alone] == shared
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_our_launch_configurations_equal_one_process(tmp_path, layout, record_property):
+    if layout.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    # An average too, where that is possible: it is sharded as the weights are, and what is saved in the end.
+    options = {"max_steps": 4, "rows": 15, "ema_decay": 0.0 if layout == "zero3" else 0.4}
+    run(tmp_path / "one", **options)
+    (tmp_path / "two").mkdir()
+    saving = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2}
+    for steps in (2, 4):  # resumed in the middle
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        launch = ["--config_file", ROOT / "recipes" / "accelerate" / f"{layout}.yaml", "--num_processes", 2]
+        script = ["-m", "tests.reliability.run", tmp_path / "two"]
+        arguments = json.dumps({**options, **saving, "max_steps": steps, "resume": steps == 4})
+        command = ["-m", "accelerate.commands.launch", *launch, "--main_process_port", port, *script, arguments]
+        done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+    record_property("deviation", assert_equal_runs(tmp_path / "one", tmp_path / "two"))
 
 
 def test_a_bad_image_on_one_process_ends_all_and_is_named(tmp_path):
