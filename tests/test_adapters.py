@@ -283,24 +283,25 @@ def test_contradictory_merges_are_refused(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged"]
 
 
-def test_killed_merge_leaves_no_model(tmp_path):
+@pytest.mark.parametrize("form", [{}, {"layout": "published"}, {"into": "quantized"}], ids=str)
+def test_killed_merge_leaves_no_model(tmp_path, form):
     with_adapter().save_pretrained(tmp_path / "adapter")
     killed = f"""
 import os, signal, sys
-from reca_trainer.models import checkpoint
 from reca_trainer.adapters import merge_adapter
-save, written = checkpoint.save_file, []
-def save_and_die(*args, **kwargs):
-    save(*args, **kwargs)
-    written.append(args)
-    if len(written) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-checkpoint.save_file = save_and_die
-merge_adapter({str(CHECKPOINT)!r}, {str(tmp_path / "adapter")!r}, {str(tmp_path / "merged")!r}, max_shard_size="100KB")
+opened = set()
+def die(event, args):  # at the second file of weights that is written
+    if event == "open" and str(args[0]).endswith(".safetensors") and "merged.partial" in str(args[0]):
+        opened.add(args[0])
+        if len(opened) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(die)
+merge_adapter({str(CHECKPOINT)!r}, {str(tmp_path / "adapter")!r}, {str(tmp_path / "merged")!r},
+              max_shard_size="100KB", **{form!r})
 """
     assert subprocess.run([sys.executable, "-c", killed], capture_output=True).returncode == -signal.SIGKILL
     assert (tmp_path / ".merged.partial").is_dir() and not (tmp_path / "merged").exists()
-    merge_adapter(CHECKPOINT, tmp_path / "adapter", tmp_path / "merged")
+    merge_adapter(CHECKPOINT, tmp_path / "adapter", tmp_path / "merged", **form)
     assert not (tmp_path / ".merged.partial").exists()
     AutoUnifiedModel.from_pretrained(tmp_path / "merged")
 

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
 
+from reca_trainer.adapters import attach, merge_adapter
 from reca_trainer.models import janus
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
 from reca_trainer.models.checkpoint import CheckpointError
@@ -415,6 +416,25 @@ def test_reload_keeps_weights_batches_and_generation_settings(tmp_path, model, p
     before, after = (one(images=images, instruction=INSTRUCTION) for one in (processor, same))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before if name != "task")
+
+
+def test_an_adapter_merges_into_every_form(tmp_path, model, processor):
+    model.save_pretrained(tmp_path / "source")
+    processor.save_pretrained(tmp_path / "source")
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    trained = AutoUnifiedModel.from_pretrained(tmp_path / "source", quantization_config=quantization)
+    trained = attach(trained, LoraConfig(r=4, init_lora_weights=False))
+    trained.save_pretrained(tmp_path / "adapter")
+    batch = processor(images=pictures((16, 16)), instruction=INSTRUCTION, task="reconstruct")
+    with torch.no_grad():
+        wanted, found = trained.eval()(**batch).prediction, {}
+        for into in ("base", "dequantized", "quantized"):
+            merge_adapter(None, tmp_path / "adapter", tmp_path / into, into, torch.float32)
+            found[into] = AutoUnifiedModel.from_pretrained(tmp_path / into).eval()(**batch).prediction
+    torch.testing.assert_close(found["dequantized"], wanted, rtol=1e-4, atol=1e-4)
+    difference = {into: float((one - wanted).norm() / wanted.norm()) for into, one in found.items()}
+    assert 1e-3 < difference["base"] < 1 and 1e-3 < difference["quantized"] < 1
+    assert load_file(tmp_path / "quantized" / "model.safetensors").keys() > model.state_dict().keys()
 
 
 @pytest.mark.parametrize("damage", ["missing", "unexpected", "wrongly shaped"])

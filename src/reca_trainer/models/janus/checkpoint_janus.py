@@ -18,7 +18,8 @@ from reca_trainer.models.janus.processing_janus import JanusProcessor
 
 
 def is_published(file_names: set[str], config: dict[str, Any]) -> bool:
-    return config.get("model_type") == JanusConfig.model_type
+    # Weights stored quantised are read by transformers' own loader.
+    return config.get("model_type") == JanusConfig.model_type and "quantization_config" not in config
 
 
 def read_published(folder: Path, **kwargs: Any) -> JanusForConditionalGeneration:

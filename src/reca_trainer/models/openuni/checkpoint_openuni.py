@@ -117,7 +117,8 @@ def write_published(model: OpenUniModel, processor: OpenUniProcessor, folder: st
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     trained = {key: value.cpu() for key, value in model.state_dict().items() if key.startswith(TRAINED)}
-    torch.save({key: value.contiguous() for key, value in trained.items()}, folder / CHECKPOINT_NAME)
+    with open(folder / CHECKPOINT_NAME, "wb") as file:  # a path would hide from the user that the disk is full
+        torch.save({key: value.contiguous() for key, value in trained.items()}, file)
     connector = {key: getattr(model.config.connector_config, key) for key in CONNECTOR_SETTINGS}
     settings = {
         "num_queries": model.config.num_queries,
