@@ -106,7 +106,7 @@ def train_and_measure(name: str, weight: float | None, argv: list[str], size: in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", choices=SAMPLING)
-    parser.add_argument("--size", type=int, default=48, help="held-out scenes, and questions of each kind")
+    parser.add_argument("--size", type=int, default=32, help="held-out scenes, and questions of each kind")
     arguments, passed_on = parser.parse_known_args()
     name, size = arguments.recipe, arguments.size
     torch.set_num_threads(1)

@@ -21,8 +21,11 @@ from reca_trainer.shapes.tokenizer import make_tokenizer
 def build():
     tokenizer = make_tokenizer()
     config = Config.tiny(len(tokenizer))
-    config.mar_config.img_size, config.mar_config.buffer_size = 16, 8
+    config.mar_config.img_size, config.mar_config.vae_stride, config.mar_config.buffer_size = 16, 2, 16
+    for name in ("down_block_types", "up_block_types", "block_out_channels"):  # tokens of 2 × 2 pixels
+        config.vae_config[name] = config.vae_config[name][1:]
     config.vae_config["norm_num_groups"] = 8  # 32 groups of one channel would normalise colours away
+    config.text_config.hidden_size, config.text_config.intermediate_size = 128, 384
     return Model(config), Processor.tiny(config, tokenizer)
 
 

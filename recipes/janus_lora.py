@@ -23,9 +23,9 @@ from reca_trainer.shapes.tokenizer import make_tokenizer
 
 def build():
     tokenizer = make_tokenizer()
-    config = Config.tiny(len(tokenizer) + 6, image_size=16)
+    config = Config.tiny(len(tokenizer) + 6, image_size=16, patch_size=2)
     # With 32 channels, each is a group of its own at the last normalisation, which would take its colour away.
-    config.vq_config.channel_multiplier = [2, 1, 2]
+    config.vq_config.channel_multiplier = [2, 2]
     return Model(config), Processor.tiny(config, tokenizer)
 
 
@@ -45,7 +45,7 @@ def decode(model, codes):
 
 
 def tiny(**steps):
-    return pretrain(build, "model.vqmodel", encode, decode, continuous=False, autoencoder_batch_size=24, **steps)
+    return pretrain(build, "model.vqmodel", encode, decode, continuous=False, **steps)
 
 
 if __name__ == "__main__":

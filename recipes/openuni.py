@@ -21,6 +21,7 @@ from reca_trainer.shapes.tokenizer import make_tokenizer
 def build():
     tokenizer = make_tokenizer()
     config = Config.tiny(len(tokenizer) + 3)
+    config.transformer_config["interpolation_scale"] = 1.0  # positions, which a deep SANA learns from the borders
     return Model(config), Processor.tiny(config, tokenizer)
 
 

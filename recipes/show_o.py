@@ -22,8 +22,11 @@ from reca_trainer.shapes.tokenizer import make_tokenizer
 def build():
     tokenizer = make_tokenizer()
     config = Config.tiny(len(tokenizer), tokenizer.eos_token_id, image_size=16)
-    # With 32 channels, each is a group of its own at the last normalisation, which would take its colour away.
-    config.vq_config |= {"encoder_channel_multipliers": [1, 1, 2], "decoder_channel_multipliers": [2, 1, 1]}
+    # Tokens of 2 × 2 pixels. With 32 channels, each is a group of its own at the last normalisation, which would take its
+    # colour away.
+    config.vq_config |= {"encoder_channel_multipliers": [1, 2], "decoder_channel_multipliers": [2, 2]}
+    config.num_vq_tokens = 64
+    config.text_config.hidden_size, config.text_config.intermediate_size = 128, 512
     return Model(config), Processor.from_config(tokenizer, config)
 
 
@@ -37,7 +40,7 @@ def decode(model, codes):
 
 
 def tiny(**steps):
-    return pretrain(build, "vq_model", encode, decode, continuous=False, autoencoder_batch_size=24, **steps)
+    return pretrain(build, "vq_model", encode, decode, continuous=False, **steps)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from pathlib import Path
 recipe = Path(sys.argv.pop(1))
 tiny = runpy.run_path(str(recipe))["tiny"]
 from reca_trainer.recipe import run
-run(lambda: tiny(autoencoder_steps=1, understanding_steps=1), recipe.with_name(recipe.stem + "_tiny.yaml"))
+steps = {"autoencoder_steps": 1, "understanding_steps": 1, "generator_steps": 1}
+run(lambda: tiny(**steps), recipe.with_name(recipe.stem + "_tiny.yaml"))
 """
 FAST = "--max_steps 2 --per_device_train_batch_size 2 --eval_strategy no --eval_on_start false --logging_steps 1 "
 FAST += "--preview_steps 2 --preview_images 1 --use_cpu true"
@@ -48,14 +49,14 @@ def test_recipe_runs_without_a_model_or_data(name, saved, terms, tmp_path):
 
 def test_pretraining_is_kept_for_the_next_run(tmp_path):
     tiny = runpy.run_path(str(RECIPES / "show_o.py"))["tiny"]
-    steps = {"autoencoder_steps": 1, "understanding_steps": 1, "cache_dir": tmp_path}
+    steps = {"autoencoder_steps": 1, "understanding_steps": 1, "generator_steps": 1, "cache_dir": tmp_path}
     first, _ = tiny(**steps)
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     second, _ = tiny(**steps)
-    assert len(kept) == 2 and kept == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert len(kept) == 3 and kept == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     tiny(**{**steps, "understanding_steps": 2})
-    assert len(list(tmp_path.iterdir())) == 3  # the autoencoder of another understanding is the same
+    assert len(list(tmp_path.iterdir())) == 5  # the autoencoder before another understanding is the same
 
 
 def test_the_image_to_text_term_learns_from_the_questions_of_the_shapes():

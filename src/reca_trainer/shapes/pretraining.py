@@ -1,5 +1,6 @@
-"""Gives the tiny model of a family, whose weights are random, an autoencoder that knows the world of shapes and a first
-understanding of it: what RecA starts from, in a minute or two on a CPU, and kept for the next run."""
+"""Gives the tiny model of a family, whose weights are random, an autoencoder that knows the world of shapes, a first
+understanding of it, and a generator that paints it less well: what RecA starts from, in minutes on a CPU, and kept for
+the next run."""
 
 from __future__ import annotations
 
@@ -15,10 +16,11 @@ from accelerate import PartialState
 from huggingface_hub.constants import HF_HOME
 from safetensors.torch import load_model, save_model
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from reca_trainer.models.unified import UnifiedModel, UnifiedProcessor
-from reca_trainer.shapes.world import World
+from reca_trainer.shapes.world import SPARSE, World
 
 DESCRIBE = "describe the image in detail"
 NOISE = 0.1  # added to continuous latents of unit variance, so that near latents decode alike
@@ -31,9 +33,10 @@ def pretrain(
     decode: Callable[[UnifiedModel, Tensor], Tensor],
     *,
     continuous: bool,
-    autoencoder_steps: int = 900,
-    autoencoder_batch_size: int = 8,
-    understanding_steps: int = 400,
+    autoencoder_steps: int = 600,
+    understanding_steps: int = 500,
+    generator_steps: int = 300,
+    batch_size: int = 16,
     seed: int = 0,
     cache_dir: str | Path | None = None,
 ) -> tuple[UnifiedModel, UnifiedProcessor]:
@@ -47,8 +50,8 @@ def pretrain(
         decode: model, latents or codes -> pixels.
         continuous: latents are drawn to mean 0 and variance 1 and decoded with a little noise; the channels of codes to
             mean 0 and unit covariance.
-        autoencoder_steps, understanding_steps: optimizer steps of either stage.
-        autoencoder_batch_size: scenes a step.
+        autoencoder_steps, understanding_steps, generator_steps: optimizer steps of the stages.
+        batch_size: scenes a step.
         cache_dir: where weights are kept; by default the Hugging Face cache.
     """
     cache = Path(cache_dir or Path(HF_HOME) / "reca_trainer")
@@ -57,17 +60,9 @@ def pretrain(
         model, processor = build()
         recipe = [model.config.to_json_string(), *map(inspect.getsource, (build, encode, decode, _minimise))]
         stages = {
-            fit_autoencoder: (
-                processor,
-                autoencoder,
-                encode,
-                decode,
-                continuous,
-                autoencoder_steps,
-                autoencoder_batch_size,
-                seed,
-            ),
-            fit_understanding: (processor, autoencoder, understanding_steps, seed),
+            fit_autoencoder: (processor, autoencoder, encode, decode, continuous, autoencoder_steps, batch_size, seed),
+            fit_understanding: (processor, autoencoder, understanding_steps, batch_size, seed),
+            fit_generator: (processor, autoencoder, generator_steps, batch_size, seed),
         }
         for fit, arguments in stages.items():
             recipe += [inspect.getsource(fit), str([one for one in arguments if isinstance(one, str | int)])]
@@ -90,9 +85,9 @@ def fit_autoencoder(
     decode: Callable[[UnifiedModel, Tensor], Tensor],
     continuous: bool,
     steps: int,
-    batch_size: int = 8,
-    seed: int = 0,
-    learning_rate: float = 3e-3,
+    batch_size: int,
+    seed: int,
+    learning_rate: float = 1.5e-3,
 ) -> None:
     """Minimise the absolute and squared error of decoded scenes, see `pretrain` for the arguments."""
     world, rng = World(), np.random.default_rng([seed, 1])
@@ -114,7 +109,7 @@ def fit_autoencoder(
 
     model.requires_grad_(False)
     module = model.get_submodule(autoencoder).requires_grad_(True)
-    _minimise("autoencoder", loss_of_step, list(module.parameters()), steps, learning_rate)
+    _minimise("autoencoder", loss_of_step, module, steps, learning_rate)
     model.requires_grad_(True)
 
 
@@ -123,8 +118,8 @@ def fit_understanding(
     processor: UnifiedProcessor,
     autoencoder: str,
     steps: int,
-    seed: int = 0,
-    batch_size: int = 16,
+    batch_size: int,
+    seed: int,
     learning_rate: float = 2e-3,
 ) -> None:
     """Train everything but the autoencoder on the model's own caption task: descriptions and questions in turn."""
@@ -141,31 +136,76 @@ def fit_understanding(
         return model(**processor(images=images, text=answers, instruction=questions, task="caption")).loss
 
     model.get_submodule(autoencoder).requires_grad_(False)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    _minimise("understanding", loss_of_step, trained, steps, learning_rate)
+    _minimise("understanding", loss_of_step, model, steps, learning_rate)
+    model.requires_grad_(True)
+
+
+def fit_generator(
+    model: UnifiedModel,
+    processor: UnifiedProcessor,
+    autoencoder: str,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    learning_rate: float = 2e-3,
+) -> None:
+    """Train the generator to paint sparse captions, and to answer questions too where it understands with the same
+    weights."""
+    world, rng = World(), np.random.default_rng([seed, 3])
+
+    def loss_of_step(step: int) -> Tensor:
+        scenes = [world.sample(rng) for _ in range(batch_size)]
+        images, captions = [world.render(scene) for scene in scenes], [world.caption(s, rng, SPARSE) for s in scenes]
+        loss = model(**processor(images=images, text=captions, task="generate")).loss
+        if model.shares_weights:
+            asked = [world.question(scene, rng) for scene in scenes]
+            texts = {"text": [one.answer for one in asked], "instruction": [one.text for one in asked]}
+            loss = loss + 0.5 * model(**processor(images=images, **texts, task="caption")).loss
+        return loss
+
+    prefixes = tuple(f"{name}." for name in model.generation_modules)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in model.generation_modules or name.startswith(prefixes))
+    model.get_submodule(autoencoder).requires_grad_(False)
+    _minimise("generator", loss_of_step, model, steps, learning_rate)
     model.requires_grad_(True)
 
 
 def _minimise(
     name: str,
     loss_of_step: Callable[[int], Tensor],
-    parameters: list[torch.nn.Parameter],
+    module: torch.nn.Module,
     steps: int,
     learning_rate: float,
 ) -> None:
-    """AdamW with a short warm-up and a cosine decay."""
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    """Muon for the matrices of linear layers, AdamW for all else that requires gradients; a short warm-up and a cosine
+    decay."""
+    head = getattr(module, "get_output_embeddings", lambda: None)()
+    linear = [one.weight for one in module.modules() if isinstance(one, torch.nn.Linear) and one is not head]
+    matrices = [weight for weight in linear if weight.requires_grad]
+    chosen = {id(weight) for weight in matrices}
+    rest = [weight for weight in module.parameters() if weight.requires_grad and id(weight) not in chosen]
+    muon = {"lr": 4 * learning_rate, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+        *([torch.optim.Muon(matrices, **muon)] if matrices else []),
+    ]
     warmup = min(50, steps // 10 + 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, 0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
-    )
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / warmup, 0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
+        )
+        for optimizer in optimizers
+    ]
     bar = tqdm(range(steps), desc=f"fit {name} to the shapes", unit="step", mininterval=2)
     for step in bar:
-        loss = loss_of_step(step)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
+        with sdpa_kernel(SDPBackend.MATH):  # for so few tokens the CPU's fused kernel is the slower one
+            loss = loss_of_step(step)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(rest + matrices, 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
         if step % 10 == 0 or step == steps - 1:
             bar.set_postfix(loss=f"{loss.item():.4f}")

@@ -20,19 +20,19 @@ class JanusConfig(transformers.JanusConfig):
     """transformers' `JanusConfig`, with no field added."""
 
     @classmethod
-    def tiny(cls, vocab_size: int = 262, image_size: int = 32) -> JanusConfig:
+    def tiny(cls, vocab_size: int = 262, image_size: int = 32, patch_size: int = 4) -> JanusConfig:
         """A Janus of about one and a half million parameters, for tests and for the recipe's embedded default.
-
-        As in the published models one understanding token and one image token cover the same patch, here 4x4 pixels.
 
         Args:
             vocab_size: of the tokenizer given to `JanusProcessor.tiny`, plus six special tokens that come last.
                 The default is that of its own tokenizer of single bytes.
-            image_size: side of the images, a multiple of 4.
+            image_size: side of the images, a multiple of `patch_size`.
+            patch_size: pixels, along each side, of both one understanding token and one image token, as in the published
+                models; a power of 2.
         """
-        if image_size % 4:
-            raise ValueError(f"image_size must be a multiple of 4, got {image_size}.")
-        hidden_size, tokens = 128, (image_size // 4) ** 2
+        if image_size % patch_size:
+            raise ValueError(f"image_size must be a multiple of {patch_size}, got {image_size}.")
+        hidden_size, tokens = 128, (image_size // patch_size) ** 2
         ids = {name: vocab_size - len(TINY_SPECIAL_TOKENS) + i for i, name in enumerate(TINY_SPECIAL_TOKENS)}
         text = LlamaConfig(
             vocab_size=vocab_size,
@@ -52,7 +52,7 @@ class JanusConfig(transformers.JanusConfig):
             num_attention_heads=2,
             mlp_ratio=2.0,
             image_size=image_size,
-            patch_size=4,
+            patch_size=patch_size,
             num_image_tokens=tokens,
             projection_dim=hidden_size,
         )
@@ -61,7 +61,7 @@ class JanusConfig(transformers.JanusConfig):
             num_embeddings=512,
             latent_channels=32,
             base_channels=32,
-            channel_multiplier=[1, 1, 1],
+            channel_multiplier=[1] * patch_size.bit_length(),
             num_res_blocks=1,
             projection_dim=hidden_size,
             image_token_embed_dim=hidden_size,
