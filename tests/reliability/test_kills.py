@@ -8,7 +8,7 @@ import signal
 import psutil
 import pytest
 
-from reca_trainer.trainer import check_complete
+from reca_trainer.checkpoints import check_complete
 from tests.reliability.run import start
 
 COMMON = {"max_steps": 14, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2}
