@@ -18,6 +18,15 @@ for preset in tiny small mid; do
     record step_${preset}_$mode train_step.py --preset $preset --mode $mode --threads "$threads" --steps 5
   done
 done
+# Memory once more, with an allocator that gives back what is freed: what tensors take, which is what `plan` tells.
+for preset in tiny small mid; do
+  for mode in full lora; do
+    MALLOC_MMAP_THRESHOLD_=131072 record memory_${preset}_$mode train_step.py --preset $preset --mode $mode --threads "$threads" --steps 2
+  done
+done
+for mode in full lora; do
+  MALLOC_MMAP_THRESHOLD_=131072 record memory_peer_$mode peer_automodel.py --mode $mode --threads "$threads" --warmup 1 --rounds 1 --steps 1
+done
 record compare_full compare.py "| --compile | --images encoded | --images encoded --compile | --checkpointing layers | \
   --checkpointing every_second | --checkpointing elementwise" \
   --common "--mode full" --threads "$threads" --rounds 3

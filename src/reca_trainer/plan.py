@@ -30,8 +30,10 @@ MODES = ("full", "lora", "qlora")
 INSTRUCTION = "Describe every detail of the picture."
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight with its doubly quantised scale (QLoRA, section 3)
 OPTIMIZER_BYTES = {"adamw_torch_fused": 8.0, "adamw_bnb_8bit": 2.0 + 8 / 256, "sgd": 0.0}  # a trained weight
-PROCESS_BYTES = {"cuda": 0.8e9, "cpu": 0.52e9}  # CUDA context, or Python with its libraries
-FRAGMENTATION = {"cuda": 1.05, "cpu": 1.15}  # what an allocator holds, over what tensors take
+PROCESS_BYTES = {"cuda": 0.8e9, "cpu": 0.5e9}  # CUDA context, or Python with its libraries
+# What an allocator holds, over what tensors take. In main memory that is with MALLOC_MMAP_THRESHOLD_=131072: left to
+# itself, glibc keeps up to half as much again for later.
+FRAGMENTATION = {"cuda": 1.05, "cpu": 1.05}
 
 
 def attention_flops(query, key, value, *args, **kwargs) -> int:
