@@ -33,6 +33,8 @@ record compare_full compare.py "| --compile | --images encoded | --images encode
 record compare_timesteps compare.py "--batch_size 2 | --batch_size 1 --timesteps_per_image 2" \
   --common "--mode full --images pixels" --threads "$threads" --rounds 3
 record compile_lengths train_step.py --preset small --compile --instruction_lengths 14 11 17 9 --threads "$threads" --warmup 6 --steps 6
+record compare_cached compare.py "--images pixels | --images encoded | --images pixels --optimizer adamw_8bit" \
+  --common "--mode full" --threads "$threads" --rounds 3
 record timesteps timesteps.py --threads "$threads"
 record data_wait_0 data_wait.py --threads "$threads"
 record data_wait_1 data_wait.py --threads "$threads" --dataloader_num_workers 1
