@@ -47,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     push.add_argument("--message", default="Upload with reca_trainer", help="of the commit")
 
     info = commands.add_parser("info", help="what a checkpoint or adapter is")
-    info.add_argument("model", help="folder or Hub id")
+    info.add_argument("model", help="folder or Hub id, which is downloaded")
 
     for name, (_, summary) in ELSEWHERE.items():
         commands.add_parser(name, help=summary, add_help=False)
