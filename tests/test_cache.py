@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from reca_trainer import AutoUnifiedModel, RecATrainer
+from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor, RecATrainer
 from reca_trainer.cache import EncodedRows, check_encoders
 from reca_trainer.collator import UnifiedCollator
 from tests import test_trainer
@@ -46,6 +46,27 @@ def test_losses_are_those_without_a_cache_and_resume_is_bit_exact(tmp_path, data
     assert losses(second) == losses(cached)
     for name, weight in trained(cached).items():
         assert torch.equal(trained(second)[name], weight), name
+
+
+def test_openuni_trains_on_encoded_images_too(tmp_path, dataset):
+    folder = Golden("openuni").checkpoint
+    runs = [
+        trainer(
+            AutoUnifiedModel.from_pretrained(folder),
+            tmp_path / str(cached),
+            dataset,
+            AutoUnifiedProcessor.from_pretrained(folder),
+            lora=False,
+            cache_latents=cached,
+            max_steps=3,
+        )
+        for cached in (False, True)
+    ]
+    for one in runs:
+        one.train()
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-6)
+    keys = next(iter(runs[1].get_train_dataloader())).keys()
+    assert {"condition_embeds", "latents"} < keys and not {name for name in keys if "pixel" in name}
 
 
 def test_cached_batches_hold_no_pixels_of_reconstructions(tmp_path, dataset, processor):

@@ -48,6 +48,7 @@ class OpenUniModel(UnifiedModel):
         r"connector\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
         r"|projector|transformer\.(.+\.)?(to_[qkv]|to_out\.0|linear(_[12])?|proj_out)"
     )
+    frozen_encoders = ("internvl.model.vision_tower", "internvl.model.multi_modal_projector", "vae")
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _no_split_modules = ("InternVLVisionLayer", "Qwen2DecoderLayer", "SiglipEncoderLayer", "SanaTransformerBlock")
@@ -104,6 +105,7 @@ class OpenUniModel(UnifiedModel):
         condition_pixel_values: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
+        condition_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
     ) -> UnifiedOutput:
         """Loss of one task.
@@ -111,16 +113,19 @@ class OpenUniModel(UnifiedModel):
         Args:
             task: `"reconstruct"` (needs `condition_pixel_values`), `"generate"` or `"caption"` (needs `labels`).
             corruption: see `sample_corruption`; drawn here if `None`.
-            input_ids, attention_mask: `[B, T]` int64, the prompt up to the token that opens the image.
+            input_ids, attention_mask: `[B, T]` int64, the prompt up to the token that opens the image; one row serves all
+                `condition_embeds`.
             condition_pixel_values: `[B, 3, s, s]` float, for InternVL's vision transformer.
             pixel_values: `[B, 3, H, W]` float in [-1, 1].
             latents: `[B, C, h, w]` float, `encode_images` of `pixel_values` if that was computed before.
+            condition_embeds: `[B, S, D]`, `encode_condition` of `condition_pixel_values`, likewise.
             labels: `[B, T]` int64, -100 where nothing is supervised.
         """
         if task == "caption":
             return self._caption(input_ids, attention_mask, condition_pixel_values, labels)
         if task == "reconstruct":
-            embeds = self.encode_condition(condition_pixel_values)
+            embeds = self.encode_condition(condition_pixel_values) if condition_embeds is None else condition_embeds
+            input_ids, attention_mask = (rows.expand(len(embeds), -1) for rows in (input_ids, attention_mask))
         elif task == "generate":
             embeds = None
         else:
@@ -162,6 +167,13 @@ class OpenUniModel(UnifiedModel):
         embeds = None if condition_pixel_values is None else self.encode_condition(condition_pixel_values)
         hidden = self._read(input_ids, attention_mask, embeds)[:, :-1]  # [B, T - 1, D]
         return token_cross_entropy(self.internvl.lm_head, hidden, labels[:, 1:], embeds)
+
+    def encode_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """See `UnifiedModel.encode_batch`: `condition_embeds` `[B, S, D]` and `latents` `[B, C, h, w]`."""
+        return {
+            "condition_embeds": self.encode_condition(batch["condition_pixel_values"]),
+            "latents": self.encode_images(batch["pixel_values"]),
+        }
 
     @torch.no_grad()
     def encode_condition(self, condition_pixel_values: torch.Tensor) -> torch.Tensor:

@@ -84,7 +84,7 @@ class OpenUniProcessor(UnifiedProcessor):
         """See `UnifiedProcessor.__call__`.
 
         Args:
-            images: one per sample; `generate` does without them where there is no target.
+            images: one per sample; `generate` does without them where there is no target, `reconstruct` is then its prompt.
             text: captions (`generate`, `caption`); `None` instead of one stands for the unconditional prompt of
                 classifier-free guidance.
             instruction: what is asked for (`reconstruct`), or the question (`caption`): one for all images, or a list.
@@ -96,7 +96,8 @@ class OpenUniProcessor(UnifiedProcessor):
         if task == "generate":
             prompts = [self._generation_turn(caption) for caption in text]
         elif task in ("reconstruct", "caption"):
-            requests = instruction if isinstance(instruction, list) else [instruction or ""] * len(images)
+            count = 1 if images is None else len(images)
+            requests = instruction if isinstance(instruction, list) else [instruction or ""] * count
             prompts = [self._image_turn(request) for request in requests]
         else:
             raise ValueError(f"OpenUni has no task {task!r}; it has reconstruct, generate and caption.")
@@ -111,7 +112,7 @@ class OpenUniProcessor(UnifiedProcessor):
         batch = {"task": task, **self._tokenize([prompt + "<img>" for prompt in prompts], max_length=max_length)}
         if images:
             batch["pixel_values"] = self._to_pixels(images, size or self.target_sizes()[0])
-        if task == "reconstruct":
+        if task == "reconstruct" and images:
             batch["condition_pixel_values"] = self._to_condition(batch["pixel_values"])
         return batch
 
