@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, PrinterCallback
 
 import measure
 from reca_trainer import RecAConfig, RecATrainer, shapes
@@ -53,6 +53,7 @@ def main() -> None:
             processing_class=processor,
             peft_config=LoraConfig(r=64, lora_alpha=128),
         )
+        trainer.remove_callback(PrinterCallback)  # standard output is for the one line
         started = measure.busy_share()
         trainer.train()
         foreign = started()

@@ -12,6 +12,8 @@ from pathlib import Path
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from reca_trainer.models.checkpoint import sync
+
 logger = logging.get_logger(__name__)
 
 SEAL = "checkpoint_files.json"
@@ -36,14 +38,6 @@ def make_output_dir(path: str | os.PathLike) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     except OSError as error:
         raise OSError(f"Nothing can be saved in output_dir={str(path)!r}: {error}. Choose another folder.") from error
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def check_complete(folder: Path) -> float:

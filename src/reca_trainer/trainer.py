@@ -40,7 +40,6 @@ from reca_trainer.checkpoints import (
     last_complete_checkpoint,
     make_output_dir,
     seal,
-    sync,
 )
 from reca_trainer.collator import UnifiedCollator
 from reca_trainer.config import RecAConfig
@@ -50,6 +49,7 @@ from reca_trainer.data import (
     TaskBatchSampler,
 )
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
+from reca_trainer.models.checkpoint import sync
 from reca_trainer.models.unified import TASKS, UnifiedModel, UnifiedProcessor
 from reca_trainer.task_images import Images, TaskImages
 

@@ -198,6 +198,13 @@ def test_precomputed_latents_give_the_same_loss(model, batch):
     assert torch.equal(model(**batch, latents=latents, corruption=corruption).loss, loss)
 
 
+def test_prompts_of_one_length_need_no_attention_mask(model, batch):
+    corruption = draws(model, batch)
+    expected = model(**batch, corruption=corruption).loss
+    del batch["attention_mask"]
+    assert torch.equal(model(**batch, corruption=corruption).loss, expected)
+
+
 def test_activation_checkpointing_recomputes_layers_and_changes_nothing(model, batch):
     model.freeze_understanding()
     calls = []

@@ -303,9 +303,7 @@ def written_whole(folder: str | Path) -> Iterator[Path]:
     try:
         yield staging
         for path in [*staging.rglob("*"), staging]:
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            sync(path)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         if isinstance(error, SafetensorError):  # how safetensors reports a full disk
@@ -313,6 +311,15 @@ def written_whole(folder: str | Path) -> Iterator[Path]:
             raise OSError(f"{folder} was not written: {error}. {free:,.1f} MB are free there.") from error
         raise
     os.replace(staging, folder)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the list of a folder's files, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_weights(

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from reca_trainer.models.unified import UnifiedModel, UnifiedProcessor
-from reca_trainer.shapes.world import SPARSE, World
+from reca_trainer.shapes.world import SPARSE, Scene, World
 
 DESCRIBE = "describe the image in detail"
 NOISE = 0.1  # added to continuous latents of unit variance, so that near latents decode alike
@@ -58,11 +58,11 @@ def pretrain(
     with torch.random.fork_rng(devices=[]), PartialState().local_main_process_first():
         torch.manual_seed(seed)
         model, processor = build()
-        recipe = [model.config.to_json_string(), *map(inspect.getsource, (build, encode, decode, _minimise))]
+        recipe = [model.config.to_json_string(), *map(inspect.getsource, (build, encode, decode, ask, _minimise))]
         stages = {
             fit_autoencoder: (processor, autoencoder, encode, decode, continuous, autoencoder_steps, batch_size, seed),
             fit_understanding: (processor, autoencoder, understanding_steps, batch_size, seed),
-            fit_generator: (processor, autoencoder, generator_steps, batch_size, seed),
+            fit_generator: (processor, generator_steps, batch_size, seed),
         }
         for fit, arguments in stages.items():
             recipe += [inspect.getsource(fit), str([one for one in arguments if isinstance(one, str | int)])]
@@ -70,6 +70,7 @@ def pretrain(
             path = cache / f"{model.config.model_type}-{fit.__name__.removeprefix('fit_')}-{digest}.safetensors"
             if not path.is_file():
                 fit(model, *arguments)
+                model.requires_grad_(True)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_model(model, str(path.with_suffix(".partial")))
                 path.with_suffix(".partial").rename(path)
@@ -110,7 +111,6 @@ def fit_autoencoder(
     model.requires_grad_(False)
     module = model.get_submodule(autoencoder).requires_grad_(True)
     _minimise("autoencoder", loss_of_step, module, steps, learning_rate)
-    model.requires_grad_(True)
 
 
 def fit_understanding(
@@ -128,22 +128,19 @@ def fit_understanding(
     def loss_of_step(step: int) -> Tensor:
         scenes = [world.sample(rng) for _ in range(batch_size)]
         if step % 2:
-            asked = [world.question(scene, rng) for scene in scenes]
-            questions, answers = [one.text for one in asked], [one.answer for one in asked]
+            texts = ask(world, scenes, rng)
         else:
-            questions, answers = [DESCRIBE] * batch_size, [world.describe(scene) for scene in scenes]
+            texts = {"instruction": [DESCRIBE] * batch_size, "text": [world.describe(scene) for scene in scenes]}
         images = [world.render(scene) for scene in scenes]
-        return model(**processor(images=images, text=answers, instruction=questions, task="caption")).loss
+        return model(**processor(images=images, **texts, task="caption")).loss
 
     model.get_submodule(autoencoder).requires_grad_(False)
     _minimise("understanding", loss_of_step, model, steps, learning_rate)
-    model.requires_grad_(True)
 
 
 def fit_generator(
     model: UnifiedModel,
     processor: UnifiedProcessor,
-    autoencoder: str,
     steps: int,
     batch_size: int,
     seed: int,
@@ -158,17 +155,18 @@ def fit_generator(
         images, captions = [world.render(scene) for scene in scenes], [world.caption(s, rng, SPARSE) for s in scenes]
         loss = model(**processor(images=images, text=captions, task="generate")).loss
         if model.shares_weights:
-            asked = [world.question(scene, rng) for scene in scenes]
-            texts = {"text": [one.answer for one in asked], "instruction": [one.text for one in asked]}
-            loss = loss + 0.5 * model(**processor(images=images, **texts, task="caption")).loss
+            asked = processor(images=images, **ask(world, scenes, rng), task="caption")
+            loss = loss + 0.5 * model(**asked).loss
         return loss
 
-    prefixes = tuple(f"{name}." for name in model.generation_modules)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in model.generation_modules or name.startswith(prefixes))
-    model.get_submodule(autoencoder).requires_grad_(False)
+    model.freeze_understanding()
     _minimise("generator", loss_of_step, model, steps, learning_rate)
-    model.requires_grad_(True)
+
+
+def ask(world: World, scenes: list[Scene], rng: np.random.Generator) -> dict[str, list[str]]:
+    """A question about each scene, as the `instruction` of a caption batch, and its answer as the `text`."""
+    asked = [world.question(scene, rng) for scene in scenes]
+    return {"instruction": [one.text for one in asked], "text": [one.answer for one in asked]}
 
 
 def _minimise(

@@ -125,7 +125,6 @@ class OpenUniModel(UnifiedModel):
             return self._caption(input_ids, attention_mask, condition_pixel_values, labels)
         if task == "reconstruct":
             embeds = self.encode_condition(condition_pixel_values) if condition_embeds is None else condition_embeds
-            input_ids, attention_mask = (rows.expand(len(embeds), -1) for rows in (input_ids, attention_mask))
         elif task == "generate":
             embeds = None
         else:
@@ -212,11 +211,13 @@ class OpenUniModel(UnifiedModel):
     ) -> torch.Tensor:
         """Hidden states of the language model over the prompt, and over `queries` behind it. `[B, T + Q, D]`."""
         internvl = self.internvl.model
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if understanding_embeds is not None:
+            input_ids, mask = (rows.expand(len(understanding_embeds), -1) for rows in (input_ids, mask))
         embeds = internvl.get_input_embeddings()(input_ids)  # [B, T, D]
         if understanding_embeds is not None:
             is_image = internvl.get_placeholder_mask(input_ids, embeds, understanding_embeds)
             embeds = embeds.masked_scatter(is_image, understanding_embeds.to(embeds.dtype))
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if queries is not None:
             queries = queries.to(embeds.dtype).expand(len(embeds), -1, -1)
             embeds = torch.cat([embeds, queries], dim=1)
