@@ -57,7 +57,7 @@ def make_model(folder: Path, size: tuple[int, int, int], dtype: str) -> int:
     from reca_trainer import AutoUnifiedProcessor
     from reca_trainer.models.auto import open_lazily
     from reca_trainer.models.bagel import Config, Model
-    from reca_trainer.models.checkpoint import LazyTensor, write_weights
+    from reca_trainer.models.weights import LazyTensor, write_weights
 
     checkpoint = Path(__file__).parents[1] / "tests" / "golden" / "bagel" / "checkpoint"
     hidden, intermediate, layers = size
@@ -127,7 +127,8 @@ def measure_errors(folder: Path) -> dict:
     from peft import LoraConfig
 
     from reca_trainer import AutoUnifiedModel
-    from reca_trainer.adapters import attach, merge_adapter
+    from reca_trainer.adapters import attach
+    from reca_trainer.saving.merge import merge_adapter
 
     make_model(folder / "base", SIZES["0.2B"], "bfloat16")
     table = []
@@ -176,8 +177,8 @@ def run_step(step: str, base: Path, work: Path) -> dict:
     from peft import LoraConfig
 
     from reca_trainer import AutoUnifiedModel, RecAConfig, RecATrainer
-    from reca_trainer.adapters import merge_adapter
-    from reca_trainer.hub import export
+    from reca_trainer.saving.export import export
+    from reca_trainer.saving.merge import merge_adapter
 
     if step.startswith("load"):
         config = quantization() if step == "load-nf4" else None
@@ -241,14 +242,14 @@ def measure_modules(folder: Path, steps: int = 200, seeds: int = 2) -> dict:
     """Held-out reconstruction loss of the embedded default after a short run, with and without `modules_to_save`."""
     from peft import LoraConfig
 
-    from reca_trainer import RecAConfig, RecATrainer, shapes
+    from reca_trainer import RecAConfig, RecATrainer, toy
 
-    train, held_out = shapes.dataset("train", 2000), shapes.dataset("validation", 128)
+    train, held_out = toy.dataset("train", 2000), toy.dataset("validation", 128)
     table = []
     for learning_rate in (1e-3, 1e-4):
         for seed in range(seeds):
             for modules in (["vae2llm", "llm2vae", "time_embedder"], None):
-                model, processor = shapes.load()
+                model, processor = toy.load()
                 settings = {
                     "max_steps": steps,
                     "learning_rate": learning_rate,

@@ -20,10 +20,10 @@ from peft import LoraConfig
 from transformers import HfArgumentParser, PrinterCallback
 
 import measure
-from reca_trainer import RecAConfig, RecATrainer, shapes
+from reca_trainer import RecAConfig, RecATrainer, toy
 from reca_trainer.data import load_image_dataset
-from reca_trainer.shapes import World
-from reca_trainer.shapes.score import held_out_scenes
+from reca_trainer.toy import World
+from reca_trainer.toy.score import held_out_scenes
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
         (config,) = HfArgumentParser(RecAConfig).parse_args_into_dataclasses(
             [*defaults, "--output_dir", folder, *rest]
         )
-        model, processor = shapes.load()
+        model, processor = toy.load()
         trainer = RecATrainer(
             model,
             config,

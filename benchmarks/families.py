@@ -25,12 +25,12 @@ from PIL import Image
 
 from reca_trainer import adapters
 from reca_trainer.callbacks import contact_sheet
-from reca_trainer.models.unified import UnifiedModel, UnifiedProcessor
-from reca_trainer.recipe import run
-from reca_trainer.shapes import World
-from reca_trainer.shapes.detector import Detector
-from reca_trainer.shapes.score import INSTRUCTION, compare_images, held_out_scenes, judge_dense, mean, questions
-from reca_trainer.shapes.world import QUESTION_KINDS, normalise_answer
+from reca_trainer.cli.train import run
+from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
+from reca_trainer.toy import World
+from reca_trainer.toy.detector import Detector
+from reca_trainer.toy.score import INSTRUCTION, compare_images, held_out_scenes, judge_dense, mean, questions
+from reca_trainer.toy.world import QUESTION_KINDS, normalise_answer
 
 ROOT = Path(__file__).parent
 SAMPLING = {
@@ -90,11 +90,11 @@ def train_and_measure(name: str, weight: float | None, argv: list[str], size: in
     recipe = ROOT.parent / "recipes" / f"{name}.py"
     tiny = runpy.run_path(str(recipe))["tiny"]
     if weight == 0:
-        argv = [*argv, "--image_to_text_weight", "0", "--task_mix", "1:0:0", "--gradient_accumulation_steps", "1"]
+        argv = [*argv, "--image_to_text_weight", "0", "--task_mix", "reconstruct=1", "--gradient_accumulation_steps", "1"]
     started = time.time()
     with tempfile.TemporaryDirectory() as folder:
         argv = [*argv, "--output_dir", folder, "--preview_steps", "0", "--save_strategy", "no"]
-        trainer = run(tiny, recipe.with_name(f"{name}_tiny.yaml"), argv)
+        trainer = run(tiny, f"{name}_tiny", argv)
     seconds = round(time.time() - started)
     held_out = [row for row in trainer.state.log_history if "eval_reconstruction_loss" in row]
     names = ("step", "eval_reconstruction_loss", "eval_image_to_text_loss")

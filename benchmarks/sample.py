@@ -17,7 +17,7 @@ import presets
 import train_step
 from reca_trainer.models.bagel import Processor
 from reca_trainer.plan import Meter
-from reca_trainer.shapes.tokenizer import make_tokenizer
+from reca_trainer.toy.tokenizer import make_tokenizer
 
 
 def build(options: dict[str, Any]) -> Callable[[], float]:

@@ -16,9 +16,9 @@ import time
 import torch
 
 import measure
-from reca_trainer import shapes
-from reca_trainer.shapes import World
-from reca_trainer.shapes.score import INSTRUCTION, held_out_scenes
+from reca_trainer import toy
+from reca_trainer.toy import World
+from reca_trainer.toy.score import INSTRUCTION, held_out_scenes
 
 SETTINGS = [(4, 1), (8, 1), (16, 1), (4, 2), (8, 2), (4, 4)]  # images, timesteps of each
 
@@ -31,7 +31,7 @@ def main() -> None:
     options = vars(parser.parse_args())
     if options["threads"]:
         torch.set_num_threads(options["threads"])
-    model, processor = shapes.load()
+    model, processor = toy.load()
     model.freeze_understanding()
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -6,16 +6,15 @@ The whole job on a tiny Harmon and the world of shapes, in minutes on a laptop's
 
 The real run, with image-to-text data because Harmon understands and generates with the same weights:
 
-    accelerate launch recipes/harmon.py --config recipes/harmon_1_5b.yaml --model_name_or_path wusize/Harmon-1_5B \
+    accelerate launch recipes/harmon.py --config harmon_1_5b --model_name_or_path wusize/Harmon-1_5B \
         --dataset_name path/to/images --caption_dataset_name path/to/conversations
 """
 
-from pathlib import Path
 
+from reca_trainer.cli.train import run
 from reca_trainer.models.harmon import Config, Model, Processor
-from reca_trainer.recipe import run
-from reca_trainer.shapes.pretraining import pretrain
-from reca_trainer.shapes.tokenizer import make_tokenizer
+from reca_trainer.toy.pretraining import pretrain
+from reca_trainer.toy.tokenizer import make_tokenizer
 
 
 def build():
@@ -42,4 +41,4 @@ def tiny(**steps):
 
 
 if __name__ == "__main__":
-    run(tiny, Path(__file__).with_name("harmon_tiny.yaml"))
+    run(tiny, "harmon_tiny")

@@ -6,19 +6,18 @@ The whole job on a tiny Janus and the world of shapes, in minutes on a laptop's 
 
 The real run, with image-to-text data because Janus understands and generates with the same language model:
 
-    accelerate launch recipes/janus_lora.py --config recipes/janus_lora_1b.yaml \
+    accelerate launch recipes/janus_lora.py --config janus_lora_1b \
         --model_name_or_path deepseek-community/Janus-Pro-1B \
         --dataset_name path/to/images --caption_dataset_name path/to/conversations
 """
 
-from pathlib import Path
 
 import torch.nn.functional as F
 
+from reca_trainer.cli.train import run
 from reca_trainer.models.janus import Config, Model, Processor
-from reca_trainer.recipe import run
-from reca_trainer.shapes.pretraining import pretrain
-from reca_trainer.shapes.tokenizer import make_tokenizer
+from reca_trainer.toy.pretraining import pretrain
+from reca_trainer.toy.tokenizer import make_tokenizer
 
 
 def build():
@@ -49,4 +48,4 @@ def tiny(**steps):
 
 
 if __name__ == "__main__":
-    run(tiny, Path(__file__).with_name("janus_lora_tiny.yaml"))
+    run(tiny, "janus_lora_tiny")

@@ -6,16 +6,15 @@ The whole job on a tiny OpenUni and the world of shapes, in minutes on a laptop'
 
 The real run on your own images, a folder or a dataset id:
 
-    accelerate launch recipes/openuni.py --config recipes/openuni_1_6b.yaml \
+    accelerate launch recipes/openuni.py --config openuni_1_6b \
         --model_name_or_path path/to/openuni --dataset_name path/to/images
 """
 
-from pathlib import Path
 
+from reca_trainer.cli.train import run
 from reca_trainer.models.openuni import Config, Model, Processor
-from reca_trainer.recipe import run
-from reca_trainer.shapes.pretraining import pretrain
-from reca_trainer.shapes.tokenizer import make_tokenizer
+from reca_trainer.toy.pretraining import pretrain
+from reca_trainer.toy.tokenizer import make_tokenizer
 
 
 def build():
@@ -38,4 +37,4 @@ def tiny(**steps):
 
 
 if __name__ == "__main__":
-    run(tiny, Path(__file__).with_name("openuni_tiny.yaml"))
+    run(tiny, "openuni_tiny")

@@ -36,8 +36,8 @@ from transformers import HfArgumentParser, Qwen2Config, SiglipVisionConfig
 
 from reca_trainer.models.bagel import Config, Model, Processor
 from reca_trainer.models.bagel.modeling_bagel import build_autoencoder
-from reca_trainer.shapes.tokenizer import make_tokenizer
-from reca_trainer.shapes.world import QUESTION_KINDS, SPARSE, Scene, World
+from reca_trainer.toy.tokenizer import make_tokenizer
+from reca_trainer.toy.world import QUESTION_KINDS, SPARSE, Scene, World
 
 DESCRIBE = "describe the image in detail"
 WIDTH, LAYERS, HEADS, FEED_FORWARD = 128, 4, 4, 384
@@ -290,7 +290,7 @@ def train_vision(model: Model, world: World, texts: Texts, arguments: Arguments,
         with torch.no_grad():
             wanted = visual_tokens(model, texts.visual_words(scenes, side))
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            embeds = model.encode_image(pixels)
+            embeds = model.encode_condition(pixels)
             terms = {"words": (embeds.float() - wanted).square().mean() / wanted.var()}
             if step >= 0.8 * arguments.vision_steps:
                 context = model.read_image(model.new_context(count), embeds, pixels.shape[-2:])
@@ -311,7 +311,7 @@ def train_generator(model: Model, world: World, texts: Texts, arguments: Argumen
     for start in tqdm(range(0, len(scenes), 256), desc="encode", unit="batch"):
         pixels = pixels_of(world, scenes[start : start + 256])
         channels, side = model.config.vae_config["latent_channels"], world.resolution // model.config.vae_scale_factor
-        latents.append(model.encode_latents(pixels, torch.zeros(len(pixels), channels, side, side)))
+        latents.append(model.encode_target(pixels, torch.zeros(len(pixels), channels, side, side)))
     latents = torch.cat(latents)
 
     def loss_of_step(step: int) -> dict[str, torch.Tensor]:
@@ -337,7 +337,7 @@ def train_answers(model: Model, world: World, texts: Texts, arguments: Arguments
         scenes = [world.sample(rng) for _ in range(count)]
         pixels = pixels_of(world, scenes)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            context = model.read_image(model.new_context(count), model.encode_image(pixels), pixels.shape[-2:])
+            context = model.read_image(model.new_context(count), model.encode_condition(pixels), pixels.shape[-2:])
             asked = texts.questions(scenes, rng, each, kinds=(0, 0, 0, 1, 2, 3))
             return {
                 "answers": answer_loss(model, context.repeat(each), asked),

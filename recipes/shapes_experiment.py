@@ -32,9 +32,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, TrainerCallback
 
-from reca_trainer import RecAConfig, RecATrainer, shapes
+from reca_trainer import RecAConfig, RecATrainer, toy
 from reca_trainer.callbacks import contact_sheet
-from reca_trainer.shapes.score import CATEGORIES, score
+from reca_trainer.tasks import parse_task_mix
+from reca_trainer.toy.score import CATEGORIES, score
 
 PRIMARY = ("dense_soft", "short_mean")
 REPORTED = (*PRIMARY, *CATEGORIES, "dense_strict", "psnr", "ssim", "facts_kept", "question_where_is",
@@ -53,7 +54,7 @@ class Run:
     """What a run trains on and how.
 
     Args:
-        task_mix: micro-batches of reconstruct:caption:generate per turn; one micro-batch is one step here.
+        task_mix: micro-batches of each task per turn; a micro-batch is a step here.
         captions: of the generate task, `"sparse"` as in pretraining, or `"dense"`: everything named.
         lora_r: rank of the adapter on the generator; 0 trains the whole generator.
     """
@@ -65,15 +66,15 @@ class Run:
 
 
 RUNS = {
-    "control": Run("0:0:1", 1e-3),
-    "control, dense captions": Run("0:0:1", 1e-3, captions="dense"),
-    "RecA": Run("1:0:0", 1e-3),
-    "RecA + rehearsal .1": Run("9:0:1", 1e-3),
-    "RecA + rehearsal .3": Run("7:0:3", 1e-3),
-    "RecA + rehearsal .5": Run("1:0:1", 1e-3),
-    "control, whole generator": Run("0:0:1", 3e-4, lora_r=0),
-    "RecA, whole generator": Run("1:0:0", 3e-4, lora_r=0),
-    "RecA + rehearsal .1, whole generator": Run("9:0:1", 3e-4, lora_r=0),
+    "control": Run("generate=1", 1e-3),
+    "control, dense captions": Run("generate=1", 1e-3, captions="dense"),
+    "RecA": Run("reconstruct=1", 1e-3),
+    "RecA + text-to-image .1": Run("reconstruct=9,generate=1", 1e-3),
+    "RecA + text-to-image .3": Run("reconstruct=7,generate=3", 1e-3),
+    "RecA + text-to-image .5": Run("reconstruct=1,generate=1", 1e-3),
+    "control, whole generator": Run("generate=1", 3e-4, lora_r=0),
+    "RecA, whole generator": Run("reconstruct=1", 3e-4, lora_r=0),
+    "RecA + text-to-image .1, whole generator": Run("reconstruct=9,generate=1", 3e-4, lora_r=0),
 }
 
 
@@ -81,7 +82,7 @@ RUNS = {
 class Arguments:
     output_dir: str = field(metadata={"help": "where runs and reports are written"})
     bases: list[str] = field(
-        default_factory=lambda: [str(shapes.CHECKPOINT)],
+        default_factory=lambda: [str(toy.CHECKPOINT)],
         metadata={"help": "checkpoints of recipes/pretrain_shapes.py, of different pretraining seeds"},
     )
     runs: list[str] = field(default_factory=lambda: list(RUNS), metadata={"help": "names in RUNS"})
@@ -104,7 +105,7 @@ class Scores(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, processing_class=None, **kwargs):
         if state.global_step % (state.max_steps // self.times) == 0:
             size = self.size if state.global_step == state.max_steps else self.size // 4
-            results = score(merged(model), processing_class, size=size, sampling=shapes.SAMPLING, progress=False)
+            results = score(merged(model), processing_class, size=size, sampling=toy.SAMPLING, progress=False)
             self.curve.append({"step": state.global_step, **results})
 
 
@@ -121,18 +122,18 @@ def pretraining_seed(base: str) -> int:
 def draw(model: Any, processor: Any) -> list[Image.Image]:
     """The images of `PROMPTS`, always from the same noise."""
     noise = [torch.Generator().manual_seed(index) for index in range(len(PROMPTS))]
-    return model.generate_images(processor, text=list(PROMPTS), generator=noise, **shapes.SAMPLING)
+    return model.generate_images(processor, text=list(PROMPTS), generator=noise, **toy.SAMPLING)
 
 
 def train(base: str, name: str, seed: int, arguments: Arguments, folder: Path) -> None:
     """One run; its scores and settings are written to `folder/result.json` when it is done."""
     torch.set_num_threads(1)
     run, started = RUNS[name], time.time()
-    model, processor = shapes.load(base)
-    dataset = shapes.World().dataset(
-        "train", arguments.scenes, seed=1, density=1.0 if run.captions == "dense" else shapes.SPARSE
+    model, processor = toy.load(base)
+    dataset = toy.World().dataset(
+        "train", arguments.scenes, seed=1, density=1.0 if run.captions == "dense" else toy.SPARSE
     )
-    shares = [int(share) for share in run.task_mix.split(":")]
+    shares = parse_task_mix(run.task_mix)
     adapter = LoraConfig(r=run.lora_r, lora_alpha=2 * run.lora_r, modules_to_save=list(PROJECTIONS))
     callback = Scores(arguments.scores, arguments.size)
     trainer = RecATrainer(
@@ -145,9 +146,9 @@ def train(base: str, name: str, seed: int, arguments: Arguments, folder: Path) -
             max_steps=arguments.steps,
             per_device_train_batch_size=arguments.batch_size,
             task_mix=run.task_mix,
-            reca_weight=float(shares[0] > 0),
-            image_to_text_weight=float(shares[1] > 0),
-            text_to_image_weight=float(shares[2] > 0),
+            reca_weight=float("reconstruct" in shares),
+            image_to_text_weight=float("caption" in shares),
+            text_to_image_weight=float("generate" in shares),
             caption_column="text",
             cache_latents=shares[0] > 0,
             bf16=True,
@@ -177,9 +178,9 @@ def train(base: str, name: str, seed: int, arguments: Arguments, folder: Path) -
 def score_base(base: str, arguments: Arguments, folder: Path) -> None:
     """The base model itself, as a run of no steps."""
     torch.set_num_threads(1)
-    model, processor = shapes.load(base)
+    model, processor = toy.load(base)
     with sdpa_kernel(SDPBackend.MATH):
-        results = score(model, processor, size=arguments.size, sampling=shapes.SAMPLING, progress=False)
+        results = score(model, processor, size=arguments.size, sampling=toy.SAMPLING, progress=False)
     folder.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(draw(model, processor)):
         image.save(folder / f"{index}.png")

@@ -6,17 +6,16 @@ The whole job on a tiny Show-o and the world of shapes, in minutes on a laptop's
 
 The real run, with image-to-text data because Show-o understands and generates with the same weights:
 
-    accelerate launch recipes/show_o.py --config recipes/show_o_clip_512.yaml \
+    accelerate launch recipes/show_o.py --config show_o_clip_512 \
         --model_name_or_path showlab/show-o-w-clip-vit-512x512 \
         --dataset_name path/to/images --caption_dataset_name path/to/conversations
 """
 
-from pathlib import Path
 
+from reca_trainer.cli.train import run
 from reca_trainer.models.show_o import Config, Model, Processor
-from reca_trainer.recipe import run
-from reca_trainer.shapes.pretraining import pretrain
-from reca_trainer.shapes.tokenizer import make_tokenizer
+from reca_trainer.toy.pretraining import pretrain
+from reca_trainer.toy.tokenizer import make_tokenizer
 
 
 def build():
@@ -44,4 +43,4 @@ def tiny(**steps):
 
 
 if __name__ == "__main__":
-    run(tiny, Path(__file__).with_name("show_o_tiny.yaml"))
+    run(tiny, "show_o_tiny")

@@ -21,24 +21,42 @@ MARKS = {
     "openuni": "checkpoint/openuni_config.json",
     "show_o": "checkpoint/magvitv2",
     "harmon": "checkpoint",
+    "data": "images",
     "geneval": "cases.json",
 }
 
 
-def golden_folder(subject: str) -> Path:
-    """Where the reference cases of a family, or of GenEval, are: `RECA_GOLDEN` if that folder holds such cases (so that
-    one family's tests can be pointed elsewhere while the others still collect), else the suite's own copy.
+def golden_subject() -> str | None:
+    """Whose cases `RECA_GOLDEN` holds; `None` where it is not set.
 
     Raises:
         pytest.UsageError: the folder holds no cases of anyone; the suite's own would pass in their place.
     """
     if not os.environ.get("RECA_GOLDEN"):
-        return GOLDEN / subject
+        return None
     folder = Path(os.environ["RECA_GOLDEN"])
-    owner = next((s for s, mark in MARKS.items() if (folder / mark).exists()), None)
-    if owner is None:
-        raise pytest.UsageError(f"RECA_GOLDEN={folder} holds no reference cases: none of {', '.join(MARKS.values())}.")
-    return folder if subject == owner else GOLDEN / subject
+    if (folder / "cases.json").is_file():
+        for subject, mark in MARKS.items():
+            if (folder / mark).exists():
+                return subject
+    raise pytest.UsageError(f"RECA_GOLDEN={folder} holds no reference cases: none of {', '.join(MARKS.values())}.")
+
+
+def golden_folder(subject: str) -> Path:
+    """Where the reference cases of a subject are: `RECA_GOLDEN` if that folder holds them, else the suite's own copy."""
+    return Path(os.environ["RECA_GOLDEN"]) if subject == golden_subject() else GOLDEN / subject
+
+
+def pytest_collection_modifyitems(config, items):
+    """With `RECA_GOLDEN` set, the reference tests of every other subject are left out, so that counts mean something."""
+    subject = golden_subject()
+    if subject is None:
+        return
+    files = {name: f"test_golden_{name}" for name in MARKS}
+    other = {item for item in items for name, stem in files.items()
+             if name != subject and item.path.stem.startswith(stem)}  # fmt: skip
+    config.hook.pytest_deselected(items=list(other))
+    items[:] = [item for item in items if item not in other]
 
 
 class Golden:

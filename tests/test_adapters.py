@@ -18,10 +18,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig
 
-from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor, RecAConfig, RecATrainer, shapes
-from reca_trainer.adapters import attach, check_trainable, load_adapter, merge_adapter
-from reca_trainer.hub import export
-from reca_trainer.models.checkpoint import CheckpointError
+from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor, RecAConfig, RecATrainer, toy
+from reca_trainer.adapters import attach, check_trainable, load_adapter
+from reca_trainer.models.weights import CheckpointError
+from reca_trainer.saving.export import export
+from reca_trainer.saving.merge import merge_adapter
 
 CHECKPOINT = Path(__file__).parent / "golden" / "bagel" / "checkpoint"
 HARMON = Path(__file__).parent / "golden" / "harmon" / "checkpoint"
@@ -288,7 +289,7 @@ def test_killed_merge_leaves_no_model(tmp_path, form):
     with_adapter().save_pretrained(tmp_path / "adapter")
     killed = f"""
 import os, signal, sys
-from reca_trainer.adapters import merge_adapter
+from reca_trainer.saving.merge import merge_adapter
 opened = set()
 def die(event, args):  # at the second file of weights that is written
     if event == "open" and str(args[0]).endswith(".safetensors") and "merged.partial" in str(args[0]):
@@ -368,7 +369,7 @@ def test_published_index_lists_every_tensor(tmp_path):
 
 def test_what_a_published_layout_cannot_hold_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"autoencoder has \{'norm_num_groups': 8.*can only have FLUX'"):
-        export(shapes.CHECKPOINT, tmp_path / "published")
+        export(toy.CHECKPOINT, tmp_path / "published")
     assert not list(tmp_path.iterdir())
 
 

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor, RecATrainer
-from reca_trainer.cache import EncodedRows, check_encoders
-from reca_trainer.collator import UnifiedCollator
+from reca_trainer.data.collator import UnifiedCollator
+from reca_trainer.data.latent_cache import EncodedRows, check_encoders
 from tests import test_trainer
 from tests.conftest import Golden
 from tests.test_trainer import CHECKPOINT, StopAt, config, losses, trained, trainer

@@ -5,9 +5,9 @@ import logging
 import pytest
 import torch
 
-from reca_trainer import RecAConfig, RecATrainer, shapes
+from reca_trainer import RecAConfig, RecATrainer, toy
 from reca_trainer.models.show_o import Config, Model, Processor
-from reca_trainer.shapes.tokenizer import make_tokenizer
+from reca_trainer.toy.tokenizer import make_tokenizer
 
 
 def train(model, processor, folder, **options):
@@ -25,13 +25,13 @@ def train(model, processor, folder, **options):
         collapse_threshold=0.2,
         **options,
     )
-    RecATrainer(model, args, train_dataset=shapes.dataset("train", 256), processing_class=processor).train()
+    RecATrainer(model, args, train_dataset=toy.dataset("train", 256), processing_class=processor).train()
 
 
 @torch.no_grad()
 def text_to_image_loss(model, processor):
     """Held out, with fixed masks."""
-    rows = shapes.dataset("validation", 64)
+    rows = toy.dataset("validation", 64)
     batch = processor(images=list(rows["image"]), text=list(rows["text"]), task="generate")
     generators = [torch.Generator().manual_seed(index) for index in range(len(rows))]
     return float(model.eval()(corruption=model.sample_corruption(batch, generators), **batch).loss)

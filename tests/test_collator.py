@@ -5,8 +5,8 @@ from datasets import Dataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from reca_trainer.collator import UnifiedCollator
-from reca_trainer.data import Columns, Draw, RowDataset, TaskBatchSampler
+from reca_trainer.data import Columns, Draw, RowDataset, SamplingPlan, TaskBatchSampler
+from reca_trainer.data.collator import UnifiedCollator
 
 
 class PixelProcessor:
@@ -72,7 +72,8 @@ def test_two_processes_with_workers_collate_what_one_collates():
     rows = RowDataset(dict.fromkeys(tasks, dataset), dict.fromkeys(tasks, Columns("image", "text")))
 
     def batches(**options):
-        sampler = TaskBatchSampler(dict.fromkeys(tasks, [(8, 8)] * 9), {"reconstruct": 2, "caption": 1}, **options)
+        plan = SamplingPlan({"reconstruct": 2, "caption": 1}, **options)
+        sampler = TaskBatchSampler(dict.fromkeys(tasks, [(8, 8)] * 9), plan)
         return list(DataLoader(rows, batch_sampler=sampler, collate_fn=collate, num_workers=1))
 
     whole = batches(batch_size=4)

@@ -20,6 +20,7 @@ from reca_trainer.data import (
     Columns,
     Draw,
     RowDataset,
+    SamplingPlan,
     StreamingRows,
     TaskBatchSampler,
     find_columns,
@@ -311,7 +312,7 @@ TASKS = {"reconstruct": buckets_of(37), "caption": buckets_of(11, seed=1)}
 
 def sampler(**options) -> TaskBatchSampler:
     options = {"weights": {"reconstruct": 2, "caption": 2}, "batch_size": 4, "instruction_dropout": 0.3, **options}
-    return TaskBatchSampler(options.pop("buckets", TASKS), **options)
+    return TaskBatchSampler(options.pop("buckets", TASKS), SamplingPlan(**options))
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
@@ -592,9 +593,10 @@ def stream_of(values, bad=(), cut=()) -> IterableDataset:
 
 
 def streaming_rows(stream, tasks=("reconstruct",), **options) -> StreamingRows:
-    return StreamingRows(
-        dict.fromkeys(tasks, stream), dict.fromkeys(tasks, Columns("image", "text")), BUCKETS, **options
-    )
+    reading = {name: options.pop(name) for name in ("endless", "buffer_size", "on_bad_image") if name in options}
+    plan = SamplingPlan(**{"weights": dict.fromkeys(tasks, 1), **options})
+    columns = dict.fromkeys(tasks, Columns("image", "text"))
+    return StreamingRows(dict.fromkeys(tasks, stream), columns, BUCKETS, plan, **reading)
 
 
 def test_streams_are_split_over_processes_and_workers_without_loss_or_repetition():

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from reca_trainer.hub import model_card, push
-from reca_trainer.models.checkpoint import CheckpointError
+from reca_trainer.models.weights import CheckpointError
+from reca_trainer.saving.card import model_card
+from reca_trainer.saving.hub import push
 from tests.hub_server import HubServer, Repo
 
 CHECKPOINT = Path(__file__).parent / "golden" / "bagel" / "checkpoint"
@@ -18,7 +19,10 @@ COMMON = f"""
 import json, os, sys, time
 from pathlib import Path
 import torch
-from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor, RecAConfig, RecATrainer, adapters, hub
+from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor, RecAConfig, RecATrainer, adapters
+from reca_trainer.saving import hub
+from reca_trainer.saving.export import export
+from reca_trainer.saving.merge import merge_adapter
 time.sleep = lambda seconds: None  # the waits between tries
 CHECKPOINT = Path({str(CHECKPOINT)!r})
 
@@ -68,7 +72,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
 
-hub.export(CHECKPOINT, "base")
+export(CHECKPOINT, "base")
 Path("base/README.md").write_text("---\\nlicense: apache-2.0\\n---\\n")
 hub.push("base", "me/base")
 rng = np.random.default_rng(0)
@@ -93,7 +97,7 @@ import huggingface_hub.constants
 huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 65536  # what has arrived is kept in whole chunks
 model, merged = (AutoUnifiedModel.from_pretrained(name) for name in ("me/adapter", "me/merged"))
 expected = torch.tensor(json.loads(Path("expected.json").read_text()))
-adapters.merge_adapter("me/base", "me/adapter", "again")
+merge_adapter("me/base", "me/adapter", "again")
 again = AutoUnifiedModel.from_pretrained("again")
 distances = [(velocity(m).flatten() - expected).abs().max().item() for m in (model, merged, again)]
 revision = model.active_peft_config.revision
@@ -147,7 +151,7 @@ def test_adapter_and_merged_model_travel(tmp_path, server):
 
 
 ATTEMPTS = """
-hub.export(CHECKPOINT, "model", "transformers")
+export(CHECKPOINT, "model", "transformers")
 results = {name: attempt(hub.push, "model", f"me/{name}") for name in ("busy", "down", "taken")}
 results["pr"] = attempt(hub.push, "model", "me/busy", create_pr=True)
 results["branch"] = attempt(hub.push, "model", "me/busy", revision="experiment")
@@ -186,7 +190,7 @@ def test_refusals_are_clear_and_retries_are_bounded(tmp_path, server):
 def test_upload_cut_off_in_the_middle_goes_on_without_loss(tmp_path, server):
     code = """
 if not Path("model").exists():
-    hub.export(CHECKPOINT, "model", "transformers", max_shard_size="200KB")
+    export(CHECKPOINT, "model", "transformers", max_shard_size="200KB")
 print(json.dumps(attempt(hub.push, "model", "me/model")))
 """
     server.cut_after = 2
@@ -212,7 +216,7 @@ from peft import LoraConfig
 model = adapters.attach(AutoUnifiedModel.from_pretrained(CHECKPOINT), LoraConfig(r=2))
 model.save_pretrained({str(adapter)!r})
 from safetensors.torch import load_file, save_file
-hub.export(CHECKPOINT, "own", "transformers")
+export(CHECKPOINT, "own", "transformers")
 weights = load_file("own/model.safetensors")
 torch.save(weights, "own/pytorch_model.bin")
 weights.pop("vae2llm.bias")

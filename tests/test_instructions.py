@@ -1,4 +1,4 @@
-from reca_trainer.instructions import CAPTION_QUESTIONS, INSTRUCTIONS
+from reca_trainer.data.instructions import CAPTION_QUESTIONS, INSTRUCTIONS
 
 
 def test_there_are_at_least_200_distinct_instructions():

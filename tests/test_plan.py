@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor, plan
+from reca_trainer.cli.plan import main
 from reca_trainer.models.auto import open_lazily
 from tests.conftest import GOLDEN
 
@@ -81,14 +82,14 @@ def test_plan_command(capsys, tmp_path):
     AutoUnifiedModel.from_pretrained(CHECKPOINT).save_pretrained(tmp_path)
     AutoUnifiedProcessor.from_pretrained(CHECKPOINT, condition_size=(56, 56, 14)).save_pretrained(tmp_path)
     options = ["--model", str(tmp_path), "--mode", "qlora", "--resolution", "64"]
-    plan.main([*options, "--gpu", "24GB"])
+    main([*options, "--gpu", "24GB"])
     asked = capsys.readouterr().out
     assert "Fits into 24 GB" in asked
     assert ("--tflops" in asked) == (not torch.cuda.is_available())  # never guesses a rate
-    plan.main([*options, "--gpu", "24 GB", "--tflops", "100", "--images_per_step", "8"])
+    main([*options, "--gpu", "24 GB", "--tflops", "100", "--images_per_step", "8"])
     assert "GPU-hours for 1,000 steps" in capsys.readouterr().out
-    plan.main([*options, "--gpu", "0.5"])
+    main([*options, "--gpu", "0.5"])
     assert "Does not fit into 0.5 GB" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        plan.main([*options, "--gpu", "a lot"])
+        main([*options, "--gpu", "a lot"])
     assert "write 24GB" in capsys.readouterr().err

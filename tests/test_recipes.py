@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from reca_trainer import shapes
-from reca_trainer.trainer import LOSS_NAMES
+from reca_trainer import toy
+from reca_trainer.tasks import TASKS
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 PROGRAM = """
@@ -19,9 +19,9 @@ import runpy, sys
 from pathlib import Path
 recipe = Path(sys.argv.pop(1))
 tiny = runpy.run_path(str(recipe))["tiny"]
-from reca_trainer.recipe import run
+from reca_trainer.cli.train import run
 steps = {"autoencoder_steps": 1, "understanding_steps": 1, "generator_steps": 1}
-run(lambda: tiny(**steps), recipe.with_name(recipe.stem + "_tiny.yaml"))
+run(lambda: tiny(**steps), recipe.stem + "_tiny")
 """
 FAST = "--max_steps 2 --per_device_train_batch_size 2 --eval_strategy no --eval_on_start false --logging_steps 1 "
 FAST += "--preview_steps 2 --preview_images 1 --use_cpu true"
@@ -44,7 +44,7 @@ def test_recipe_runs_without_a_model_or_data(name, saved, terms, tmp_path):
     out = tmp_path / "out"
     assert (out / saved).is_file() and (out / "previews" / "before_after.png").is_file()
     logged = set().union(*json.loads((out / "trainer_state.json").read_text())["log_history"])
-    assert logged & set(LOSS_NAMES.values()) == terms
+    assert logged & set({task.loss_name for task in TASKS.values()}) == terms
 
 
 def test_pretraining_is_kept_for_the_next_run(tmp_path):
@@ -60,7 +60,7 @@ def test_pretraining_is_kept_for_the_next_run(tmp_path):
 
 
 def test_the_image_to_text_term_learns_from_the_questions_of_the_shapes():
-    row = shapes.dataset("train", 1)[0]
+    row = toy.dataset("train", 1)[0]
     question, answer = row["conversations"]
     assert (question["value"], answer["value"]) == (row["question"], row["answer"])
 

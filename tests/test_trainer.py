@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor, RecAConfig, RecATrainer
 from reca_trainer.adapters import check_trainable
 from reca_trainer.callbacks import UnderstandingAccuracy
-from reca_trainer.checkpoints import last_complete_checkpoint
+from reca_trainer.saving.run_checkpoints import last_complete_checkpoint
 
 CHECKPOINT = Path(__file__).parent / "golden" / "bagel" / "checkpoint"
 SIZES = [(64, 48), (48, 64), (64, 64), (60, 44)]

@@ -8,9 +8,10 @@ _PUBLIC = {
     "AutoUnifiedProcessor": "reca_trainer.models.auto",
     "RecAConfig": "reca_trainer.config",
     "RecATrainer": "reca_trainer.trainer",
-    "UnifiedModel": "reca_trainer.models.unified",
-    "UnifiedOutput": "reca_trainer.models.unified",
-    "UnifiedProcessor": "reca_trainer.models.unified",
+    "UnifiedModel": "reca_trainer.models.contract",
+    "UnifiedOutput": "reca_trainer.models.contract",
+    "UnifiedProcessor": "reca_trainer.models.contract",
+    "register_family": "reca_trainer.models.registry",
 }
 
 __all__ = [
@@ -21,13 +22,15 @@ __all__ = [
     "UnifiedModel",
     "UnifiedOutput",
     "UnifiedProcessor",
+    "register_family",
 ]
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from reca_trainer.config import RecAConfig
     from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
-    from reca_trainer.models.unified import UnifiedModel, UnifiedOutput, UnifiedProcessor
+    from reca_trainer.models.contract import UnifiedModel, UnifiedOutput, UnifiedProcessor
+    from reca_trainer.models.registry import register_family
     from reca_trainer.trainer import RecATrainer
 
 

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from reca_trainer import adapters
 from reca_trainer.config import PREVIEW_PROMPTS
-from reca_trainer.data import RowDataset, TaskBatchSampler
+from reca_trainer.data import RowDataset, SamplingPlan, TaskBatchSampler
 
 logger = logging.get_logger(__name__)
 
@@ -240,12 +240,12 @@ class CollapseAlarm(TrainerCallback):
         if loss < self.threshold * first:
             self.raised = True
             name = "eval_text_to_image_loss"
-            rehearsal = [entry[name] for entry in state.log_history if name in entry]
-            rising = len(rehearsal) > 1 and rehearsal[-1] > rehearsal[0]
+            generation_losses = [entry[name] for entry in state.log_history if name in entry]
+            rising = len(generation_losses) > 1 and generation_losses[-1] > generation_losses[0]
             logger.warning(
                 f"Collapse alarm at step {state.global_step}: the reconstruction loss fell from {first:.4g} to "
                 f"{loss:.4g}, below {self.threshold:.0%} of where it began"
-                + (f", while held-out text-to-image loss rose to {rehearsal[-1]:.4g}" if rising else "")
+                + (f", while held-out text-to-image loss rose to {generation_losses[-1]:.4g}" if rising else "")
                 + ". The model may be copying its condition. Use the understanding encoder's smallest resolution for "
                 "the condition, a lower learning rate, or fewer steps."
             )
@@ -333,7 +333,8 @@ def fixed_rows(trainer: Any, task: str, count: int) -> list[dict]:
         return next((batch[:count] for batch in batches if batch[0]["task"] == task), [])
     sizes = trainer.processing_class.target_sizes()
     buckets = {task: images.buckets(task, sizes, trainer.args.on_bad_image)}
-    sampler = TaskBatchSampler(buckets, batch_size=min(count, len(images)), shuffle=False)
+    plan = SamplingPlan({task: 1}, batch_size=min(count, len(images)), shuffle=False)
+    sampler = TaskBatchSampler(buckets, plan)
     rows = RowDataset({task: images.datasets[task]}, {task: images.columns[task]}, trainer.args.on_bad_image)
     return [rows[draw] for draw in next(iter(sampler))]
 

@@ -1,4 +1,4 @@
-"""Every knob of a RecA run."""
+"""Every argument of a RecA run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from reca_trainer.models.unified import TASKS
+from reca_trainer.tasks import TASKS, parse_task_mix
 
 # What a preview draws from text, step after step, unless the user names other prompts.
 PREVIEW_PROMPTS = ["a red apple on a wooden table", "two cats beside a blue chair", "a street in the rain at night"]
@@ -34,15 +34,15 @@ class RecAConfig(TrainingArguments):
     text_to_image_weight: float = field(
         default=0.0,
         metadata={
-            "help": "λ_t2i, weight of the text-to-image loss (rehearsal). Paper: 0. On the embedded default one step in ten "
-            "(task_mix 9:0:1) mends what LoRA at 1e-3 breaks (dense score 0.58 -> 0.63, short prompts 0.32 -> 0.35; control "
+            "help": "λ_t2i, weight of the text-to-image loss. Paper: 0. On the embedded default one step in ten "
+            "(task_mix reconstruct=9,generate=1) mends what LoRA at 1e-3 breaks (dense score 0.58 -> 0.63, short prompts 0.32 -> 0.35; control "
             "0.62 and 0.31); the whole generator at 3e-4 does not need it (0.66 and 0.39 without)."
         },
     )
     task_mix: str | None = field(
         default=None,
         metadata={
-            "help": "Micro-batches of reconstruct:caption:generate per turn, such as 2:2:0 (Harmon's setting). "
+            "help": "Micro-batches of each task per turn, such as reconstruct=2,caption=2 (Harmon's setting). "
             "Default: one of each task whose weight is not 0."
         },
     )
@@ -179,11 +179,9 @@ class RecAConfig(TrainingArguments):
             raise ValueError(
                 f"Nothing would be trained: {self.max_steps=}, {self.num_train_epochs=}.".replace("self.", "")
             )
-        weights = (self.reca_weight, self.image_to_text_weight or 0.0, self.text_to_image_weight)
-        if min(weights) < 0 or max(weights) == 0:
-            raise ValueError(
-                f"Loss weights are non-negative and not all zero; got {dict(zip(TASKS, weights, strict=True))}."
-            )
+        weights = {name: getattr(self, task.weight_option) or 0.0 for name, task in TASKS.items()}
+        if min(weights.values()) < 0 or max(weights.values()) == 0:
+            raise ValueError(f"Loss weights are non-negative and not all zero; got {weights}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is at least 0 and below 1, not {self.ema_decay}.")
         if not 0 <= self.instruction_dropout <= 1:
@@ -193,11 +191,7 @@ class RecAConfig(TrainingArguments):
         if self.timesteps_per_image < 1:
             raise ValueError(f"timesteps_per_image is 1 or more, not {self.timesteps_per_image}.")
         if self.task_mix is not None:
-            parts = self.task_mix.split(":")
-            if len(parts) != len(TASKS) or not all(part.isdigit() for part in parts):
-                raise ValueError(
-                    f"task_mix gives {':'.join(TASKS)} as whole numbers, such as 2:2:0; got {self.task_mix!r}."
-                )
+            parse_task_mix(self.task_mix)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the token: `Trainer` pickles its arguments into every checkpoint."""
@@ -207,11 +201,11 @@ class RecAConfig(TrainingArguments):
         """Micro-batches per turn of every task with a positive weight in `weights`."""
         if self.task_mix is None:
             return {task: 1 for task in TASKS if weights[task] > 0}
-        counts = dict(zip(TASKS, map(int, self.task_mix.split(":")), strict=True))
-        odd = [task for task in TASKS if (counts[task] > 0) != (weights[task] > 0)]
-        if odd:
+        counts = dict.fromkeys(TASKS, 0) | parse_task_mix(self.task_mix)
+        contradictions = [task for task in TASKS if (counts[task] > 0) != (weights[task] > 0)]
+        if contradictions:
             raise ValueError(
-                f"task_mix {self.task_mix} and the loss weights {weights} disagree about {', '.join(odd)}: "
+                f"task_mix {self.task_mix} and the loss weights {weights} disagree about {', '.join(contradictions)}: "
                 "a task needs both a positive weight and a positive share, or neither."
             )
-        return {task: count for task, count in counts.items() if count}
+        return {task: counts[task] for task in TASKS if counts[task]}

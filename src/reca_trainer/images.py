@@ -218,3 +218,9 @@ def _name(source: Any) -> str:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"image of {len(source)} bytes"
     return str(getattr(source, "filename", "") or getattr(source, "name", "") or type(source).__name__)
+
+
+def list_problems(problems: list[str], headline: str) -> str:
+    """A message: the headline, and below it the first ten of `problems`."""
+    more = f"\n  … and {len(problems) - 10} more" if len(problems) > 10 else ""
+    return "".join([headline, ":" if problems else ".", *(f"\n  {problem}" for problem in problems[:10]), more])

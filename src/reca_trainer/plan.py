@@ -7,7 +7,6 @@ assumed stands in the constants below.
 
 from __future__ import annotations
 
-import argparse
 import re
 import weakref
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,11 +21,11 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from reca_trainer import adapters
-from reca_trainer.models.auto import FAMILIES, AutoUnifiedProcessor, family, open_lazily
-from reca_trainer.models.unified import UnifiedModel
+from reca_trainer.models.auto import open_lazily
+from reca_trainer.models.contract import UnifiedModel
+from reca_trainer.models.registry import families, family
 
 MODES = ("full", "lora", "qlora")
-INSTRUCTION = "Describe every detail of the picture."
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight with its doubly quantised scale (QLoRA, section 3)
 OPTIMIZER_BYTES = {"adamw_torch_fused": 8.0, "adamw_bnb_8bit": 2.0 + 8 / 256, "sgd": 0.0}  # a trained weight
 PROCESS_BYTES = {"cuda": 0.8e9, "cpu": 0.5e9}  # CUDA context, or Python with its libraries
@@ -190,103 +188,14 @@ def quantized_weights(model: UnifiedModel) -> list[int]:
     ]
 
 
-def open_model(name: str) -> tuple[UnifiedModel, Any]:
-    """A model without contents and its processor: of a folder or Hub id, or of a family's name, which stands for the
-    family's largest published checkpoint (its configuration's defaults)."""
-    if name not in FAMILIES:
-        return open_lazily(name), AutoUnifiedProcessor.from_pretrained(name)
-    from reca_trainer.shapes.tokenizer import make_tokenizer
-
+def open_model(name: str) -> UnifiedModel:
+    """A model without contents: of a folder or Hub id, or of a family's name, which stands for the family's largest
+    published checkpoint (its configuration's defaults)."""
+    if name not in families():
+        return open_lazily(name)
     package = family(name)
     with torch.device("meta"):
-        return package.Model(package.Config()), package.Processor(make_tokenizer())
-
-
-def gigabytes(text: str) -> float:
-    match = re.fullmatch(r"([\d.]+)\s*(?:gb?|gib)?", text.strip().lower())
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is no amount of memory; write 24GB.")
-    return float(match[1])
-
-
-def make_parser(parser: argparse.ArgumentParser | None = None) -> argparse.ArgumentParser:
-    """The arguments of `reca-trainer plan`, added to `parser` if given."""
-    parser = parser or argparse.ArgumentParser("reca-trainer plan", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", required=True, help=f"folder, Hub id, or a family: {', '.join(FAMILIES)}")
-    parser.add_argument("--mode", default="lora", choices=MODES)
-    parser.add_argument(
-        "--resolution", type=int, default=512, help="side of the target images in pixels (default 512)"
-    )
-    parser.add_argument(
-        "--gpu", type=gigabytes, required=True, metavar="MEMORY", help="memory of one GPU, such as 24GB"
-    )
-    parser.add_argument("--lora_rank", type=int, default=16)
-    parser.add_argument("--optimizer", default="adamw_torch_fused", choices=list(OPTIMIZER_BYTES))
-    parser.add_argument("--no_checkpointing", action="store_true", help="keep activations instead of recomputing them")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--images_per_step", type=int, help="default: the largest batch that fits")
-    parser.add_argument(
-        "--tflops", type=float, help="measured bfloat16 matmul rate of the GPU; measured here if one is present"
-    )
-    parser.add_argument(
-        "--utilisation", type=float, default=0.6, help="share of that rate that a step reaches (default 0.6)"
-    )
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    """`reca-trainer plan`: print what a step takes, the largest batch that fits, and the time of a run."""
-    args = make_parser().parse_args(argv)
-    one, two = (plan_cost(args, batch_size) for batch_size in (1, 2))
-    needed, further = one.process(), two.process() - one.process()
-    largest = int(1 + (args.gpu * 1e9 - needed) // further) if args.gpu * 1e9 >= needed else 0
-    print(f"{one.parameters / 1e9:.2f} B parameters, {one.trained_parameters / 1e6:,.1f} M of them trained")
-    print(
-        f"weights {one.weights / 1e9:.2f} GB, optimiser {one.optimizer / 1e9:.2f} GB, one image's step {one.step / 1e9:.2f} GB"
-    )
-    print(
-        f"with process and fragmentation: {needed / 1e9:.1f} GB for a batch of 1, each further image {further / 1e9:.2f} GB"
-    )
-    if not largest:
-        print(f"Does not fit into {args.gpu:g} GB." + _advice(args))
-        return
-    print(f"Fits into {args.gpu:g} GB with per_device_train_batch_size up to {largest}.")
-    rate = args.tflops * 1e12 if args.tflops else measured_rate()
-    if rate is None:
-        print(f"{one.flops / 1e12:.1f} TFLOP an image. For the time, give the GPU's measured matmul rate: --tflops.")
-        return
-    images = args.images_per_step or largest
-    seconds = one.flops * images / (rate * args.utilisation)
-    print(
-        f"{seconds:.2f} s a step of {images} images at {args.utilisation:.0%} of {rate / 1e12:.0f} TFLOP/s: "
-        f"{seconds * args.steps / 3600:.1f} GPU-hours for {args.steps:,} steps."
-    )
-
-
-def plan_cost(args: argparse.Namespace, batch_size: int) -> Cost:
-    model, processor = open_model(args.model)
-    picture = Image.new("RGB", (args.resolution, args.resolution))
-    size = (args.resolution, args.resolution)
-    batch = processor(images=[picture] * batch_size, instruction=INSTRUCTION, task="reconstruct", size=size)
-    return step_cost(
-        model,
-        batch,
-        args.mode,
-        checkpointing=not args.no_checkpointing,
-        lora_rank=args.lora_rank,
-        optimizer=args.optimizer,
-    )
-
-
-def _advice(args: argparse.Namespace) -> str:
-    advice = []
-    if args.no_checkpointing:
-        advice.append("recompute activations")
-    if args.mode != "qlora":
-        advice.append("--mode qlora" if args.mode == "lora" else "--mode lora, or --optimizer adamw_bnb_8bit")
-    if args.resolution > 512:
-        advice.append("--resolution 512")
-    return f" Try {', or '.join(advice)}." if advice else ""
+        return package.Model(package.Config())
 
 
 def measured_rate(side: int = 8192, repetitions: int = 10) -> float | None:
@@ -302,7 +211,3 @@ def measured_rate(side: int = 8192, repetitions: int = 10) -> float | None:
     end.record()
     torch.cuda.synchronize()
     return repetitions * 2 * side**3 / (start.elapsed_time(end) / 1e3)
-
-
-if __name__ == "__main__":
-    main()

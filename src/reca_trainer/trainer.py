@@ -1,12 +1,10 @@
-"""`RecATrainer`: the loss, term by term; what is logged and saved."""
+"""`RecATrainer`: the loss, term by term; what is logged and evaluated."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,18 +13,15 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import BitsAndBytesConfig, Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, set_seed
-from transformers.utils import PushInProgress, logging
+from transformers.trainer_utils import EvalLoopOutput, set_seed
+from transformers.utils import logging
 
-from reca_trainer import adapters, cache, hub
+from reca_trainer import adapters
 from reca_trainer.callbacks import (
     CollapseAlarm,
     PreviewCallback,
@@ -34,42 +29,25 @@ from reca_trainer.callbacks import (
     UnderstandingProbe,
     WeightAverage,
 )
-from reca_trainer.checkpoints import (
-    check_complete,
-    delete_surplus,
-    last_complete_checkpoint,
-    make_output_dir,
-    seal,
-)
-from reca_trainer.collator import UnifiedCollator
 from reca_trainer.config import RecAConfig
-from reca_trainer.data import (
-    RowDataset,
-    StreamingRows,
-    TaskBatchSampler,
-)
+from reca_trainer.data import latent_cache
+from reca_trainer.data.collator import UnifiedCollator
+from reca_trainer.data.rows import RowDataset
+from reca_trainer.data.sampling import SamplingPlan, TaskBatchSampler
+from reca_trainer.data.streaming import StreamingRows
+from reca_trainer.data.task_datasets import Images, TaskDatasets
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
-from reca_trainer.models.checkpoint import sync
-from reca_trainer.models.unified import TASKS, UnifiedModel, UnifiedProcessor
-from reca_trainer.task_images import Images, TaskImages
+from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
+from reca_trainer.saving.hub_uploads import HubUploads
+from reca_trainer.saving.run_checkpoints import RunCheckpoints, make_output_dir
+from reca_trainer.tasks import TASKS
 
 logger = logging.get_logger(__name__)
 
-LOSS_NAMES = {"reconstruct": "reconstruction_loss", "caption": "image_to_text_loss", "generate": "text_to_image_loss"}
 NOTES = ("seeds", "sources", "skipped", "supervised", "share")  # of a batch, for the trainer and not the model
-# Of an adapter's configuration, what does not decide how it computes.
-ADAPTER_NOTES = {
-    "base_model_name_or_path",
-    "revision",
-    "peft_version",
-    "inference_mode",
-    "init_lora_weights",
-    "auto_mapping",
-}
-DATA_ORDER = "data_order.json"
 
 
-class RecATrainer(Trainer):
+class RecATrainer(RunCheckpoints, HubUploads, Trainer):
     """Trains a unified multimodal model by Reconstruction Alignment (arXiv 2509.07295).
 
     Args:
@@ -108,8 +86,8 @@ class RecATrainer(Trainer):
             name = str(model) if isinstance(model, str | os.PathLike) else unwrap_name(model)
             args = RecAConfig(output_dir=f"{Path(name).name}-reca")
         make_output_dir(args.output_dir)
-        self.images = TaskImages.open(train_dataset, args)
-        eval_images = None if eval_dataset is None else TaskImages.open(eval_dataset, args)
+        self.images = TaskDatasets.open(train_dataset, args)
+        eval_images = None if eval_dataset is None else TaskDatasets.open(eval_dataset, args)
         if eval_images is None and args.eval_size:
             self.images, eval_images = self.images.split(args.eval_size, args.seed)
         if eval_images is None and args.eval_strategy != "no":
@@ -142,7 +120,9 @@ class RecATrainer(Trainer):
             processing_class = AutoUnifiedProcessor.from_pretrained(base.name_or_path)
 
         i2t = float(base.shares_weights) if args.image_to_text_weight is None else args.image_to_text_weight
-        self.loss_weights = dict(zip(TASKS, (args.reca_weight, i2t, args.text_to_image_weight), strict=True))
+        self.loss_weights = {name: getattr(args, task.weight_option) for name, task in TASKS.items()} | {
+            "caption": i2t
+        }
         self.task_pattern = args.task_pattern(self.loss_weights)
         self.images.check(self.task_pattern)
         if args.ddp_find_unused_parameters is None:  # one of several tasks may not reach every trained weight
@@ -160,7 +140,7 @@ class RecATrainer(Trainer):
         logger.info(f"Training {trained:,} of {total:,} parameters ({trained / total:.2%}).")
 
         if args.cache_latents:
-            cache.check_encoders(base)
+            latent_cache.check_encoders(base)
             if self.images.is_streaming:
                 raise ValueError("cache_latents keeps every image of a dataset that has a length; a stream has none.")
             if data_collator is not None or is_deepspeed_zero3_enabled():
@@ -237,7 +217,7 @@ class RecATrainer(Trainer):
         if torch.isfinite(output.loss):
             self._record(mode, task, output.loss, notes["supervised"])
         else:
-            name = LOSS_NAMES[task].replace("_", " ")
+            name = TASKS[task].loss_name.replace("_", " ")
             self._not_finite(f"The {name} is {output.loss.item()}", notes["sources"], may_skip=model.training)
         loss = self.loss_weights[task] * output.loss * notes["share"]
         return (loss, output) if return_outputs else loss
@@ -285,13 +265,13 @@ class RecATrainer(Trainer):
             if self.args.timesteps_per_image > 1:
                 batch["timesteps_per_image"] = self.args.timesteps_per_image
             self._draw_corruption(batch)
-            counts[TASKS.index(batch["task"])] += batch["supervised"]
+            counts[TASKS[batch["task"]].index] += batch["supervised"]
         counts = self.accelerator.reduce(counts.to(device, torch.float32), "sum").tolist()
         tasks = [batch["task"] for batch in batches]
         self._sources = [source for batch in batches for source in batch["sources"]]
         for batch in batches:
             task = batch["task"]
-            of_its_task = batch["supervised"] / counts[TASKS.index(task)]
+            of_its_task = batch["supervised"] / counts[TASKS[task].index]
             # Gradients are averaged over processes, hence the factor.
             batch["share"] = of_its_task * tasks.count(task) / len(tasks) * self.accelerator.num_processes
         return batches, None
@@ -305,13 +285,15 @@ class RecATrainer(Trainer):
 
     def _record(self, mode: str, task: str, loss: torch.Tensor, supervised: int) -> None:
         terms = self._terms[mode] = self._terms[mode].to(loss.device)
-        terms[TASKS.index(task)] += torch.stack([loss.detach().double() * supervised, loss.new_tensor(supervised)])
+        terms[TASKS[task].index] += torch.stack([loss.detach().double() * supervised, loss.new_tensor(supervised)])
 
     def _mean_terms(self, mode: str) -> dict[str, float]:
         """The recorded mean of every term over all processes since the last call, unweighted."""
         sums = self.accelerator.reduce(self._terms[mode].float().to(self.args.device), "sum").tolist()
         self._terms[mode].zero_()
-        return {LOSS_NAMES[task]: total / count for task, (total, count) in zip(TASKS, sums, strict=True) if count}
+        return {
+            TASKS[task].loss_name: total / count for task, (total, count) in zip(TASKS, sums, strict=True) if count
+        }
 
     def _note_skipped(self, batch: dict[str, Any]) -> None:
         for problem in batch.pop("skipped", []):
@@ -327,25 +309,25 @@ class RecATrainer(Trainer):
         images = self.eval_dataset if eval_dataset is None else eval_dataset
         if images is None:
             raise ValueError("Evaluation needs images: pass eval_dataset, or set eval_size to hold some out.")
-        if not isinstance(images, TaskImages):
-            images = TaskImages.open(images, self.args)
+        if not isinstance(images, TaskDatasets):
+            images = TaskDatasets.open(images, self.args)
         return self._dataloader(images, self.args.eval_batch_size, training=False)
 
-    def _dataloader(self, images: TaskImages, batch_size: int, training: bool) -> DataLoader:
+    def _dataloader(self, images: TaskDatasets, batch_size: int, training: bool) -> DataLoader:
         args = self.args
         tasks = {task: count for task, count in self.task_pattern.items() if training or images.serves(task)}
         if not training:
             tasks = dict.fromkeys(tasks, 1)
-        plan = {
-            "weights": tasks,
-            "batch_size": batch_size,
-            "num_processes": args.world_size,
-            "process_index": args.process_index,
-            "seed": args.seed if args.data_seed is None else args.data_seed,
-            "shuffle": training,
-            "drop_last": training and args.dataloader_drop_last,
-            "instruction_dropout": args.instruction_dropout if training else 0.0,
-        }
+        plan = SamplingPlan(
+            tasks,
+            batch_size=batch_size,
+            num_processes=args.world_size,
+            process_index=args.process_index,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            shuffle=training,
+            drop_last=training and args.dataloader_drop_last,
+            instruction_dropout=args.instruction_dropout if training else 0.0,
+        )
         loading = {
             "collate_fn": self.data_collator,
             "num_workers": args.dataloader_num_workers,
@@ -358,20 +340,22 @@ class RecATrainer(Trainer):
         columns = {task: images.columns[task] for task in tasks}
         sizes = self.processing_class.target_sizes()
         if images.is_streaming:
-            rows = StreamingRows(datasets, columns, sizes, on_bad_image=args.on_bad_image, endless=training, **plan)
+            rows = StreamingRows(datasets, columns, sizes, plan, on_bad_image=args.on_bad_image, endless=training)
             return EpochDataLoader(rows, batch_size=None, **loading)
         rows = RowDataset(datasets, columns, on_bad_image=args.on_bad_image)
         buckets = {task: images.buckets(task, sizes, args.on_bad_image) for task in tasks}
         if training and args.cache_latents and "reconstruct" in tasks:
             if self._encoded is None:
                 self._encoded = self._encode_images(rows, buckets["reconstruct"])
-            rows = cache.EncodedRows(rows, self._encoded)
-        return EpochDataLoader(rows, batch_sampler=TaskBatchSampler(buckets, **plan), **loading)
+            rows = latent_cache.EncodedRows(rows, self._encoded)
+        return EpochDataLoader(rows, batch_sampler=TaskBatchSampler(buckets, plan), **loading)
 
     def _encode_images(self, rows: RowDataset, sizes: list[tuple[int, int]]) -> Dataset:
         """The main process writes the file, all read it."""
         model, processor, main = adapters.unwrap(self.model), self.processing_class, self.is_world_process_zero()
-        file = cache.cache_file(rows, sizes, model, processor, self.accelerator.mixed_precision) if main else None
+        file = (
+            latent_cache.cache_file(rows, sizes, model, processor, self.accelerator.mixed_precision) if main else None
+        )
         file = broadcast_object_list([file])[0]
 
         def encode(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -383,7 +367,7 @@ class RecATrainer(Trainer):
                 raise ValueError(
                     f"{file} is not there on every machine: set HF_DATASETS_CACHE to a folder they share."
                 )
-            return cache.encode_images(rows, sizes, processor, encode, file)
+            return latent_cache.encode_images(rows, sizes, processor, encode, file)
 
     def num_examples(self, dataloader: DataLoader) -> int:
         return len(dataloader.dataset) if not self.images.is_streaming else super().num_examples(dataloader)
@@ -431,7 +415,7 @@ class RecATrainer(Trainer):
                     self.compute_loss(model, self._prepare_inputs(inputs))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         terms = self._mean_terms("eval")
-        weights = {LOSS_NAMES[task]: weight for task, weight in self.loss_weights.items()}
+        weights = {TASKS[task].loss_name: weight for task, weight in self.loss_weights.items()}
         metrics = {"loss": sum(weights[name] * value for name, value in terms.items()), **terms}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=samples)
@@ -451,266 +435,6 @@ class RecATrainer(Trainer):
             if self.nonfinite_steps:
                 logs["nonfinite_steps"] = self.nonfinite_steps
         super().log(logs, start_time)
-
-    # --- checkpoints ---
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
-        """As `Trainer.train`. `resume_from_checkpoint=True` goes on from the newest complete checkpoint in
-        `output_dir`, or starts from the beginning, with a warning, if there is none."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                logger.warning(f"There is no checkpoint in {self.args.output_dir} to resume from; starting anew.")
-        elif isinstance(resume_from_checkpoint, str | os.PathLike):
-            check_complete(Path(resume_from_checkpoint))
-        if resume_from_checkpoint:
-            self._check_data_order(Path(resume_from_checkpoint))
-            self._check_adapter(Path(resume_from_checkpoint))
-        if self.is_world_process_zero():
-            for abandoned in Path(self.args.output_dir).glob(f".{PREFIX_CHECKPOINT_DIR}-*.partial"):
-                shutil.rmtree(abandoned)
-        self.resumed_from = resume_from_checkpoint or None
-        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        if result.global_step == self._initial_global_step:
-            logger.warning(
-                f"Nothing was trained: {resume_from_checkpoint} is of step {result.global_step}, and the run has "
-                f"{self.state.max_steps}. Raise max_steps or num_train_epochs to go on."
-            )
-        return result
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """As in `Trainer`, except that a run resumed behind its last step does not take another one."""
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
-        else:
-            self.control.should_training_stop = True
-
-    def _save_checkpoint(self, model, trial) -> None:
-        """Write the checkpoint aside and rename it when all of it is on disk: a folder called `checkpoint-N` is whole.
-
-        Raises:
-            OSError: it could not be written; earlier checkpoints are untouched.
-        """
-        final = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        staging = final.parent / f".{final.name}.partial"
-        try:
-            with self._aside(staging):
-                super()._save_checkpoint(model, trial)
-            if self.weight_average is not None:
-                self.weight_average.save(staging / final.name)
-            self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
-                self._finish_checkpoint(staging / final.name, final)
-        except Exception as error:  # each writer has its own error for a full disk
-            shutil.rmtree(staging, ignore_errors=True)
-            raise OSError(
-                f"The checkpoint of step {self.state.global_step} could not be written to {final.parent}: {error}. "
-                f"{shutil.disk_usage(final.parent).free / 1e6:,.1f} MB are free there. Make room or choose another "
-                f"output_dir; earlier checkpoints are whole, and resume_from_checkpoint=True goes on from the last one."
-            ) from error
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
-
-    def _finish_checkpoint(self, written: Path, final: Path) -> None:
-        if self.state.best_model_checkpoint == str(written):
-            self.state.best_model_checkpoint = str(final)
-            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-        (written / DATA_ORDER).write_text(json.dumps(self._data_order(), indent=1))
-        seal(written)
-        if final.exists():
-            shutil.rmtree(final)
-        written.rename(final)
-        sync(final.parent)
-        written.parent.rmdir()
-        if self.args.save_total_limit:
-            best = self.state.best_model_checkpoint
-            delete_surplus(final.parent, self.args.save_total_limit, keep={final, *([Path(best)] if best else [])})
-
-    def _data_order(self) -> dict[str, Any]:
-        """What decides which images a step sees: a run can only be resumed where it is the same."""
-        args = self.args
-        return {
-            "images per micro-batch (per_device_train_batch_size x processes)": args.train_batch_size
-            * args.world_size,
-            "gradient_accumulation_steps": args.gradient_accumulation_steps,
-            "micro-batches of each task": self.task_pattern,
-            "seed": args.seed if args.data_seed is None else args.data_seed,
-            "rows": None if self.images.is_streaming else {t: len(self.images.datasets[t]) for t in self.task_pattern},
-        }
-
-    def _check_data_order(self, checkpoint: Path) -> None:
-        """Raises `ValueError` if going on from `checkpoint` would show some images twice and others never."""
-        if not (checkpoint / DATA_ORDER).is_file() or self.args.ignore_data_skip:
-            return
-        before, now = json.loads((checkpoint / DATA_ORDER).read_text()), self._data_order()
-        changed = [f"{name}: {value}, now {now.get(name)}" for name, value in before.items() if value != now.get(name)]
-        if changed:
-            raise ValueError(
-                f"{checkpoint} cannot be resumed exactly, because these differ: {'; '.join(changed)}. Another number of "
-                "processes is fine if images per micro-batch stay the same. Restore them, or pass ignore_data_skip=True "
-                "to go on from these weights at the beginning of an epoch."
-            )
-
-    def _check_adapter(self, checkpoint: Path) -> None:
-        """Raises `ValueError` if the weights in `checkpoint` are not of the kind that this run trains."""
-        has_adapter = (checkpoint / CONFIG_NAME).is_file()
-        if has_adapter != isinstance(self.model, PeftModel):
-            kinds = ("an adapter", "a whole model") if has_adapter else ("a whole model", "an adapter")
-            raise ValueError(
-                f"{checkpoint} holds {kinds[0]}, and this run trains {kinds[1]}: "
-                f"{'pass the peft_config it was made with' if has_adapter else 'leave peft_config out'}."
-            )
-        if has_adapter:
-            before, now = PeftConfig.from_pretrained(checkpoint).to_dict(), self.model.active_peft_config.to_dict()
-            changed = [name for name in before if name not in ADAPTER_NOTES and before[name] != now.get(name)]
-            if changed:
-                differences = "; ".join(f"{name}: {before[name]}, now {now.get(name)}" for name in changed)
-                raise ValueError(
-                    f"The adapter in {checkpoint} is another than this run's: {differences}. Restore them."
-                )
-
-    @contextlib.contextmanager
-    def _aside(self, folder: Path):
-        """Save into `folder`, from which nothing is uploaded."""
-        args = self.args
-        before = args.output_dir, args.push_to_hub
-        args.output_dir, args.push_to_hub = str(folder), False
-        try:
-            yield
-        finally:
-            args.output_dir, args.push_to_hub = before
-
-    # --- the Hub ---
-
-    def create_model_card(self, model_name: str | None = None, *, merged: bool = False, **card: Any) -> None:
-        """Write `README.md` into the output folder; `card` replaces entries of `hub.model_card`."""
-        if self.is_world_process_zero():
-            self._model_card(model_name, merged, **card).save(Path(self.args.output_dir) / "README.md")
-
-    def push_to_hub(
-        self,
-        commit_message: str = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        create_pr: bool = False,
-        **card: Any,
-    ):
-        """Upload the adapter, or the fully trained model, with processor, card and previews, to `args.hub_model_id`; see
-        `hub.push`. It always waits for the upload to end, whatever `blocking` says."""
-        args, token = self.args, token or self.args.hub_token
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        repo_id = args.hub_model_id or Path(args.output_dir).absolute().name
-        self.create_model_card(repo_id, **card)
-        return hub.push(
-            args.output_dir,
-            repo_id,
-            private=args.hub_private_repo if private is None else private,
-            revision=revision or args.hub_revision,
-            token=token,
-            create_pr=create_pr,
-            commit_message=commit_message,
-        )
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Upload its weights in the background, unless the last upload is still under way. The run goes on where that
-        fails: its checkpoints are here."""
-        args = self.args
-        busy = self.is_world_process_zero() and self.push_in_progress and not self.push_in_progress.is_done()
-        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END or busy:
-            return
-        job = HfApi().run_as_future(
-            hub.push,
-            checkpoint_folder,
-            self.hub_model_id,
-            private=args.hub_private_repo,
-            revision=args.hub_revision,
-            token=args.hub_token,
-            commit_message=f"Training in progress, step {self.state.global_step}",
-        )
-        job.add_done_callback(
-            lambda done: (
-                done.exception() and logger.warning(f"{checkpoint_folder} was not uploaded: {done.exception()}")
-            )
-        )
-        self.push_in_progress = PushInProgress([job])
-
-    def push_merged_to_hub(
-        self,
-        repo_id: str,
-        into: str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        layout: str = "transformers",
-        token: str | None = None,
-        private: bool | None = None,
-        **upload: Any,
-    ):
-        """Merge the adapter (see `adapters.merge_adapter` for `into`, `dtype` and `layout`) and upload the whole model;
-        `upload` as for `hub.push`. The merged copy lies in the output folder meanwhile."""
-        folder = Path(self.args.output_dir) / ".merged"
-        self.save_model(str(folder / "adapter"), _internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        base = adapters.unwrap(self.model)
-        options = {"dtype": dtype, "layout": layout, "processor": self.processing_class}
-        token = token or self.args.hub_token
-        try:
-            if isinstance(self.model, PeftModel):
-                source = base.name_or_path or base
-                adapters.merge_adapter(source, folder / "adapter", folder / "model", into, token=token, **options)
-            else:
-                hub.export(base, folder / "model", **options)
-            self._model_card(repo_id, merged=True).save(folder / "model" / "README.md")
-            for picture in Path(self.args.output_dir).glob("previews/before_after.png"):
-                (folder / "model" / "previews").mkdir()
-                shutil.copy(picture, folder / "model" / "previews")
-            private = self.args.hub_private_repo if private is None else private
-            return hub.push(folder / "model", repo_id, token=token, private=private, **upload)
-        finally:
-            shutil.rmtree(folder)
-
-    def _model_card(self, repo_id: str | None, merged: bool, **card: Any):
-        args, base = self.args, adapters.unwrap(self.model)
-        is_adapter = isinstance(self.model, PeftModel) and not merged
-        names = ("learning_rate", "lr_scheduler_type", "warmup_steps", "per_device_train_batch_size",
-                 "gradient_accumulation_steps", "optim", "adam_beta2", "weight_decay", "max_grad_norm", "bf16", "seed",
-                 "instruction_dropout")  # fmt: skip
-        settings = {name: getattr(args, name) for name in names} | {"processes": args.world_size}
-        if args.ema_decay:
-            settings["weights"] = f"exponential moving average, decay {args.ema_decay:g}"
-        settings |= {f"weight of {LOSS_NAMES[task]}": weight for task, weight in self.loss_weights.items()}
-        if isinstance(self.model, PeftModel):
-            peft_config = self.model.active_peft_config
-            settings |= {name: getattr(peft_config, name, None) for name in ("r", "lora_alpha", "lora_dropout")}
-            settings["base loaded in"] = (
-                "4 bits" if getattr(base, "is_loaded_in_4bit", False)
-                else "8 bits" if getattr(base, "is_loaded_in_8bit", False) else str(base.dtype)
-            )  # fmt: skip
-        last: dict[str, float] = {}
-        for entry in self.state.log_history:
-            last |= {name: value for name, value in entry.items() if name.endswith("loss")}
-        if "train_loss" in last:
-            last["mean train_loss"] = last.pop("train_loss")
-        source = base.name_or_path or None
-        preview = Path("previews/before_after.png")
-        defaults = {
-            "base_model": source,
-            "is_adapter": is_adapter,
-            "datasets": [hub.public_name(name) for name in (args.dataset_name, args.caption_dataset_name) if name],
-            "hyperparameters": settings,
-            "losses": last,
-            "steps": self.state.global_step,
-            "license": hub.base_license(source, args.hub_token),
-            "preview": str(preview) if (Path(args.output_dir) / preview).is_file() else None,
-        }
-        return hub.model_card(
-            repo_id or args.hub_model_id or Path(args.output_dir).absolute().name, **(defaults | card)
-        )
 
 
 class EpochDataLoader(DataLoader):

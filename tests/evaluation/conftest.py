@@ -28,7 +28,7 @@ from transformers import (
 
 from reca_trainer.evaluation.geneval import COLORS
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
-from reca_trainer.models.unified import UnifiedModel, UnifiedOutput, UnifiedProcessor, per_sample
+from reca_trainer.models.contract import UnifiedModel, UnifiedOutput, UnifiedProcessor, per_sample
 
 SIDE = 16
 

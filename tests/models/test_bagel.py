@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor
 from reca_trainer.models.bagel import Config, Model, read_published, write_published
-from reca_trainer.models.checkpoint import CheckpointError
+from reca_trainer.models.weights import CheckpointError
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "bagel" / "checkpoint"
 
@@ -159,7 +159,7 @@ def test_instruction_may_be_left_out(model, processor):
 def test_cached_latents_stand_in_for_pixels(model, processor):
     whole = batch(processor, "reconstruct", 2)
     corruption = model.sample_corruption(whole, generators(2))
-    latents = model.encode_latents(whole["pixel_values"], corruption["posterior_noise"])
+    latents = model.encode_target(whole["pixel_values"], corruption["posterior_noise"])
     cached = {name: value for name, value in whole.items() if name != "pixel_values"} | {"latents": latents}
     with torch.no_grad():
         assert torch.equal(model(corruption=corruption, **cached).loss, model(corruption=corruption, **whole).loss)

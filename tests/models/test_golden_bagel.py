@@ -68,7 +68,7 @@ class Pack:
         canvas = torch.zeros(1, 3, *(side * stride for side in padded.shape[-2:]))
         canvas[..., : pixels.shape[-2], : pixels.shape[-1]] = pixels
         noise = self.tensors["vae_sample_noise"][self.images : self.images + 1]
-        close(self.model.encode_latents(canvas, noise), padded)
+        close(self.model.encode_target(canvas, noise), padded)
         if (mean := self.tensors.get(f"vae_mean_unpadded_{self.images}")) is not None:
             close(self.model.vae.encode(pixels).latent_dist.mean.view_as(mean), mean)
         self.images += 1
@@ -110,7 +110,7 @@ class Pack:
         pixels = self.processor.to_pixels([image(self.tensors, split["image"])], self.processor.condition_size)
         if (stored := self.tensors.get(f"vit_image_{split['image']}")) is not None:
             close(pixels[0], stored)
-        embeds = self.model.encode_image(pixels)
+        embeds = self.model.encode_condition(pixels)
         end = self.vit_tokens + embeds.shape[1]
         if "connector_out" in self.tensors:
             close(embeds[0], self.tensors["connector_out"][self.vit_tokens : end])
@@ -177,7 +177,7 @@ def check_text_generation(model, processor, case, tensors):
     resized = processor.resize(raw, processor.generation_size)
     assert torch.equal(torch.from_numpy(np.array(resized)), tensors["resized_image"])
     pixels = processor.to_pixels([resized], processor.understanding_size)
-    embeds = model.encode_image(pixels)
+    embeds = model.encode_condition(pixels)
     close(embeds[0], tensors["connector_out"])
     context = model.read_image(model.new_context(1), embeds, pixels.shape[-2:])
     context = model.read_text(context, processor.tokenize([case["prompt"]])["input_ids"])
@@ -207,7 +207,7 @@ def check_image_generation(model, processor, case, tensors, monkeypatch):
 
         monkeypatch.setattr(owner, name, recorded)
 
-    for name in ("encode_image", "encode_latents", "decode_latents"):
+    for name in ("encode_condition", "encode_target", "decode_target"):
         record(model, name)
     record(modeling_bagel, "unpatchify")
     velocity, guide = model.velocity, modeling_bagel.guide
@@ -242,9 +242,9 @@ def check_image_generation(model, processor, case, tensors, monkeypatch):
         posterior_noise=tensors.get("vae_sample_noise"),
     )
     if "connector_out" in tensors:
-        close(calls["encode_image"][0][1][0], tensors["connector_out"])
+        close(calls["encode_condition"][0][1][0], tensors["connector_out"])
     if "vae_context_latent" in tensors:
-        latent = calls["encode_latents"][0][1]
+        latent = calls["encode_target"][0][1]
         close(latent, tensors["vae_context_latent"].view_as(latent))
     assert list(steps) == pytest.approx(case["timesteps"])
     velocities = list(steps.values())
@@ -252,7 +252,7 @@ def check_image_generation(model, processor, case, tensors, monkeypatch):
     close(velocities[-1][0], tensors["last_velocity"])
     close(calls["unpatchify"][0][0][0][0], tensors["final_latent"])
     if "decoded_image" in tensors:
-        decoded = calls["decode_latents"][0][1]
+        decoded = calls["decode_target"][0][1]
         close(decoded, tensors["decoded_image"].view_as(decoded))
     got = torch.from_numpy(np.array(result[0])).int()
     assert (got - tensors["image_uint8"].int()).abs().max() <= TOLERANCE["image_uint8_max_abs"]

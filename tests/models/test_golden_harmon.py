@@ -109,8 +109,8 @@ def vae(info, tensors, model, processor, check):
         posterior = model.vae.encode(image).latent_dist
     check("mean", posterior.mean, tensors["mean"], atol=1e-4)
     check("logvar", posterior.logvar, tensors["logvar"])
-    check("latents", model.encode_image(image), tensors["latents"])
-    check("decoded", model.decode_image(tensors["latents"]), tensors["decoded"])
+    check("latents", model.encode_target(image), tensors["latents"])
+    check("decoded", model.decode_target(tensors["latents"]), tensors["decoded"])
 
 
 def diffusion_tables(info, tensors, model, processor, check):
@@ -213,7 +213,7 @@ def recon_loss(info, tensors, model, processor, check):
     check_scaled_gradients(check, model, inputs, info, tensors)
 
     with torch.no_grad():
-        latents = model.encode_image(inputs["pixel_values"])
+        latents = model.encode_target(inputs["pixel_values"])
         check("latents", latents, tensors["latents"])
         context, context_mask, _ = model._embed(
             inputs["input_ids"], inputs["attention_mask"], model.understand(latents)
@@ -261,7 +261,7 @@ def text2image_loss(info, tensors, model, processor, check):
     with torch.no_grad():
         visible = Visible.of(draws["mask"])
         context, context_mask, _ = model._embed(**text, image_embeds=None)
-        encoded = model.mar.encode(model.encode_image(images), visible)
+        encoded = model.mar.encode(model.encode_target(images), visible)
         check("fused_x_enc", model._fuse(encoded, visible, context_mask, context), tensors["fused_x_enc"])
 
 
@@ -338,7 +338,7 @@ def sample(info, tensors, model, check, context, context_mask):
             context, context_mask, order, noise, grid, scalars["num_iter"], scalars["cfg"],
             scalars.get("cfg_schedule", "constant"), scalars["temperature"],
         )  # fmt: skip
-        decoded = model.decode_image(latents)
+        decoded = model.decode_target(latents)
     hook.remove()
     flat = latents.flatten(1, 2)
     for iteration, index in enumerate(chosen):
@@ -371,7 +371,7 @@ def sample_recon(info, tensors, model, processor, check):
     ids = scalars["cond_input_ids"]
     prompts = torch.tensor([[*ids[:place], model.config.image_token_id, *ids[place:]]])
     with torch.no_grad():
-        understanding = model.understand(model.encode_image(pixels(tensors["images"])))
+        understanding = model.encode_condition(pixels(tensors["images"]))
         check("cond_z_enc", understanding, tensors["cond_z_enc"])
         context, mask, _ = model._embed(prompts.expand(len(understanding), -1), None, understanding)
         unconditional = torch.full(mask.shape, scalars["uncond_pad_token_id"])
@@ -390,7 +390,7 @@ def image2text_generate(info, tensors, model, processor, check):
     repeats = torch.where(ids[0] == processor.image_token_id, scalars["num_image_tokens"], 1)
     assert torch.equal(ids.repeat_interleave(repeats, dim=1), tensors["prompt_ids"])
     with torch.no_grad():
-        understanding = model.understand(model.encode_image(pixels(tensors["images"])))
+        understanding = model.encode_condition(pixels(tensors["images"]))
         embeds, mask, _ = model._embed(ids, None, understanding)
         limit = {"max_new_tokens": scalars["max_new_tokens"], "do_sample": False, "pad_token_id": processor.end_id}
         for name, penalty in (("tokens", 1.0), ("tokens_repetition_penalty_1.1", 1.1)):

@@ -60,6 +60,11 @@ class Case:
         tolerance = tolerance or TOLERANCE
         torch.testing.assert_close(got.float(), expected, msg=lambda text: f"{key}: {text}", **tolerance)
 
+    def rows(self, key, batch_size):
+        """A tensor with a row per sequence. Several samples of one prompt have its row stored once: it is repeated."""
+        rows = self.tensors[key]
+        return rows.repeat_interleave(batch_size // len(rows), dim=0)
+
     def images(self):
         """The recorded images after the recorded crops, which the original draws at random along the longer side."""
         offsets = [draw for kind, draw in self.info["random_draws"] if kind == "randint"]
@@ -100,30 +105,33 @@ def watch_condition(model, record):
 
 def check_condition(case, calls, num_queries):
     arguments, hidden = calls["language"]
-    mask, expected = arguments["attention_mask"].bool(), expected_mask(case, num_queries)
-    case.check("position_ids", arguments["position_ids"][mask], case["position_ids"][expected])
+    mask = arguments["attention_mask"].bool()
+    expected = expected_mask(case, num_queries, len(mask))
+    case.check("position_ids", arguments["position_ids"][mask], case.rows("position_ids", len(mask))[expected])
     if "llm_last_hidden_state" in case:
-        case.check("llm_last_hidden_state", hidden[mask], case["llm_last_hidden_state"][expected])
+        rows = case.rows("llm_last_hidden_state", len(mask))
+        case.check("llm_last_hidden_state", hidden[mask], rows[expected])
     if "inputs_embeds" in case:
-        case.check("inputs_embeds", arguments["inputs_embeds"][mask], case["inputs_embeds"][expected])
+        rows = case.rows("inputs_embeds", len(mask))
+        case.check("inputs_embeds", arguments["inputs_embeds"][mask], rows[expected])
     case.check("query_hidden_states", hidden[:, -num_queries:])
     if "connector_out" in case:
         case.check("connector_out", calls["connector"][1])
     case.check("prompt_embeds", calls["projector"][1])
 
 
-def expected_mask(case, num_queries):
-    mask = case["attention_mask"].bool()
+def expected_mask(case, num_queries, batch_size):
+    mask = case.rows("attention_mask", batch_size).bool()
     full = torch.cat([mask, mask.new_ones(len(mask), num_queries)], dim=1)
     if "attention_mask_full" in case:
-        case.check("attention_mask_full", full)
+        case.check("attention_mask_full", full, case.rows("attention_mask_full", batch_size))
     return full
 
 
 def check_prompt(case, batch):
-    ids = batch["input_ids"][batch["attention_mask"].bool()]
-    case.check("input_ids", ids, case["input_ids"][case["attention_mask"].bool()])
-    case.check("attention_mask", batch["attention_mask"].sum(1), case["attention_mask"].sum(1))
+    ids, mask = (case.rows(key, len(batch["input_ids"])) for key in ("input_ids", "attention_mask"))
+    case.check("input_ids", batch["input_ids"][batch["attention_mask"].bool()], ids[mask.bool()])
+    case.check("attention_mask", batch["attention_mask"].sum(1), mask.sum(1))
 
 
 def check_pixels(case, pixel_values):
@@ -254,7 +262,7 @@ def check_sampling(case, load, processor, record):
     case.check("timesteps", torch.stack([timestep for timestep, _ in trace]))
     case.check("step_latents", torch.stack([latents for _, latents in trace]))
     case.check("final_latents", final)
-    case.check("image", model.decode_latents(final))
+    case.check("image", model.decode_target(final))
 
     if task == "generate":
         images = model.generate_images(

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from reca_trainer.models import harmon
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
-from reca_trainer.models.checkpoint import CheckpointError
 from reca_trainer.models.harmon.modeling_harmon import Visible, hidden_counts, kept_timesteps
+from reca_trainer.models.weights import CheckpointError
 from tests.conftest import GOLDEN
 
 PUBLISHED = GOLDEN / "harmon" / "checkpoint"
@@ -102,11 +102,11 @@ def test_hidden_pixels_do_not_reach_the_text_to_image_prediction(model, processo
     corruption = model.sample_corruption(batch, generators())
     visible = Visible.of(torch.ones_like(corruption["mask"]))
     with torch.no_grad():
-        latents = model.encode_image(batch["pixel_values"])
+        latents = model.encode_target(batch["pixel_values"])
         context = model._embed(batch["input_ids"], batch["attention_mask"], None)[:2]
-        one = model._predict(latents, visible, *context)
+        prediction = model._predict(latents, visible, *context)
         other = model._predict(torch.randn_like(latents), visible, *context)
-    assert torch.equal(one, other)
+    assert torch.equal(prediction, other)
 
 
 def test_captions_without_images(model, processor):
@@ -454,7 +454,7 @@ def test_a_training_file_of_unknown_size_needs_a_config(training_layout):
     ("width", "trained", "total"), [(896, 704_942_880, 771_398_899), (1536, 2_494_774_048, 2_561_230_067)]
 )
 def test_released_sizes_have_the_published_parameter_counts(width, trained, total):
-    from reca_trainer.models.harmon.checkpoint_harmon import _recognise, read_config
+    from reca_trainer.models.harmon.conversion_harmon import _recognise, read_config
 
     config = read_config(_recognise({"llm.model.norm.weight": torch.zeros(width)}, "a folder"))
     with torch.device("meta"):

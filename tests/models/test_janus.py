@@ -16,10 +16,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
 
-from reca_trainer.adapters import attach, merge_adapter
+from reca_trainer.adapters import attach
 from reca_trainer.models import janus
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
-from reca_trainer.models.checkpoint import CheckpointError
+from reca_trainer.models.weights import CheckpointError
+from reca_trainer.saving.merge import merge_adapter
 
 INSTRUCTION = "Say what the picture shows."
 
@@ -148,7 +149,7 @@ def unpadded(row, mask):
 @torch.no_grad()
 def test_image_tokens_are_the_nearest_unit_codes(model, plain, processor):
     pixels = processor(images=pictures((16, 16), (50, 40)))["pixel_values"]
-    tokens = model.encode_image(pixels)
+    tokens = model.encode_target(pixels)
     assert tokens.tolist() == [naive_image_tokens(plain, one) for one in pixels]
     assert len(set(tokens.flatten().tolist())) > 5
     # no other choice of code lies closer to the latents in what the decoder is given
@@ -164,7 +165,7 @@ def test_published_dimensions_give_576_tokens():
         model = janus.Model(janus.Config())
         images = torch.zeros(2, 3, 384, 384)
         assert model.model.vqmodel.encoder(images).shape[-2:] == (24, 24)
-        assert model.encode_understanding(images).shape == (2, 576, 2048)
+        assert model.encode_condition(images).shape == (2, 576, 2048)
         assert model.count_supervised({"pixel_values": images}, {}) == 2 * 576
 
 
@@ -344,7 +345,7 @@ def test_what_it_learned_to_reconstruct_it_generates(model, processor):
     generated = model.generate_images(
         processor, ["Again."] * 2, images, task="reconstruct", guidance_scale=1.0, temperature=0.0
     )
-    for image, tokens in zip(generated, model.encode_image(batch["pixel_values"]).tolist(), strict=True):
+    for image, tokens in zip(generated, model.encode_target(batch["pixel_values"]).tolist(), strict=True):
         assert_same_picture(image, decode(model, tokens))
 
 

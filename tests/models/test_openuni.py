@@ -15,9 +15,9 @@ from transformers import BitsAndBytesConfig
 from reca_trainer.adapters import attach
 from reca_trainer.models import openuni
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor, detect
-from reca_trainer.models.checkpoint import CheckpointError
 from reca_trainer.models.openuni.configuration_openuni import INTERNVL3_1B
-from reca_trainer.shapes.tokenizer import make_tokenizer
+from reca_trainer.models.weights import CheckpointError
+from reca_trainer.toy.tokenizer import make_tokenizer
 from tests.conftest import GOLDEN
 
 CHECKPOINT = GOLDEN / "openuni" / "checkpoint"
@@ -122,7 +122,7 @@ def test_reca_step_changes_only_what_generates(model, batch):
 def test_understanding_stays_in_eval_mode(model):
     model.train()
     assert model.transformer.training and model.connector.training
-    for name in model.understanding_modules:
+    for name in (*model.understanding_modules, *model.frozen_modules):
         assert not any(module.training for module in model.get_submodule(name).modules())
 
 
@@ -194,8 +194,12 @@ def test_the_condition_reaches_the_prediction(model, processor, batch):
 def test_precomputed_latents_give_the_same_loss(model, batch):
     corruption = draws(model, batch)
     loss = model(**batch, corruption=corruption).loss
-    latents = model.encode_images(batch.pop("pixel_values"))
+    cached = model.encode_batch(batch)
+    latents = model.encode_target(batch.pop("pixel_values"))
     assert torch.equal(model(**batch, latents=latents, corruption=corruption).loss, loss)
+    del batch["condition_pixel_values"]
+    assert torch.equal(model(**batch, **cached, corruption=corruption).loss, loss)
+    assert model.count_supervised({**batch, **cached}, corruption) == latents.numel()
 
 
 def test_prompts_of_one_length_need_no_attention_mask(model, batch):

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 from reca_trainer.adapters import attach
 from reca_trainer.models import show_o
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
-from reca_trainer.models.checkpoint import CheckpointError
 from reca_trainer.models.show_o.processing_show_o import SYSTEM_PROMPT
+from reca_trainer.models.weights import CheckpointError
 from tests.conftest import GOLDEN
 
 PUBLISHED = GOLDEN / "show_o" / "checkpoint"
@@ -291,7 +291,7 @@ def test_a_condition_that_equals_its_target_warns_of_collapse(pictures, resize_b
     batch = make_batch(processor, pictures, "reconstruct")
     model = show_o.Model(config)
     condition = model.encode_condition(batch["condition_pixel_values"])
-    assert torch.equal(condition, model.tokenize_images(batch["pixel_values"]))
+    assert torch.equal(condition, model.encode_target(batch["pixel_values"]))
 
 
 @pytest.mark.filterwarnings("error:.*collapses")
@@ -414,7 +414,7 @@ def test_inpainting_keeps_what_is_not_masked(model, processor, pictures):
     mask.paste(255, (0, 0, side // 2, side))
     mask = model.token_mask([mask])
     assert mask.sum() * 2 == mask.numel()
-    tokens = model.tokenize_images(processor.crop(pictures[:1]))
+    tokens = model.encode_target(processor.crop(pictures[:1]))
     known = tokens.masked_fill(mask, model.config.mask_token_id)
     noise = model.sampling_noise(1, generators(1))
     steps = list(model.generate_tokens(batch["input_ids"], batch["attention_mask"], noise, 4, 1.75, known=known))
@@ -424,7 +424,7 @@ def test_inpainting_keeps_what_is_not_masked(model, processor, pictures):
     images = model.generate_images(
         processor, ["a dog"], pictures[:1], task="edit", mask_images=[Image.new("L", (40, 36))], num_inference_steps=2
     )
-    kept = model.to_images(model.decode_tokens(tokens))[0]
+    kept = model.to_images(model.decode_target(tokens))[0]
     assert images[0].tobytes() == kept.tobytes(), "nothing was masked"
 
 

@@ -69,6 +69,8 @@ def from_a_worker() -> bool:
     return frame is not None
 
 
+import torch  # noqa: E402, F401  (its CUDA build runs `ldconfig -p` when it is imported, which is none of our doing)
+
 sys.addaudithook(watch)
 sys.argv = ARGUMENTS
 runpy.run_path(ARGUMENTS[0], run_name="__main__")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from reca_trainer.checkpoints import last_complete_checkpoint
+from reca_trainer.saving.run_checkpoints import last_complete_checkpoint
 from tests.reliability.run import start
 
 SAVING = {"max_steps": 4, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 1}

@@ -15,11 +15,12 @@ import pytest
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 
-from reca_trainer.data import Draw, RowDataset, StreamingRows, find_columns, load_image_dataset
+from reca_trainer.data import Draw, RowDataset, SamplingPlan, StreamingRows, find_columns, load_image_dataset
 from reca_trainer.images import ImageError
 from tests.hostile_images import encoded, noise, unusable, usable
 
 SIZE = (32, 32)
+IN_ORDER = SamplingPlan({"reconstruct": 1}, shuffle=False)
 
 
 @pytest.fixture(autouse=True)
@@ -117,9 +118,7 @@ def outcome(source, streaming: bool) -> tuple[set[int], set[int]]:
     columns = find_columns(dataset)
     used, reported = set(), set()
     if streaming:
-        rows = StreamingRows(
-            {"reconstruct": dataset}, {"reconstruct": columns}, [SIZE], shuffle=False, on_bad_image="skip"
-        )
+        rows = StreamingRows({"reconstruct": dataset}, {"reconstruct": columns}, [SIZE], IN_ORDER, on_bad_image="skip")
         for [row] in rows:
             used.add(number(row["source"]))
             reported.update(map(number, row["skipped"]))
@@ -237,9 +236,8 @@ def test_members_of_archives_stay_inside(tmp_path, kind, streaming, writes):
     before = {path for path in tmp_path.rglob("*") if tmp_path / "cache" not in path.parents}
     writes.clear()
     stream = load_image_dataset(source, streaming=streaming)
-    rows = StreamingRows(
-        {"reconstruct": stream}, {"reconstruct": find_columns(stream)}, [SIZE], on_bad_image="skip", shuffle=False
-    )
+    columns = {"reconstruct": find_columns(stream)}
+    rows = StreamingRows({"reconstruct": stream}, columns, [SIZE], IN_ORDER, on_bad_image="skip")
     assert sum(len(batch) for batch in rows) >= 1
     after = {path for path in tmp_path.rglob("*") if tmp_path / "cache" not in path.parents}
     assert after - before <= {tmp_path / "cache"}

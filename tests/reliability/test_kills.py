@@ -8,7 +8,7 @@ import signal
 import psutil
 import pytest
 
-from reca_trainer.checkpoints import check_complete
+from reca_trainer.saving.run_checkpoints import check_complete
 from tests.reliability.run import start
 
 COMMON = {"max_steps": 14, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2}
@@ -18,7 +18,7 @@ SCENARIOS = {
         "dataloader_num_workers": 2,
         "gradient_accumulation_steps": 2,
         "text_to_image_weight": 0.5,
-        "task_mix": "2:0:1",
+        "task_mix": "reconstruct=2,generate=1",
     },
     "one checkpoint of the whole generator": {"full": True, "save_total_limit": 1, "save_steps": 1},
     "cached latents": {"cache_latents": True, "dataloader_num_workers": 1},

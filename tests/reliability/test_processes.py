@@ -58,7 +58,7 @@ LAYOUTS = {
     "accumulation and a task mix": {
         "gradient_accumulation_steps": 3,
         "text_to_image_weight": 0.5,
-        "task_mix": "2:0:1",
+        "task_mix": "reconstruct=2,generate=1",
     },
     "a stream with workers": {"streaming": True, "dataloader_num_workers": 1},
     "no adapter, clipped": {"full": True, "max_grad_norm": 0.1},
@@ -98,7 +98,7 @@ def test_our_launch_configurations_equal_one_process(tmp_path, layout, record_pr
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        launch = ["--config_file", ROOT / "recipes" / "accelerate" / f"{layout}.yaml", "--num_processes", 2]
+        launch = ["--config_file", ROOT / "src" / "reca_trainer" / "recipes" / "accelerate" / f"{layout}.yaml", "--num_processes", 2]
         script = ["-m", "tests.reliability.run", tmp_path / "two"]
         arguments = json.dumps({**options, **saving, "max_steps": steps, "resume": steps == 4})
         command = ["-m", "accelerate.commands.launch", *launch, "--main_process_port", port, *script, arguments]

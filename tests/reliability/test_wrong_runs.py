@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerState
 
 from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor, RecAConfig, RecATrainer
 from reca_trainer.callbacks import CollapseAlarm, UnderstandingProbe
-from reca_trainer.checkpoints import last_complete_checkpoint
+from reca_trainer.saving.run_checkpoints import last_complete_checkpoint
 from tests.reliability.run import CHECKPOINT, dataset, poison, trainer
 
 SHARED = CHECKPOINT.parents[1] / "harmon" / "checkpoint"  # a model whose understanding and generation share weights

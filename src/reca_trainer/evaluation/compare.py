@@ -17,8 +17,9 @@ from PIL import Image
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from reca_trainer.evaluation.evaluate import add_benchmark_arguments, evaluate
-from reca_trainer.evaluation.generation import processes, replacing
+from reca_trainer.evaluation.generation import processes
 from reca_trainer.evaluation.report import compare_rows, interval, percent
+from reca_trainer.files import replacing
 from reca_trainer.images import decode_image
 
 DESCRIPTION = """Run one benchmark on several models with the same seeds and compare them, image by image, with the first.

@@ -16,7 +16,8 @@ from typing import Any
 from datasets import load_dataset
 from PIL import Image
 
-from reca_trainer.evaluation.generation import Prompt, image_path, replacing
+from reca_trainer.evaluation.generation import Prompt, image_path
+from reca_trainer.files import replacing
 from reca_trainer.images import decode_image
 
 COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")

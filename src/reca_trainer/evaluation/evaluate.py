@@ -15,8 +15,8 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
-from peft import PeftModel
 
+from reca_trainer.adapters import unwrap
 from reca_trainer.data import find_columns, load_image_dataset
 from reca_trainer.evaluation import dpg, geneval, reconstruction, understanding
 from reca_trainer.evaluation.generation import (
@@ -25,14 +25,14 @@ from reca_trainer.evaluation.generation import (
     generate,
     processes,
     read_metadata,
-    replacing,
     score_images,
 )
 from reca_trainer.evaluation.judge import EndpointJudge, LocalJudge
 from reca_trainer.evaluation.report import Overall, Z, summarize, write_report
+from reca_trainer.files import replacing
 from reca_trainer.images import decode_image
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
-from reca_trainer.models.unified import UnifiedModel, UnifiedProcessor
+from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
 
 DESCRIPTION = """Score a model on a benchmark. An interrupted run of geneval or dpg continues where it stopped when started
 again. On several GPUs: accelerate launch -m reca_trainer.cli evaluate ..."""
@@ -278,11 +278,17 @@ BENCHMARKS = {
 
 def load_model(model: str, adapter: str | None, dtype: str) -> tuple[UnifiedModel, UnifiedProcessor]:
     """A model, with its adapter if any, on this process's device."""
-    processor = AutoUnifiedProcessor.from_pretrained(model)
-    unified = AutoUnifiedModel.from_pretrained(model, dtype=dtype).to(processes().device).eval()
-    if adapter is not None:
-        unified = PeftModel.from_pretrained(unified, adapter).eval().get_base_model()
-    return unified, processor
+    if adapter is None:
+        unified, processor = (
+            AutoUnifiedModel.from_pretrained(model, dtype=dtype),
+            AutoUnifiedProcessor.from_pretrained(model),
+        )
+    else:
+        unified = unwrap(AutoUnifiedModel.from_pretrained(adapter, base_model=model, dtype=dtype))
+        processor = AutoUnifiedProcessor.from_pretrained(adapter, base_model=model)
+    if not getattr(unified, "is_quantized", False):  # the loader has placed quantised weights
+        unified.to(processes().device)
+    return unified.eval(), processor
 
 
 def parse_sampling(pairs: list[str]) -> dict[str, Any]:

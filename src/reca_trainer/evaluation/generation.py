@@ -7,11 +7,10 @@ only, so that a run may be interrupted, continued, extended by more images per p
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +21,8 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
 
-from reca_trainer.models.unified import UnifiedModel, UnifiedProcessor
+from reca_trainer.files import replacing
+from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
 
 
 @dataclass(frozen=True)
@@ -220,18 +220,6 @@ def score_images(
             temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     state.wait_for_everyone()
     return rows
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that takes `path`'s place when all went well, so that `path` is never half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def batched(items: list[Any], size: int) -> Iterable[list[Any]]:

@@ -29,7 +29,8 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm.auto import tqdm
 
 from reca_trainer.evaluation.evaluate import load_model
-from reca_trainer.evaluation.generation import image_seed, processes, replacing
+from reca_trainer.evaluation.generation import image_seed, processes
+from reca_trainer.files import replacing
 from reca_trainer.images import decode_image
 
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPModel, CLIPProcessor
 
 from reca_trainer.evaluation.generation import image_seed
-from reca_trainer.models.unified import UnifiedModel, UnifiedProcessor
+from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
 
 INSTRUCTION = "Describe this image in detail."
 

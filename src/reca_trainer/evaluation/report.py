@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from reca_trainer.evaluation.generation import replacing
+from reca_trainer.files import replacing
 
 Overall = Literal["mean of categories", "mean of images"]
 Z = 1.959964  # two-sided 95 %

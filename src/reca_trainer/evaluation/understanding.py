@@ -10,7 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from reca_trainer.evaluation.generation import batched
-from reca_trainer.models.unified import UnifiedModel, UnifiedProcessor
+from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
 
 ARTICLES = ("a", "an", "the")
 

@@ -1,28 +1,19 @@
-"""Which family is this checkpoint? The one place that knows the list of families."""
+"""The public door: models and processors by folder or Hub id, adapters included."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import validate_repo_id
 
-from reca_trainer.models.checkpoint import CheckpointError, LazyTensor, check_fit, load_strict, open_weights
-from reca_trainer.models.unified import UnifiedModel, UnifiedProcessor
-
-FAMILIES = ("bagel", "janus", "openuni", "harmon", "show_o")
-
-
-def family(name: str) -> ModuleType:
-    """The package of one family. Each offers `Config`, `Model`, `Processor`, and for its published layout
-    `is_published(file_names)`, `read_published(folder, **kwargs)`, `read_published_processor(folder)` and
-    `write_published(model, processor, folder)`."""
-    return importlib.import_module(f"reca_trainer.models.{name}")
+from reca_trainer.adapters import load_adapter, read_quantization
+from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
+from reca_trainer.models.registry import detect, is_adapter
+from reca_trainer.models.weights import CheckpointError, LazyTensor, check_fit, load_strict, open_weights
 
 
 def resolve(pretrained_model_name_or_path: str | Path, **hub: Any) -> Path:
@@ -40,31 +31,9 @@ def resolve(pretrained_model_name_or_path: str | Path, **hub: Any) -> Path:
     return Path(snapshot_download(name, allow_patterns=patterns, **hub))
 
 
-def detect(folder: Path) -> tuple[ModuleType, bool]:
-    """The family a checkpoint folder belongs to, and whether it is in that family's published layout (rather than in
-    `save_pretrained` form)."""
-    names = {str(path.relative_to(folder)) for path in folder.glob("**/*") if path.is_file()}
-    config = json.loads((folder / "config.json").read_text()) if "config.json" in names else {}
-    for name in FAMILIES:
-        package = family(name)
-        if package.is_published(names, config):
-            return package, True
-        if config.get("model_type") == package.Config.model_type:
-            return package, False
-    raise CheckpointError(
-        f"{folder} is no checkpoint of a known family ({', '.join(FAMILIES)}): "
-        f"model_type is {config.get('model_type')!r}, files are {sorted(names)[:12]}."
-    )
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a PEFT adapter and not a model."""
-    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
-
-
 def open_lazily(model_or_path: UnifiedModel | str | Path, **hub: Any) -> UnifiedModel:
-    """A checkpoint's model on the meta device, with its weights, unread, as `lazy_weights`. Of a loaded model, its
-    own weights without those of an adapter."""
+    """A checkpoint's model on the meta device, with its weights, unread, as `lazy_weights`. A loaded model gives
+    its weights without those of an adapter."""
     if isinstance(model_or_path, UnifiedModel):
         weights = {}
         for name, tensor in model_or_path.state_dict().items():
@@ -114,6 +83,11 @@ def adapter_base(folder: Path, base_model: str | None, hub: dict[str, Any]) -> t
     return base, pinned
 
 
+def _is_quantized(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and "quantization_config" in json.loads(config.read_text())
+
+
 class AutoUnifiedModel:
     """Loads a unified model of any family from a folder or a Hub id, in the family's published layout or in
     `save_pretrained` form."""
@@ -130,7 +104,8 @@ class AutoUnifiedModel:
                 names, and `is_trainable`.
 
         Returns:
-            The model; for an adapter, the `PeftModel` around its base, at the revision the adapter was trained on.
+            The model; for an adapter, the `PeftModel` around its base, at the revision the adapter was trained on, and
+            quantised as it was in training unless `quantization_config` says otherwise (`None`: not at all).
 
         Raises:
             CheckpointError: the family is unknown, or keys are missing, unexpected or wrongly shaped.
@@ -139,9 +114,9 @@ class AutoUnifiedModel:
         base_model, is_trainable = kwargs.pop("base_model", None), kwargs.pop("is_trainable", False)
         folder = resolve(pretrained_model_name_or_path, **hub)
         if is_adapter(folder):
-            from reca_trainer.adapters import load_adapter  # stands on this module
-
             base, pinned = adapter_base(folder, base_model, hub)
+            if "quantization_config" not in kwargs and not _is_quantized(resolve(base, **pinned)):
+                kwargs["quantization_config"], _ = read_quantization(folder)
             model = AutoUnifiedModel.from_pretrained(base, **pinned, **kwargs)
             return load_adapter(model, folder, is_trainable=is_trainable)
         package, published = detect(folder)

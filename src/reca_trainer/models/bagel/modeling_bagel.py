@@ -38,7 +38,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from reca_trainer.models.bagel.configuration_bagel import BagelConfig
 from reca_trainer.models.bagel.processing_bagel import BagelProcessor
-from reca_trainer.models.unified import (
+from reca_trainer.models.contract import (
     Generators,
     UnifiedModel,
     UnifiedOutput,
@@ -335,6 +335,7 @@ class BagelModel(UnifiedModel):
 
     config_class = BagelConfig
     base_model_prefix = ""
+    tasks = ("reconstruct", "caption", "generate", "edit")
     shares_weights = False
     supports_gradient_checkpointing = True
     _supports_sdpa = True
@@ -388,31 +389,36 @@ class BagelModel(UnifiedModel):
         ]
 
     @property
+    def frozen_modules(self) -> list[str]:
+        return ["vae"]
+
+    @property
     def understanding_is_frozen(self) -> bool:
         modules = (self.get_submodule(name) for name in self.understanding_modules)
         return not any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
-    def forward(self, task: str, corruption: dict[str, torch.Tensor] | None = None, **batch: Any) -> UnifiedOutput:
-        """See `UnifiedModel.forward`. The tasks are `reconstruct`, `generate`, `caption` and `edit`; instead of
-        `pixel_values` a batch may hold the scaled `latents` `[B, C, h, w]` of its targets, or what `encode_batch` gives."""
-        if task == "caption":
-            return self._caption(**batch)
-        if corruption is None:
-            corruption = self.sample_corruption(batch)
-        if "latents" not in batch:
-            posterior = batch["posterior"] if "posterior" in batch else self.encode_posterior(batch["pixel_values"])
-            batch["latents"] = self.sample_latents(posterior, corruption["posterior_noise"])
-        tasks = {"reconstruct": self._reconstruct, "generate": self._generate, "edit": self._edit}
-        if task not in tasks:
-            raise ValueError(f"BAGEL has no task {task!r}; it has {', '.join([*tasks, 'caption'])}.")
-        return tasks[task](corruption=corruption, **batch)
-
     def _reconstruct(
-        self, latents, corruption, condition_pixel_values=None, condition_embeds=None, input_ids=None, **_
+        self,
+        corruption: dict[str, torch.Tensor],
+        pixel_values: torch.Tensor | None = None,
+        condition_pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        latents: torch.Tensor | None = None,
+        posterior: torch.Tensor | None = None,
+        condition_embeds: torch.Tensor | None = None,
+        timesteps_per_image: int = 1,
     ) -> UnifiedOutput:
-        """RecA: read the image's own embeddings and the instruction, then denoise the same image."""
+        """RecA: read the image's own embeddings and the instruction, then denoise the same image.
+
+        Args:
+            input_ids: the instruction `[1, T]` or `[B, T]`, unpadded; `None` leaves it out.
+            latents, posterior: instead of `pixel_values`, see `_target_latents`.
+            condition_embeds: instead of `condition_pixel_values`, what `encode_batch` gives: `[B, h, w, D]`.
+            timesteps_per_image: only `sample_corruption` reads it; here `corruption` has the number already.
+        """
+        latents = self._target_latents(corruption, pixel_values, latents, posterior)
         if condition_embeds is None:
-            condition_embeds = self._embed_condition(condition_pixel_values)
+            condition_embeds = self._condition_grid(condition_pixel_values)
         grid, embeds = condition_embeds.shape[1:3], condition_embeds.flatten(1, 2)  # [B, S, D]
         size = tuple(side * self.config.vision_config.patch_size for side in grid)
         context = self.read_image(self.new_context(len(embeds)), embeds, size)
@@ -420,29 +426,74 @@ class BagelModel(UnifiedModel):
             context = self.read_text(context, input_ids.expand(len(embeds), -1))
         return self._flow_matching(context, latents, corruption, understanding_embeds=embeds)
 
-    def _generate(self, input_ids, latents, corruption, attention_mask=None, **_) -> UnifiedOutput:
-        """Text-to-image."""
+    def _generate(
+        self,
+        corruption: dict[str, torch.Tensor],
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        latents: torch.Tensor | None = None,
+        posterior: torch.Tensor | None = None,
+        timesteps_per_image: int = 1,
+    ) -> UnifiedOutput:
+        """Text-to-image. `latents`, `posterior` and `timesteps_per_image` are as in `_reconstruct`."""
+        latents = self._target_latents(corruption, pixel_values, latents, posterior)
         context = self.read_text(self.new_context(len(input_ids)), input_ids, attention_mask)
         return self._flow_matching(context, latents, corruption)
 
     def _edit(
-        self, source_pixel_values, condition_pixel_values, input_ids, latents, corruption, attention_mask=None, **_
+        self,
+        corruption: dict[str, torch.Tensor],
+        source_pixel_values: torch.Tensor,
+        condition_pixel_values: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        latents: torch.Tensor | None = None,
+        posterior: torch.Tensor | None = None,
+        timesteps_per_image: int = 1,
     ) -> UnifiedOutput:
-        """Editing: the source as VAE latents and as image embeddings, the instruction, then the target."""
-        source = self.encode_latents(source_pixel_values, corruption["source_posterior_noise"])
+        """Editing: the source as VAE latents and as image embeddings, the instruction, then the target. `latents`,
+        `posterior` and `timesteps_per_image` are as in `_reconstruct`."""
+        latents = self._target_latents(corruption, pixel_values, latents, posterior)
+        source = self.encode_target(source_pixel_values, corruption["source_posterior_noise"])
         context = self.read_latents(self.new_context(len(input_ids)), source)
-        embeds = self.encode_image(condition_pixel_values)
+        embeds = self.encode_condition(condition_pixel_values)
         context = self.read_image(context, embeds, condition_pixel_values.shape[-2:])
         context = self.read_text(context, input_ids, attention_mask)
         return self._flow_matching(context, latents, corruption, understanding_embeds=embeds)
 
-    def _caption(self, condition_pixel_values, input_ids, labels, attention_mask=None, **_) -> UnifiedOutput:
-        """Image-to-text: next-token cross-entropy over the supervised tokens of question and answer."""
-        embeds = self.encode_image(condition_pixel_values)
+    def _caption(
+        self,
+        corruption: dict[str, torch.Tensor],
+        condition_pixel_values: torch.Tensor,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        timesteps_per_image: int = 1,
+    ) -> UnifiedOutput:
+        """Image-to-text: next-token cross-entropy over the supervised tokens of question and answer.
+        `timesteps_per_image`, which the trainer sets for all tasks alike, changes nothing."""
+        embeds = self.encode_condition(condition_pixel_values)
         context = self.read_image(self.new_context(len(embeds)), embeds, condition_pixel_values.shape[-2:])
         hidden, _, _ = self._read(context, self.embed(input_ids), causal=True, mask=attention_mask, keep=False)
         hidden = self.language_model.model.norm(hidden[:, :-1])
         return token_cross_entropy(self.language_model.lm_head, hidden, labels[:, 1:], embeds)
+
+    def _target_latents(
+        self,
+        corruption: dict[str, torch.Tensor],
+        pixel_values: torch.Tensor | None,
+        latents: torch.Tensor | None,
+        posterior: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The scaled latents `[B, C, h, w]` of a batch's targets, which a batch holds as `latents`, as the VAE's
+        `posterior` `[B, 2, C, h, w]` or as `pixel_values`."""
+        if latents is not None:
+            return latents
+        if posterior is None:
+            posterior = self.encode_posterior(pixel_values)
+        return self.sample_latents(posterior, corruption["posterior_noise"])
 
     def _flow_matching(self, context, latents, corruption, understanding_embeds=None) -> UnifiedOutput:
         """Rectified flow: `x_t = (1 - t) x_0 + t ε`, and the velocity `ε - x_0` is the target (BAGEL, section 2). With
@@ -464,22 +515,22 @@ class BagelModel(UnifiedModel):
             understanding_embeds=understanding_embeds,
         )
 
-    def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def encode_condition(self, condition_pixel_values: torch.Tensor) -> torch.Tensor:
         """Understanding embeddings, RecA's dense prompt: `[B, 3, h, w]` -> `[B, S, D]`, before positions are added."""
         frozen = not any(p.requires_grad for m in (self.vit_model, self.connector) for p in m.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            return self.connector(self.vit_model(pixel_values))
+            return self.connector(self.vit_model(condition_pixel_values))
 
-    def _embed_condition(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`encode_image` as a grid: `[B, 3, h · p, w · p]` -> `[B, h, w, D]`."""
-        height, width = (side // self.config.vision_config.patch_size for side in pixel_values.shape[-2:])
-        return self.encode_image(pixel_values).unflatten(1, (height, width))
+    def _condition_grid(self, condition_pixel_values: torch.Tensor) -> torch.Tensor:
+        """`encode_condition` as a grid: `[B, 3, h · p, w · p]` -> `[B, h, w, D]`."""
+        height, width = (side // self.config.vision_config.patch_size for side in condition_pixel_values.shape[-2:])
+        return self.encode_condition(condition_pixel_values).unflatten(1, (height, width))
 
     @torch.no_grad()
     def encode_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """See `UnifiedModel.encode_batch`: `condition_embeds` `[B, h, w, D]` and the VAE's `posterior`."""
         return {
-            "condition_embeds": self._embed_condition(batch["condition_pixel_values"]),
+            "condition_embeds": self._condition_grid(batch["condition_pixel_values"]),
             "posterior": self.encode_posterior(batch["pixel_values"]),
         }
 
@@ -496,14 +547,16 @@ class BagelModel(UnifiedModel):
         scaled = self.vae.config.scaling_factor * (sample - self.vae.config.shift_factor)
         return scaled.to(self.vae2llm.weight.dtype)
 
-    def encode_latents(self, pixel_values: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """A sample of the VAE's latents of `[B, 3, H, W]`, see `sample_latents`."""
-        return self.sample_latents(self.encode_posterior(pixel_values), noise)
+    def encode_target(self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """See `UnifiedModel.encode_target`: scaled latents `[B, C, h, w]`, by `noise` of the same shape a sample of the
+        VAE's posterior (see `sample_latents`), without it the posterior's mean."""
+        posterior = self.encode_posterior(pixel_values)
+        return self.sample_latents(posterior, torch.zeros_like(posterior[:, 0]) if noise is None else noise)
 
     @torch.no_grad()
-    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Inverse of `encode_latents`, without the sampling: `[B, C, h, w]` -> `[B, 3, H, W]`, about [-1, 1]."""
-        latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + self.vae.config.shift_factor
+    def decode_target(self, target: torch.Tensor) -> torch.Tensor:
+        """Inverse of `encode_target`, without the sampling: `[B, C, h, w]` -> `[B, 3, H, W]`, about [-1, 1]."""
+        latents = target.to(self.vae.dtype) / self.vae.config.scaling_factor + self.vae.config.shift_factor
         return self.vae.decode(latents).sample
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -567,19 +620,21 @@ class BagelModel(UnifiedModel):
         decoder, device = self.language_model.model, understanding.device
         batch_size, texts = understanding.shape[:2]
         length = texts + (0 if generation is None else generation.shape[1])
-        own = None if mask is None or bool(mask.all()) else mask.bool()
+        split_mask = None if mask is None or bool(mask.all()) else mask.bool()
         if causal:
             position_ids = context.position[:, None] + torch.arange(length, device=device)
-            position = context.position + (length if own is None else own.sum(1))
+            position = context.position + (length if split_mask is None else split_mask.sum(1))
         else:
             position_ids = context.position[:, None].expand(-1, length)
             position = context.position + 1
 
         padding = context.mask
-        if padding is not None or own is not None:
+        if padding is not None or split_mask is not None:
             before = torch.ones(batch_size, context.length, dtype=torch.bool, device=device)
             here = torch.ones(batch_size, length, dtype=torch.bool, device=device)
-            padding = torch.cat([before if padding is None else padding, here if own is None else own], dim=1)
+            padding = torch.cat(
+                [before if padding is None else padding, here if split_mask is None else split_mask], dim=1
+            )
         is_causal = causal and context.length == 0 and padding is None
         attention_mask = None
         if causal and not is_causal:
@@ -607,9 +662,9 @@ class BagelModel(UnifiedModel):
         if batch.get("task") == "caption":
             return {}
         patch, channels = self.config.latent_patch_size, self.config.vae_config["latent_channels"]
-        known = next((batch[name] for name in ("latents", "posterior") if name in batch), None)
-        if known is not None:
-            batch_size, (height, width) = len(known), known.shape[-2:]
+        encoded = next((batch[name] for name in ("latents", "posterior") if name in batch), None)
+        if encoded is not None:
+            batch_size, (height, width) = len(encoded), encoded.shape[-2:]
         else:
             batch_size = len(batch["pixel_values"])
             height, width = (side // self.config.vae_scale_factor for side in batch["pixel_values"].shape[-2:])
@@ -629,6 +684,12 @@ class BagelModel(UnifiedModel):
         corruption["timesteps"] = timesteps.flatten()
         corruption["noise"] = normal(repeats, tokens, self.config.latent_token_dim).flatten(0, 1)
         return corruption
+
+    def count_supervised(self, batch: dict[str, Any], corruption: dict[str, torch.Tensor]) -> int:
+        """Supervised tokens of a caption, else the noised elements of all latents and timesteps."""
+        if "labels" in batch:
+            return int((batch["labels"][:, 1:] != -100).sum())
+        return corruption["noise"].numel()
 
     @evaluating
     def generate_images(
@@ -694,10 +755,10 @@ class BagelModel(UnifiedModel):
                 pixels = processor.to_pixels(resized, processor.generation_size).to(self.device)
                 if posterior_noise is None:
                     posterior_noise = self.sample_corruption({"pixel_values": pixels}, generator)["posterior_noise"]
-                pictures = self.read_latents(pictures, self.encode_latents(pixels, posterior_noise))
+                pictures = self.read_latents(pictures, self.encode_target(pixels, posterior_noise))
             rule = processor.understanding_size if task == "edit" else processor.condition_size
             pixels = processor.to_pixels(resized, rule).to(self.device)
-            pictures = self.read_image(pictures, self.encode_image(pixels), pixels.shape[-2:])
+            pictures = self.read_image(pictures, self.encode_condition(pixels), pixels.shape[-2:])
         contexts = {"full": read_prompt(pictures), "no_text": pictures}
         if guidance_scale > 1 and image_guidance_scale > 1:
             contexts["no_image"] = read_prompt(self.new_context(count))
@@ -723,7 +784,7 @@ class BagelModel(UnifiedModel):
             if guided:
                 v = guide(velocities, guidance_scale, image_guidance_scale, guidance_renorm, guidance_renorm_min)
             x = x - v * (now - following)
-        decoded = self.decode_latents(unpatchify(x, grid, self.config.latent_patch_size))
+        decoded = self.decode_target(unpatchify(x, grid, self.config.latent_patch_size))
         array = ((decoded * 0.5 + 0.5).clamp(0, 1) * 255).permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
         return [Image.fromarray(np.ascontiguousarray(image)) for image in array]
 
@@ -756,12 +817,12 @@ class BagelModel(UnifiedModel):
         if images is not None and len({image.size for image in images}) > 1:
             options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "generator": generator}
             pairs = zip(text, images, strict=True)
-            return [self.generate_text(processor, [one], [image], **options)[0] for one, image in pairs]
+            return [self.generate_text(processor, [question], [image], **options)[0] for question, image in pairs]
         context = self.new_context(len(text))
         if images is not None:
             resized = [processor.resize(image, processor.generation_size) for image in images]
             pixels = processor.to_pixels(resized, processor.understanding_size).to(self.device)
-            context = self.read_image(context, self.encode_image(pixels), pixels.shape[-2:])
+            context = self.read_image(context, self.encode_condition(pixels), pixels.shape[-2:])
         tokens = {name: tensor.to(self.device) for name, tensor in processor.tokenize(text).items()}
         context = self.read_text(context, tokens["input_ids"], tokens["attention_mask"])
         ids = torch.full((len(text), 1), self.config.bos_token_id, device=self.device)

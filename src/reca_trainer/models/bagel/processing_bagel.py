@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from reca_trainer.images import aspect_buckets
-from reca_trainer.models.unified import UnifiedProcessor
+from reca_trainer.models.contract import UnifiedProcessor
 
 
 def resized_size(

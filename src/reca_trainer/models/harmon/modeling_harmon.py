@@ -24,9 +24,7 @@ from transformers import DynamicCache, Qwen2ForCausalLM
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from reca_trainer.models.harmon.configuration_harmon import HarmonConfig, HarmonMarConfig
-from reca_trainer.models.harmon.processing_harmon import HarmonProcessor
-from reca_trainer.models.unified import (
+from reca_trainer.models.contract import (
     Generators,
     UnifiedModel,
     UnifiedOutput,
@@ -34,6 +32,8 @@ from reca_trainer.models.unified import (
     per_sample,
     token_cross_entropy,
 )
+from reca_trainer.models.harmon.configuration_harmon import HarmonConfig, HarmonMarConfig
+from reca_trainer.models.harmon.processing_harmon import HarmonProcessor
 
 # --- masking -------------------------------------------------------------------------------------------------------
 
@@ -507,39 +507,52 @@ class HarmonModel(UnifiedModel):
         """None: understanding and generation share all trained weights."""
         return []
 
-    def train(self, mode: bool = True) -> HarmonModel:
-        super().train(mode)
-        self.vae.eval()
-        return self
+    @property
+    def frozen_modules(self) -> list[str]:
+        return ["vae"]
 
     # losses
 
-    def forward(self, task: str, corruption: dict[str, Tensor] | None = None, **batch: Any) -> UnifiedOutput:
-        """One task's loss, see `UnifiedModel.forward`.
+    def _reconstruct(
+        self,
+        corruption: dict[str, Tensor],
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        condition_pixel_values: Tensor | None = None,
+    ) -> UnifiedOutput:
+        """The image again from its understanding embeddings, which enter each row of `input_ids` at its one
+        `config.image_token_id`. Without `condition_pixel_values` the condition is the target image."""
+        latents = self.encode_target(pixel_values)  # [B, h, w, C]
+        if condition_pixel_values is None:
+            understanding = self.understand(latents)
+        else:
+            understanding = self.encode_condition(condition_pixel_values)
+        understanding = self._scale_gradient(understanding)  # [B, S, H]
+        return self._diffusion_loss(corruption, latents, input_ids, attention_mask, understanding)
 
-        `reconstruct` and `generate` take `pixel_values`, `input_ids`, `attention_mask`; `reconstruct` conditions on
-        `condition_pixel_values`, or on `pixel_values` if there are none. Loss: MAR's diffusion loss, the mean over
-        hidden tokens and noise draws. `caption` takes `condition_pixel_values` (none for text alone), `input_ids`,
-        `attention_mask`, `labels`. Loss: next-token cross-entropy.
+    def _generate(
+        self,
+        corruption: dict[str, Tensor],
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> UnifiedOutput:
+        """Text-to-image."""
+        return self._diffusion_loss(corruption, self.encode_target(pixel_values), input_ids, attention_mask)
 
-        The image enters `input_ids` at the one `config.image_token_id` of each row.
-        """
-        if task == "caption":
-            return self._caption(**batch)
-        if task not in ("reconstruct", "generate"):
-            raise ValueError(f"task is {task!r}; Harmon knows 'reconstruct', 'generate' and 'caption'.")
-        if corruption is None:
-            corruption = self.sample_corruption(batch)
+    def _diffusion_loss(
+        self,
+        corruption: dict[str, Tensor],
+        latents: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        understanding: Tensor | None = None,
+    ) -> UnifiedOutput:
+        """MAR's diffusion loss of latents `[B, h, w, C]`, the mean over hidden tokens and noise draws."""
         visible = Visible.of(corruption["mask"]).to(self.device)
         corruption = {name: value.to(self.device) for name, value in corruption.items()}
-
-        latents = self.encode_image(batch["pixel_values"])  # [B, h, w, C]
-        understanding = None
-        if task == "reconstruct":
-            condition = batch.get("condition_pixel_values")
-            condition_latents = latents if condition is None else self.encode_image(condition)
-            understanding = self._scale_gradient(self.understand(condition_latents))  # [B, S, H]
-        context, context_mask, _ = self._embed(batch["input_ids"], batch.get("attention_mask"), understanding)
+        context, context_mask, _ = self._embed(input_ids, attention_mask, understanding)
 
         z = self._predict(latents, visible, context, context_mask)  # [B, L, D]
         losses, prediction = self.mar.diffloss(
@@ -564,29 +577,35 @@ class HarmonModel(UnifiedModel):
 
     def _caption(
         self,
+        corruption: dict[str, Tensor],
         input_ids: Tensor,
         labels: Tensor,
         attention_mask: Tensor | None = None,
         condition_pixel_values: Tensor | None = None,
-        **_: Any,
     ) -> UnifiedOutput:
+        """Next-token cross-entropy of the answers. The image, if there is one, enters each row of `input_ids` at its one
+        `config.image_token_id`."""
         understanding = None
         if condition_pixel_values is not None:
-            understanding = self._scale_gradient(self.understand(self.encode_image(condition_pixel_values)))
+            understanding = self._scale_gradient(self.encode_condition(condition_pixel_values))
         embeds, mask, labels = self._embed(input_ids, attention_mask, understanding, labels)
         hidden = self.llm.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
         return token_cross_entropy(self.llm.lm_head, hidden[:, :-1], labels[:, 1:], understanding)
 
+    def encode_condition(self, condition_pixel_values: Tensor) -> Tensor:
+        """See `UnifiedModel.encode_condition`: `understand` of the images' latents, `[B, L + K, H]`."""
+        return self.understand(self.encode_target(condition_pixel_values))
+
     @torch.no_grad()
-    def encode_image(self, pixel_values: Tensor) -> Tensor:
+    def encode_target(self, pixel_values: Tensor) -> Tensor:
         """Latents `[B, h, w, C]` float32 of images `[B, 3, H, W]` in [-1, 1]: the posterior's mean, scaled."""
         mean = self.vae.encode(pixel_values.to(self.vae.dtype)).latent_dist.mean
         return (mean.float() * self.vae.config.scaling_factor).permute(0, 2, 3, 1)
 
     @torch.no_grad()
-    def decode_image(self, latents: Tensor) -> Tensor:
+    def decode_target(self, target: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` float32, about [-1, 1], of latents `[B, h, w, C]`."""
-        latents = latents.permute(0, 3, 1, 2) / self.vae.config.scaling_factor
+        latents = target.permute(0, 3, 1, 2) / self.vae.config.scaling_factor
         return self.vae.decode(latents.to(self.vae.dtype)).sample.float()
 
     def understand(self, latents: Tensor) -> Tensor:
@@ -684,6 +703,12 @@ class HarmonModel(UnifiedModel):
             ),
         }
 
+    def count_supervised(self, batch: dict[str, Any], corruption: dict[str, Tensor]) -> int:
+        """Supervised tokens of a caption, else the hidden image tokens."""
+        if "labels" in batch:
+            return int((batch["labels"][:, 1:] != -100).sum())
+        return int(corruption["mask"].sum())
+
     # sampling
 
     @evaluating
@@ -729,7 +754,7 @@ class HarmonModel(UnifiedModel):
         prompts, understanding = processor.prompt_ids(text, task), None
         if task == "reconstruct":
             pixel_values = processor(images=images, instruction="", task=task, size=size)["pixel_values"]
-            understanding = self.understand(self.encode_image(pixel_values.to(self.device)))
+            understanding = self.encode_condition(pixel_values.to(self.device))
         context, context_mask = self._embed_prompts(processor, prompts, understanding)
         if guidance_scale != 1:
             unconditional = self._embed_prompts(processor, processor.prompt_ids([""] * count, "generate"), None)
@@ -744,7 +769,7 @@ class HarmonModel(UnifiedModel):
             guidance_schedule=guidance_schedule,
             temperature=temperature,
         )
-        pixels = (127.5 * self.decode_image(latents) + 128).clamp(0, 255).to(torch.uint8)
+        pixels = (127.5 * self.decode_target(latents) + 128).clamp(0, 255).to(torch.uint8)
         return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
     def sample_noise(self, batch_size: int, grid: tuple[int, int], generator: Generators = None) -> dict[str, Tensor]:
@@ -837,7 +862,7 @@ class HarmonModel(UnifiedModel):
             understanding = None
             if images is not None:
                 pixel_values = processor.condition_pixels(images).to(self.device)
-                understanding = self.understand(self.encode_image(pixel_values))
+                understanding = self.encode_condition(pixel_values)
             prompts = processor.question_ids(text, with_image=images is not None)
             embeds, mask = self._embed_prompts(processor, prompts, understanding, side="left")
             answers = self.llm.generate(

@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from reca_trainer.models.contract import UnifiedProcessor
 from reca_trainer.models.harmon.configuration_harmon import HarmonConfig
-from reca_trainer.models.unified import TASKS, UnifiedProcessor
+from reca_trainer.tasks import TASKS
 
 USER, ANSWER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 UNCONDITIONAL = "Generate an image."
@@ -129,10 +130,11 @@ class HarmonProcessor(UnifiedProcessor):
         """Token ids of image prompts: captions (`generate`), or instructions with an image before them
         (`reconstruct`). Empty ones become "Generate an image."."""
         if task == "generate":
-            return [self._turn(f"Generate an image: {one.strip()}" if one.strip() else UNCONDITIONAL) for one in text]
+            captions = [caption.strip() for caption in text]
+            return [self._turn(f"Generate an image: {caption}" if caption else UNCONDITIONAL) for caption in captions]
         # The model was trained with a line break before the instruction but the image put after the first three
         # tokens, and "user\n\n" is three tokens: both breaks come before the image.
-        prompts = [self._turn(f"\n{one}" if one.strip() else UNCONDITIONAL) for one in text]
+        prompts = [self._turn(f"\n{instruction}" if instruction.strip() else UNCONDITIONAL) for instruction in text]
         return [[*ids[:IMAGE_POSITION], self.image_token_id, *ids[IMAGE_POSITION:]] for ids in prompts]
 
     def question_ids(self, text: list[str], with_image: bool) -> list[list[int]]:

@@ -4,13 +4,13 @@ Built on transformers' Janus. The classes keep transformers' names, so what they
 checkpoint.
 """
 
-from reca_trainer.models.janus.checkpoint_janus import (
+from reca_trainer.models.janus.configuration_janus import JanusConfig as Config
+from reca_trainer.models.janus.conversion_janus import (
     is_published,
     read_published,
     read_published_processor,
     write_published,
 )
-from reca_trainer.models.janus.configuration_janus import JanusConfig as Config
 from reca_trainer.models.janus.modeling_janus import JanusForConditionalGeneration as Model
 from reca_trainer.models.janus.processing_janus import JanusProcessor as Processor
 

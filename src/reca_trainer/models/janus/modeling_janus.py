@@ -21,9 +21,7 @@ from PIL import Image
 from torch import nn
 from transformers import DynamicCache
 
-from reca_trainer.models.janus.configuration_janus import JanusConfig
-from reca_trainer.models.janus.processing_janus import JanusProcessor
-from reca_trainer.models.unified import (
+from reca_trainer.models.contract import (
     Generators,
     UnifiedModel,
     UnifiedOutput,
@@ -31,6 +29,8 @@ from reca_trainer.models.unified import (
     per_sample,
     token_cross_entropy,
 )
+from reca_trainer.models.janus.configuration_janus import JanusConfig
+from reca_trainer.models.janus.processing_janus import JanusProcessor
 
 
 class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForConditionalGeneration):
@@ -52,7 +52,7 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
 
     def __init__(self, config: JanusConfig):
         super().__init__(config)
-        # Never sharded on its own: `encode_image` reads the codebook outside the quantizer's forward.
+        # Never sharded on its own: `encode_target` reads the codebook outside the quantizer's forward.
         self._no_split_modules.discard("JanusVQVAEVectorQuantizer")
 
     @property
@@ -64,16 +64,15 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
     def understanding_modules(self) -> list[str]:
         return ["model.vision_model", "model.aligner"]
 
-    def train(self, mode: bool = True) -> JanusForConditionalGeneration:
-        super().train(mode)
-        self.model.vqmodel.eval()
-        return self
+    @property
+    def frozen_modules(self) -> list[str]:
+        return ["model.vqmodel"]
 
     def forward(self, task: str | None = None, corruption: dict[str, torch.Tensor] | None = None, **batch: Any):
         """Compute one task's loss, or run transformers' forward if there is no `task`.
 
         Args:
-            task: one of `TASKS`.
+            task: one of `self.tasks`.
             corruption: empty, a next-token loss draws nothing.
             batch: what `JanusProcessor` returns for the task.
 
@@ -83,30 +82,32 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
         """
         if task is None:
             return transformers.JanusForConditionalGeneration.forward(self, **batch)
-        if task == "reconstruct":
-            return self._reconstruct(**batch)
-        if task == "generate":
-            return self._generate(**batch)
-        if task == "caption":
-            return self._caption(**batch)
-        raise ValueError(f"task is {task!r}; Janus knows reconstruct, generate and caption.")
+        return UnifiedModel.forward(self, task, corruption, **batch)
 
     # `generate` reads off the signature of `forward` what to prepare: positions, masks, encoded images.
     forward.__signature__ = inspect.signature(transformers.JanusForConditionalGeneration.forward)
 
     def _reconstruct(
-        self, input_ids: torch.Tensor, condition_pixel_values: torch.Tensor, pixel_values: torch.Tensor
+        self,
+        corruption: dict[str, torch.Tensor],
+        input_ids: torch.Tensor,
+        condition_pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor,
     ) -> UnifiedOutput:
-        understanding_embeds = self.encode_understanding(condition_pixel_values)  # [B, S, D]
+        understanding_embeds = self.encode_condition(condition_pixel_values)  # [B, S, D]
         prompt = self.embed_prompt(input_ids, understanding_embeds)  # [B, T, D]
-        output = self._image_loss(prompt, self.encode_image(pixel_values))
+        output = self._image_loss(prompt, self.encode_target(pixel_values))
         output.understanding_embeds = understanding_embeds
         return output
 
     def _generate(
-        self, input_ids: torch.Tensor, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None
+        self,
+        corruption: dict[str, torch.Tensor],
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
     ) -> UnifiedOutput:
-        return self._image_loss(self.embed_prompt(input_ids), self.encode_image(pixel_values), attention_mask)
+        return self._image_loss(self.embed_prompt(input_ids), self.encode_target(pixel_values), attention_mask)
 
     def _image_loss(
         self, prompt: torch.Tensor, tokens: torch.Tensor, attention_mask: torch.Tensor | None = None
@@ -124,21 +125,22 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
 
     def _caption(
         self,
+        corruption: dict[str, torch.Tensor],
         input_ids: torch.Tensor,
         labels: torch.Tensor,
         condition_pixel_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
     ) -> UnifiedOutput:
-        understanding_embeds = self.encode_understanding(condition_pixel_values)
+        understanding_embeds = self.encode_condition(condition_pixel_values)
         hidden = self._run_language_model(self.embed_prompt(input_ids, understanding_embeds), attention_mask)
         return token_cross_entropy(self.lm_head, hidden[:, :-1], labels[:, 1:], understanding_embeds)
 
-    def encode_understanding(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def encode_condition(self, condition_pixel_values: torch.Tensor) -> torch.Tensor:
         """Images `[B, 3, h, w]` as the vision tower wants them -> what the language model reads, `[B, S, D]`."""
-        return self.model.get_image_features(pixel_values, return_dict=True).pooler_output
+        return self.model.get_image_features(condition_pixel_values, return_dict=True).pooler_output
 
     @torch.no_grad()
-    def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def encode_target(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Images `[B, 3, H, W]` in [-1, 1] -> VQ tokens `[B, N]` int64, row by row.
 
         A latent becomes the code of the smallest angle to it: codes have unit length where the VQ model decodes them
@@ -161,6 +163,11 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
             codebook = F.normalize(vq.quantize.embedding(codes).float(), dim=-1)  # [K, C]
             directions = F.normalize(latents.flatten(2).transpose(1, 2).float(), dim=-1)  # [B, N, C]
             return (directions @ codebook.T).argmax(dim=-1)
+
+    @torch.no_grad()
+    def decode_target(self, target: torch.Tensor) -> torch.Tensor:
+        """VQ tokens `[B, N]` -> images `[B, 3, H, W]`, about [-1, 1]."""
+        return self.model.vqmodel.decode(target)
 
     def embed_prompt(self, input_ids: torch.Tensor, understanding_embeds: torch.Tensor | None = None) -> torch.Tensor:
         """Token embeddings `[B, T, D]`, with the understanding embeddings `[B, S, D]` in place of the placeholders."""
@@ -192,7 +199,7 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
 
     def count_supervised(self, batch: dict[str, Any], corruption: dict[str, torch.Tensor]) -> int:
         if "labels" in batch:
-            return super().count_supervised(batch, corruption)
+            return int((batch["labels"][:, 1:] != -100).sum())
         return len(batch["pixel_values"]) * self.config.vq_config.num_patches**2
 
     @evaluating
@@ -239,7 +246,7 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
         else:
             raise ValueError(f"task={task!r}: Janus generates from text, or reconstructs images; pass text or images.")
         tokenizer, input_ids, mask = processor.tokenizer, inputs["input_ids"], inputs["attention_mask"]
-        understanding = self.encode_understanding(inputs["pixel_values"]) if task == "reconstruct" else None
+        understanding = self.encode_condition(inputs["pixel_values"]) if task == "reconstruct" else None
         prompt = self.embed_prompt(input_ids, understanding)
         if guidance_scale != 1:
             keep = input_ids == tokenizer.bos_token_id
@@ -256,7 +263,7 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
             temperature=temperature,
             generator=generator,
         )
-        pixels = self.model.vqmodel.decode(tokens)  # [B, 3, H, W] in [-1, 1]
+        pixels = self.decode_target(tokens)
         pixels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
         return [Image.fromarray(one) for one in pixels.cpu().numpy()]
 
@@ -279,7 +286,7 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
             temperature: divides the logits; 0 takes the likeliest token.
         """
         inputs = processor.prompts(text, [image.convert("RGB") for image in images or []]).to(self.device)
-        understanding = self.encode_understanding(inputs["pixel_values"]) if images else None
+        understanding = self.encode_condition(inputs["pixel_values"]) if images else None
         tokens = self._sample_tokens(
             self.embed_prompt(inputs["input_ids"], understanding),
             inputs["attention_mask"],

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import BatchFeature, PreTrainedTokenizerFast
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
+from reca_trainer.models.contract import UnifiedProcessor
 from reca_trainer.models.janus.configuration_janus import TINY_SPECIAL_TOKENS, JanusConfig
-from reca_trainer.models.unified import TASKS, UnifiedProcessor
+from reca_trainer.tasks import TASKS
 
 _BYTES = pre_tokenizers.ByteLevel.alphabet()
 TINY_CHAT_TEMPLATE = (

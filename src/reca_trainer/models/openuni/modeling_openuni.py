@@ -20,9 +20,7 @@ from torch import nn
 from transformers import InternVLForConditionalGeneration, initialization
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
-from reca_trainer.models.openuni.configuration_openuni import OpenUniConfig
-from reca_trainer.models.openuni.processing_openuni import OpenUniProcessor
-from reca_trainer.models.unified import (
+from reca_trainer.models.contract import (
     Generators,
     UnifiedModel,
     UnifiedOutput,
@@ -30,6 +28,8 @@ from reca_trainer.models.unified import (
     per_sample,
     token_cross_entropy,
 )
+from reca_trainer.models.openuni.configuration_openuni import OpenUniConfig
+from reca_trainer.models.openuni.processing_openuni import OpenUniProcessor
 
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -87,7 +87,11 @@ class OpenUniModel(UnifiedModel):
 
     @property
     def understanding_modules(self) -> list[str]:
-        return ["internvl", "vae"]
+        return ["internvl"]
+
+    @property
+    def frozen_modules(self) -> list[str]:
+        return ["vae"]
 
     def train(self, mode: bool = True) -> OpenUniModel:
         super().train(mode)
@@ -96,49 +100,50 @@ class OpenUniModel(UnifiedModel):
             self.internvl.model.language_model.train(mode)
         return self
 
-    def forward(
+    def _reconstruct(
         self,
-        task: str,
-        corruption: dict[str, torch.Tensor] | None = None,
-        input_ids: torch.Tensor | None = None,
+        corruption: dict[str, torch.Tensor],
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         condition_pixel_values: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        latents: torch.Tensor | None = None,
         condition_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
+        latents: torch.Tensor | None = None,
     ) -> UnifiedOutput:
-        """Loss of one task.
+        """RecA: the prompt holds the image's own embeddings.
 
         Args:
-            task: `"reconstruct"` (needs `condition_pixel_values`), `"generate"` or `"caption"` (needs `labels`).
-            corruption: see `sample_corruption`; drawn here if `None`.
             input_ids, attention_mask: `[B, T]` int64, the prompt up to the token that opens the image; one row serves all
                 `condition_embeds`.
             condition_pixel_values: `[B, 3, s, s]` float, for InternVL's vision transformer.
             pixel_values: `[B, 3, H, W]` float in [-1, 1].
-            latents: `[B, C, h, w]` float, `encode_images` of `pixel_values` if that was computed before.
-            condition_embeds: `[B, S, D]`, `encode_condition` of `condition_pixel_values`, likewise.
-            labels: `[B, T]` int64, -100 where nothing is supervised.
+            condition_embeds: `[B, S, D]`, `encode_condition` of `condition_pixel_values` if that was computed before.
+            latents: `[B, C, h, w]` float, `encode_target` of `pixel_values`, likewise.
         """
-        if task == "caption":
-            return self._caption(input_ids, attention_mask, condition_pixel_values, labels)
-        if task == "reconstruct":
-            embeds = self.encode_condition(condition_pixel_values) if condition_embeds is None else condition_embeds
-        elif task == "generate":
-            embeds = None
-        else:
-            raise ValueError(f"OpenUni has no task {task!r}; it has reconstruct, generate and caption.")
-        latents = self.encode_images(pixel_values) if latents is None else latents.float()
-        corruption = self.sample_corruption({"latents": latents}) if corruption is None else corruption
-        return self._denoise(latents, self.encode_prompt(input_ids, attention_mask, embeds), corruption, embeds)
+        if condition_embeds is None:
+            condition_embeds = self.encode_condition(condition_pixel_values)
+        latents = self.encode_target(pixel_values) if latents is None else latents.float()
+        prompt_embeds = self.encode_prompt(input_ids, attention_mask, condition_embeds)
+        return self._denoise(latents, prompt_embeds, corruption, condition_embeds)
+
+    def _generate(
+        self,
+        corruption: dict[str, torch.Tensor],
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        latents: torch.Tensor | None = None,
+    ) -> UnifiedOutput:
+        """Text-to-image; arguments as for a reconstruction."""
+        latents = self.encode_target(pixel_values) if latents is None else latents.float()
+        return self._denoise(latents, self.encode_prompt(input_ids, attention_mask), corruption)
 
     def _denoise(
         self,
         latents: torch.Tensor,
         prompt_embeds: torch.Tensor,
         corruption: dict[str, torch.Tensor],
-        understanding_embeds: torch.Tensor | None,
+        understanding_embeds: torch.Tensor | None = None,
     ) -> UnifiedOutput:
         """Flow matching: with `x_σ = (1 - σ) x + σ n`, SANA predicts the velocity `n - x`; squared error."""
         noise = corruption["noise"].to(latents)  # [B, C, h, w]
@@ -157,10 +162,11 @@ class OpenUniModel(UnifiedModel):
 
     def _caption(
         self,
+        corruption: dict[str, torch.Tensor],
         input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        condition_pixel_values: torch.Tensor | None,
         labels: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        condition_pixel_values: torch.Tensor | None = None,
     ) -> UnifiedOutput:
         """Next-token cross-entropy of the answer. Nothing that OpenUni generates with depends on it."""
         embeds = None if condition_pixel_values is None else self.encode_condition(condition_pixel_values)
@@ -171,7 +177,7 @@ class OpenUniModel(UnifiedModel):
         """See `UnifiedModel.encode_batch`: `condition_embeds` `[B, S, D]` and `latents` `[B, C, h, w]`."""
         return {
             "condition_embeds": self.encode_condition(batch["condition_pixel_values"]),
-            "latents": self.encode_images(batch["pixel_values"]),
+            "latents": self.encode_target(batch["pixel_values"]),
         }
 
     @torch.no_grad()
@@ -180,15 +186,15 @@ class OpenUniModel(UnifiedModel):
         return self.internvl.model.get_image_features(condition_pixel_values, return_dict=True).pooler_output
 
     @torch.no_grad()
-    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def encode_target(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Images `[B, 3, H, W]` in [-1, 1] → scaled latents `[B, C, h, w]` float32. The encoder is deterministic."""
         latents = self.vae.encode(pixel_values.to(self.vae.dtype), return_dict=False)[0]
         return latents.float() * self.vae.config.scaling_factor
 
     @torch.no_grad()
-    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode_target(self, target: torch.Tensor) -> torch.Tensor:
         """Scaled latents `[B, C, h, w]` → images `[B, 3, H, W]` float32, about [-1, 1]."""
-        latents = latents / self.vae.config.scaling_factor
+        latents = target / self.vae.config.scaling_factor
         return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
 
     def encode_prompt(
@@ -250,8 +256,17 @@ class OpenUniModel(UnifiedModel):
             batch_size, _, height, width = batch["pixel_values"].shape
             ratio = self.config.spatial_compression_ratio
             shape = (self.transformer.config.in_channels, height // ratio, width // ratio)
-        noise = per_sample(lambda one: torch.randn(shape, generator=one), batch_size, generator)
-        return {"noise": noise, "u": per_sample(lambda one: torch.rand((), generator=one), batch_size, generator)}
+        noise = per_sample(
+            lambda sample_generator: torch.randn(shape, generator=sample_generator), batch_size, generator
+        )
+        u = per_sample(lambda sample_generator: torch.rand((), generator=sample_generator), batch_size, generator)
+        return {"noise": noise, "u": u}
+
+    def count_supervised(self, batch: dict[str, Any], corruption: dict[str, torch.Tensor]) -> int:
+        """The answers' tokens, or the elements of the latents."""
+        if "labels" in batch:
+            return int((batch["labels"][:, 1:] != -100).sum())
+        return corruption["noise"].numel()
 
     @evaluating
     def generate_images(
@@ -298,7 +313,7 @@ class OpenUniModel(UnifiedModel):
             ratio = self.config.spatial_compression_ratio
             shape = (batch_size, self.transformer.config.in_channels, height // ratio, width // ratio)
             latents = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
-        pixels = self.decode_latents(self.sample_latents(latents, prompt_embeds, num_inference_steps, guidance_scale))
+        pixels = self.decode_target(self.sample_latents(latents, prompt_embeds, num_inference_steps, guidance_scale))
         return processor.to_images(pixels)
 
     def _encode_batch(self, batch: dict[str, Any]) -> torch.Tensor:

@@ -12,8 +12,8 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from reca_trainer.images import fit_to_size
+from reca_trainer.models.contract import UnifiedProcessor
 from reca_trainer.models.openuni.configuration_openuni import OpenUniConfig
-from reca_trainer.models.unified import UnifiedProcessor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -25,9 +25,7 @@ from PIL import Image
 from torch import nn
 from transformers import CLIPVisionModel, DynamicCache, PhiForCausalLM
 
-from reca_trainer.models.show_o.configuration_show_o import CONDITION_TOKEN_ID, ShowOConfig
-from reca_trainer.models.show_o.processing_show_o import ShowOProcessor, resize_and_crop
-from reca_trainer.models.unified import (
+from reca_trainer.models.contract import (
     Generators,
     UnifiedModel,
     UnifiedOutput,
@@ -35,6 +33,8 @@ from reca_trainer.models.unified import (
     per_sample,
     token_cross_entropy,
 )
+from reca_trainer.models.show_o.configuration_show_o import CONDITION_TOKEN_ID, ShowOConfig
+from reca_trainer.models.show_o.processing_show_o import ShowOProcessor, resize_and_crop
 
 
 class MagvitV2Encoder(nn.Module):
@@ -141,11 +141,16 @@ class MagvitV2(nn.Module):
 
 class ShowOModel(UnifiedModel):
     """Show-o. The language model, its embeddings and output layer, and the projector are trained; CLIP and MAGVIT-v2
-    are frozen."""
+    are frozen.
+
+    Of every task's output `prediction` holds the logits `[M, vocabulary]` of the supervised positions, in the order of the
+    sequence and sample by sample, `target` their token ids `[M]`.
+    """
 
     config_class = ShowOConfig
     base_model_prefix = ""
     shares_weights = True
+    no_guidance_scale = 0.0
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ("PhiDecoderLayer", "CLIPEncoderLayer", "ResnetBlock2D")
@@ -176,23 +181,22 @@ class ShowOModel(UnifiedModel):
 
     @property
     def understanding_modules(self) -> list[str]:
-        return ["vision_tower", "vq_model"] if self.config.w_clip_vit else ["vq_model"]
+        return ["vision_tower"] if self.config.w_clip_vit else []
 
-    def forward(self, task: str, corruption: dict[str, torch.Tensor] | None = None, **batch: Any) -> UnifiedOutput:
-        """See `UnifiedModel.forward`. `prediction` holds the logits `[M, vocabulary]` of the supervised positions, in the
-        order of the sequence and sample by sample, `target` their token ids `[M]`."""
-        tasks = {"reconstruct": self._reconstruct, "generate": self._generate, "caption": self._caption}
-        if task not in tasks:
-            raise ValueError(f"Show-o has no task {task!r}; it has {', '.join(tasks)}.")
-        if corruption is None:
-            corruption = self.sample_corruption({"task": task, **batch})
-        return tasks[task](corruption=corruption, **batch)
+    @property
+    def frozen_modules(self) -> list[str]:
+        return ["vq_model"]
 
     def _reconstruct(
-        self, condition_pixel_values, pixel_values, input_ids, attention_mask, corruption, **_
+        self,
+        corruption: dict[str, torch.Tensor],
+        condition_pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
     ) -> UnifiedOutput:
         """RecA: read the image's own embeddings and the instruction, then predict the image's masked tokens."""
-        tokens = self.tokenize_images(pixel_values)  # [B, n]
+        tokens = self.encode_target(pixel_values)  # [B, n]
         mask = corruption["mask"].to(tokens.device)
         condition = self.encode_condition(condition_pixel_values)
         masked = tokens.masked_fill(mask, self.config.mask_token_id)
@@ -203,9 +207,15 @@ class ShowOModel(UnifiedModel):
         hidden = hidden[:, -1 - tokens.shape[1] : -1]  # the image tokens without their markers
         return token_cross_entropy(self.language_model.lm_head, hidden, tokens.masked_fill(~mask, -100), condition)
 
-    def _generate(self, pixel_values, input_ids, attention_mask, corruption, **_) -> UnifiedOutput:
+    def _generate(
+        self,
+        corruption: dict[str, torch.Tensor],
+        pixel_values: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+    ) -> UnifiedOutput:
         """Text-to-image: predict the masked tokens behind the caption, and the two markers around them."""
-        tokens = self.tokenize_images(pixel_values)
+        tokens = self.encode_target(pixel_values)
         mask = corruption["mask"].to(tokens.device)
         if "drop_text" in corruption:
             input_ids, attention_mask = self.drop_text(input_ids, attention_mask, corruption["drop_text"])
@@ -217,7 +227,12 @@ class ShowOModel(UnifiedModel):
         return token_cross_entropy(self.language_model.lm_head, hidden[:, -segment:], labels)
 
     def _caption(
-        self, input_ids, labels, attention_mask=None, condition_pixel_values=None, corruption=None, **_
+        self,
+        corruption: dict[str, torch.Tensor],
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        condition_pixel_values: torch.Tensor | None = None,
     ) -> UnifiedOutput:
         """Image-to-text, or text alone: next-token cross-entropy over the supervised tokens."""
         condition = None if condition_pixel_values is None else self.encode_condition(condition_pixel_values)
@@ -226,18 +241,18 @@ class ShowOModel(UnifiedModel):
         return token_cross_entropy(self.language_model.lm_head, hidden[:, :-1], labels[:, 1:], condition)
 
     @torch.no_grad()
-    def tokenize_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def encode_target(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`[B, 3, H, W]` in [-1, 1] -> ids of their image tokens `[B, n]`."""
         with torch.autocast(pixel_values.device.type, enabled=False):
             dtype = self.vq_model.decoder.conv_in.weight.dtype
             return self.vq_model.encode(pixel_values.to(dtype)) + self.config.image_token_offset
 
-    def encode_condition(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def encode_condition(self, condition_pixel_values: torch.Tensor) -> torch.Tensor:
         """The condition image `[B, 3, h, w]` -> embeddings `[B, P, D]` (CLIP variant) or token ids `[B, P]`."""
         if not self.config.w_clip_vit:
-            return self.tokenize_images(pixel_values)
+            return self.encode_target(condition_pixel_values)
         with torch.no_grad():
-            tower = self.vision_tower(pixel_values.to(self.vision_tower.dtype), output_hidden_states=True)
+            tower = self.vision_tower(condition_pixel_values.to(self.vision_tower.dtype), output_hidden_states=True)
         return self.mm_projector(
             tower.hidden_states[-2][:, 1:].to(self.language_model.model.embed_tokens.weight.dtype)
         )
@@ -341,19 +356,25 @@ class ShowOModel(UnifiedModel):
         pixels = batch["pixel_values"]
         count = (pixels.shape[-2] // self.config.vq_scale_factor) * (pixels.shape[-1] // self.config.vq_scale_factor)
 
-        def draw(one: torch.Generator | None) -> torch.Tensor:
-            time, noise = torch.rand(1, generator=one), torch.rand(1, count, generator=one)
+        def draw(sample_generator: torch.Generator | None) -> torch.Tensor:
+            time = torch.rand(1, generator=sample_generator)
+            noise = torch.rand(1, count, generator=sample_generator)
             return mask_tokens(time, noise)[0]
 
         corruption = {"mask": per_sample(draw, len(pixels), generator)}
         if task != "reconstruct" and "condition_pixel_values" not in batch:
-            uniform = per_sample(lambda one: torch.rand((), generator=one), len(pixels), generator)
+            uniform = per_sample(
+                lambda sample_generator: torch.rand((), generator=sample_generator), len(pixels), generator
+            )
             corruption["drop_text"] = uniform < self.config.cond_dropout_prob
         return corruption
 
     def count_supervised(self, batch: dict[str, Any], corruption: dict[str, torch.Tensor]) -> int:
-        count = super().count_supervised(batch, corruption)
-        return count + 2 * len(corruption["mask"]) if "drop_text" in corruption else count  # generate's markers
+        """The answers' tokens, or the masked image tokens, in `generate` with the two markers around them."""
+        if "labels" in batch:
+            return int((batch["labels"][:, 1:] != -100).sum())
+        count = int(corruption["mask"].sum())
+        return count + 2 * len(corruption["mask"]) if "drop_text" in corruption else count
 
     @evaluating
     def generate_images(
@@ -399,7 +420,7 @@ class ShowOModel(UnifiedModel):
         else:
             batch = processor.prompts(text)
             if task == "edit":
-                known = self.tokenize_images(processor.crop(images).to(self.device))
+                known = self.encode_target(processor.crop(images).to(self.device))
                 known = known.masked_fill(self.token_mask(mask_images), self.config.mask_token_id)
         input_ids, mask = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
         *_, (tokens, _) = self.generate_tokens(
@@ -412,7 +433,7 @@ class ShowOModel(UnifiedModel):
             condition=condition,
             known=known,
         )
-        return self.to_images(self.decode_tokens(tokens))
+        return self.to_images(self.decode_target(tokens))
 
     @torch.no_grad()
     def generate_tokens(
@@ -483,20 +504,20 @@ class ShowOModel(UnifiedModel):
         and uniform ones `[B, n]`, which choose what is kept."""
         count, codebook = self.config.num_vq_tokens, self.config.codebook_size
 
-        def exponential(one: torch.Generator | None) -> torch.Tensor:
-            return torch.empty(count, codebook).exponential_(generator=one)
+        def exponential(sample_generator: torch.Generator | None) -> torch.Tensor:
+            return torch.empty(count, codebook).exponential_(generator=sample_generator)
+
+        def uniform(sample_generator: torch.Generator | None) -> torch.Tensor:
+            return torch.rand(count, generator=sample_generator)
 
         while True:
-            yield (
-                per_sample(exponential, batch_size, generator),
-                per_sample(lambda one: torch.rand(count, generator=one), batch_size, generator),
-            )
+            yield per_sample(exponential, batch_size, generator), per_sample(uniform, batch_size, generator)
 
     @torch.no_grad()
-    def decode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+    def decode_target(self, target: torch.Tensor) -> torch.Tensor:
         """Ids `[B, n]` of a square image -> `[B, 3, H, W]` float32, about [-1, 1]."""
-        codes = (tokens - self.config.image_token_offset).clamp(0, self.config.codebook_size - 1)
-        with torch.autocast(tokens.device.type, enabled=False):
+        codes = (target - self.config.image_token_offset).clamp(0, self.config.codebook_size - 1)
+        with torch.autocast(target.device.type, enabled=False):
             return self.vq_model.decode(codes).float()
 
     @staticmethod
@@ -541,8 +562,8 @@ class ShowOModel(UnifiedModel):
         generators = generator if isinstance(generator, list) else [generator] * len(text)
         questions = processor.questions(text, images is not None)
         answers = []
-        for input_ids, condition, one in zip(questions, conditions, generators, strict=True):
-            ids, _ = self.answer(input_ids.to(self.device), condition, max_new_tokens, temperature, one)
+        for input_ids, condition, row_generator in zip(questions, conditions, generators, strict=True):
+            ids, _ = self.answer(input_ids.to(self.device), condition, max_new_tokens, temperature, row_generator)
             answers.append(processor.tokenizer.decode(ids, skip_special_tokens=True).strip())
         return answers
 

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase
 
+from reca_trainer.models.contract import UnifiedProcessor
 from reca_trainer.models.show_o.configuration_show_o import CONDITION_TOKEN_ID, SPECIAL_TOKENS, ShowOConfig
-from reca_trainer.models.unified import UnifiedProcessor
 
 # The sentences that precede an image during the CLIP variant's visual instruction tuning, which are LLaVA's.
 SYSTEM_PROMPT = (

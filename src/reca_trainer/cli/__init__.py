@@ -1,0 +1,45 @@
+"""The console script `reca-trainer`: one module a command, imported when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import sys
+from collections.abc import Sequence
+
+# Modules with `main(argv)`, which reads the command's own arguments.
+COMMANDS = {
+    "merge": ("reca_trainer.cli.merge", "merge an adapter into its base model"),
+    "export": ("reca_trainer.cli.export", "write a model in another layout, dtype or quantisation"),
+    "push": ("reca_trainer.cli.push", "upload an adapter or a model to the Hub"),
+    "info": ("reca_trainer.cli.info", "what a checkpoint or adapter is"),
+    "evaluate": ("reca_trainer.evaluation.evaluate", "score a model on a benchmark"),
+    "compare": ("reca_trainer.evaluation.compare", "compare models on a benchmark, image by image"),
+    "plan": ("reca_trainer.cli.plan", "does a run fit a GPU, which batch, how long"),
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("reca-trainer", description=sys.modules["reca_trainer"].__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (_, summary) in COMMANDS.items():
+        commands.add_parser(name, help=summary, add_help=False)
+    return parser
+
+
+def with_underscores(argv: Sequence[str]) -> list[str]:
+    """Options are spelled as in TRL and `Trainer`, `--max_shard_size`; dashes are accepted."""
+    return [re.sub(r"^--[^=]+", lambda option: "--" + option[0][2:].replace("-", "_"), word) for word in argv]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; returns its exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] not in COMMANDS:
+        make_parser().parse_args(argv)
+    try:
+        return importlib.import_module(COMMANDS[argv[0]][0]).main(with_underscores(argv[1:])) or 0
+    except (ValueError, OSError) as error:  # what users can mend; anything else is a bug and keeps its traceback
+        print(f"reca-trainer {argv[0]}: {error}", file=sys.stderr)
+        return 1

@@ -1,0 +1,3 @@
+from reca_trainer.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,53 @@
+"""`reca-trainer export`, and the options about the form of what is written."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from transformers import BitsAndBytesConfig
+
+from reca_trainer.saving.export import export
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_form(parser: argparse.ArgumentParser, layout: str) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as stored)")
+    parser.add_argument(
+        "--layout",
+        choices=("transformers", "published"),
+        default=layout,
+        help=f"save_pretrained form, or the family's own for its other tools (default: {layout})",
+    )
+    parser.add_argument(
+        "--max_shard_size", default="5GB", help="of a file, and so of the memory needed (default: 5GB)"
+    )
+
+
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    return getattr(torch, name) if name else None
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "reca-trainer export", description="Write a model in another layout, dtype or quantisation."
+    )
+    parser.add_argument("model", help="folder or Hub id")
+    parser.add_argument("output_dir")
+    parser.add_argument("--quantize", choices=("nf4", "int8"), help="store the language model in 4 or 8 bits")
+    add_form(parser, layout="published")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    config = {
+        None: None,
+        "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+        "int8": BitsAndBytesConfig(load_in_8bit=True),
+    }[args.quantize]
+    layout = "transformers" if config else args.layout
+    options = {"quantization_config": config, "max_shard_size": args.max_shard_size}
+    export(args.model, args.output_dir, layout, torch_dtype(args.dtype), **options)
+    print(f"Exported to {args.output_dir}")

@@ -1,0 +1,104 @@
+"""What all recipes share: the command line, and one run from arguments to saved weights."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from accelerate import PartialState
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from reca_trainer import adapters, toy
+from reca_trainer.config import RecAConfig
+from reca_trainer.data import load_image_dataset
+from reca_trainer.models.auto import AutoUnifiedModel
+from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
+from reca_trainer.recipes import recipe_file
+from reca_trainer.tasks import TASKS
+from reca_trainer.toy.score import Score, table
+from reca_trainer.trainer import RecATrainer
+
+
+def run(
+    tiny: Callable[[], tuple[UnifiedModel, UnifiedProcessor]],
+    tiny_recipe: str,
+    argv: Sequence[str] | None = None,
+    score: Callable[[UnifiedModel, UnifiedProcessor], dict[str, Score]] | None = None,
+) -> RecATrainer:
+    """Train from the command line.
+
+    The options are those of `RecAConfig` and of TRL's `ModelConfig` (`--model_name_or_path`, `--use_peft`, `--lora_r`,
+    `--load_in_4bit`, …); `--config` names a packaged recipe or a YAML file with
+    defaults for them.
+
+    Args:
+        tiny: makes the model and processor to train where no `--model_name_or_path` is given.
+        tiny_recipe: the name of that run's recipe, used where neither a model nor a `--config` is given.
+        score: measures that run's model before and after, unless it is given other images; the table is printed and
+            written to `score.md`.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not {"--model_name_or_path", "--config"} & {word.partition("=")[0] for word in argv}:
+        argv = ["--config", tiny_recipe, *argv]
+    argv = _with_recipe_file(argv)
+    args, model_args = TrlParser((RecAConfig, ModelConfig)).parse_args_and_config(argv)
+
+    dataset, eval_dataset, processor, before = None, None, None, None
+    quantization = get_quantization_config(model_args)
+    if model_args.model_name_or_path is None:
+        model, processor = tiny()
+        dataset = toy.dataset("train", 4000, seed=1)
+        if args.dataset_name is None:
+            eval_dataset = toy.dataset("validation", 32, seed=1)
+            if score is not None and PartialState().is_main_process:
+                before = score(model, processor)
+        else:  # the model's own scenes have the captions that the other terms need
+            images = load_image_dataset(
+                args.dataset_name, args.dataset_split, args.dataset_config_name, args.dataset_streaming
+            )
+            dataset = dict.fromkeys(TASKS, dataset) | {"reconstruct": images}
+        if quantization is not None:
+            model = model.name_or_path  # a model is quantised while it is loaded
+    else:
+        model = model_args.model_name_or_path
+        init = {"revision": model_args.model_revision, "dtype": model_args.dtype}
+        args.model_init_kwargs = {**init, **(args.model_init_kwargs or {})}
+
+    trainer = RecATrainer(
+        model,
+        args,
+        train_dataset=dataset,
+        eval_dataset=eval_dataset,
+        processing_class=processor,
+        peft_config=get_peft_config(model_args),
+        quantization_config=quantization,
+    )
+    resume = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.save_model()
+    trainer.save_state()
+    if before is not None:
+        # What was saved, and not the model at hand: other processes may hold parts of that, and do not score.
+        options = {"dtype": adapters.unwrap(trainer.model).dtype, "quantization_config": quantization}
+        saved = AutoUnifiedModel.from_pretrained(args.output_dir, **options)
+        rows = table(before=before, after=score(saved.eval(), processor))
+        (Path(args.output_dir) / "score.md").write_text(f"{rows}\n")
+        print(rows)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    if trainer.is_world_process_zero():
+        print(f"Saved to {Path(args.output_dir).resolve()}")
+    return trainer
+
+
+def _with_recipe_file(argv: list[str]) -> list[str]:
+    """`--config NAME` and `--config=NAME` with the recipe's path, as `TrlParser` reads it."""
+    words = list(argv)
+    for place, word in enumerate(argv):
+        if word.startswith("--config="):
+            words[place : place + 1] = ["--config", word.removeprefix("--config=")]
+    if "--config" in words[:-1]:
+        value = words.index("--config") + 1
+        words[value] = str(recipe_file(words[value]))
+    return words

@@ -1,0 +1,68 @@
+"""Dataset rows to one rectangular batch of one task."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from reca_trainer.models.contract import UnifiedProcessor
+
+
+class UnifiedCollator:
+    """Calls a family's processor on the rows of one micro-batch.
+
+    `processor` gets `images`, `text` (captions of `caption` and `generate`), `task`, `size` (the rows' bucket) and
+    `instruction`: one string for the whole micro-batch, except for `caption` rows of which some bring their own
+    question. Then it is a list, one question per row, so a processor accepts `str | list[str]` for that task.
+
+    Args:
+        processor (`UnifiedProcessor`): turns images and strings into one task's batch.
+    """
+
+    def __init__(self, processor: UnifiedProcessor):
+        self.processor = processor
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Build one batch from what `RowDataset`, `StreamingRows` or `EncodedRows` gives.
+
+        Returns:
+            The processor's batch and, for the trainer: `seeds` (one corruption seed per sample), `sources` (what each
+            sample is called in messages) and `skipped` (what was wrong with the images these rows stand in for).
+
+        Raises:
+            ValueError: rows of different tasks or buckets, or a row without the caption its task learns from.
+        """
+        if not rows:
+            raise ValueError("A batch needs at least one row.")
+        draw = rows[0]["draw"]
+        for row in rows:
+            if (row["task"], row["draw"].size) != (draw.task, draw.size):
+                raise ValueError(
+                    f"{row['source']} ({row['task']}, {row['draw'].size}) cannot share a batch with "
+                    f"{rows[0]['source']} ({draw.task}, {draw.size}); use TaskBatchSampler."
+                )
+            if draw.task != "reconstruct" and not row["text"]:
+                raise ValueError(
+                    f"{row['source']}: no caption, but the task {draw.task!r} learns from it. Fill in or drop "
+                    "such rows, name another column, or give this task the weight 0."
+                )
+        instruction: str | list[str] = draw.instruction
+        if draw.task == "caption" and any(row["question"] for row in rows):
+            instruction = [row["question"] or draw.instruction for row in rows]
+        encoded = [row["tensors"] for row in rows if "tensors" in row]  # of all rows or of none
+        batch = self.processor(
+            images=None if encoded else [row["image"] for row in rows],
+            text=None if draw.task == "reconstruct" else [row["text"] for row in rows],
+            instruction=instruction,
+            task=draw.task,
+            size=draw.size,
+        )
+        for name in encoded[0] if encoded else ():
+            batch[name] = torch.stack([tensors[name] for tensors in encoded])
+        return {
+            **batch,
+            "seeds": [row["draw"].seed for row in rows],
+            "sources": [row["source"] for row in rows],
+            "skipped": [problem for row in rows for problem in row["skipped"]],
+        }

@@ -1,0 +1,110 @@
+"""Which columns of a dataset hold the image, the caption and the conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from datasets import Dataset, Image, IterableDataset, List, Value
+
+from reca_trainer.tasks import TASKS
+
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture")
+CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "txt", "description")
+CONVERSATION_COLUMNS = ("conversations", "conversation", "messages")
+
+
+class Columns(NamedTuple):
+    """Names of the columns that are used; `None` for what the dataset has not."""
+
+    image: str
+    caption: str | None = None
+    conversation: str | None = None
+
+    def serve(self, task: str) -> bool:
+        """Whether a task finds what it learns from here."""
+        texts = TASKS[task].columns
+        return not texts or any(getattr(self, name) for name in texts)
+
+
+def find_columns(
+    dataset: Dataset | IterableDataset,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    conversation_column: str | None = None,
+) -> Columns:
+    """Find the image column by its type, else by its usual names; captions and conversations by their usual names.
+
+    Raises:
+        ValueError: a named column is missing, there is no image column, or there are several and none has a usual
+            name. The message lists the columns there are.
+    """
+    features = dataset.features or dict.fromkeys(next(iter(dataset.take(1)), {}))
+    available = ", ".join(f"{name} ({_type_name(feature)})" for name, feature in features.items()) or "none"
+    for asked in (image_column, caption_column, conversation_column):
+        if asked is not None and asked not in features:
+            raise ValueError(f"The dataset has no column {asked!r}. Its columns: {available}.")
+
+    possible = [name for name, feature in features.items() if _may_hold_images(feature)]
+    if image_column is None:
+        typed = [name for name in possible if isinstance(features[name], (Image, dict))]
+        usual_names = [name for name in IMAGE_COLUMNS if name in (typed or possible)]
+        if not usual_names and len(typed) != 1:
+            problem = "several image columns" if typed else "no image column"
+            raise ValueError(f"The dataset has {problem}; name the one to use. Its columns: {available}.")
+        image_column = (usual_names or typed)[0]
+    elif image_column not in possible:
+        raise ValueError(
+            f"The column {image_column!r} does not hold one image a row. The dataset's columns: {available}."
+        )
+    if caption_column is not None and not _may_hold_captions(features[caption_column]):
+        raise ValueError(f"The column {caption_column!r} does not hold text. The dataset's columns: {available}.")
+
+    captions = [name for name in CAPTION_COLUMNS if name in features and _may_hold_captions(features[name])]
+    conversations = [name for name in CONVERSATION_COLUMNS if isinstance(features.get(name), (List, dict, type(None)))]
+    return Columns(
+        image=image_column,
+        caption=caption_column or next(iter(captions), None),
+        conversation=conversation_column or next((name for name in conversations if name in features), None),
+    )
+
+
+def _may_hold_images(feature: Any) -> bool:
+    """Images by type, or what can be cast to them: encoded bytes, paths, `{bytes, path}`, or a type not known yet."""
+    if isinstance(feature, dict):
+        return "bytes" in feature and set(feature) <= {"bytes", "path"}
+    return feature is None or isinstance(feature, Image) or _type_name(feature).endswith(("string", "binary"))
+
+
+def _may_hold_captions(feature: Any) -> bool:
+    text = feature.feature if isinstance(feature, List) else feature
+    return text is None or _type_name(text).endswith("string")
+
+
+def _type_name(feature: Any) -> str:
+    if isinstance(feature, List):
+        return f"list of {_type_name(feature.feature)}"
+    return feature.dtype if isinstance(feature, Value) else type(feature).__name__
+
+
+def check_columns(columns: Mapping[str, Columns]) -> None:
+    """Raises `ValueError` for a task whose dataset has no column it can learn from."""
+    for task, names in columns.items():
+        if not names.serve(task):
+            wanted = " or ".join(f"{name}s" for name in reversed(TASKS[task].columns))
+            raise ValueError(
+                f"The task {task!r} learns from {wanted}, but its dataset has no column of them; name it."
+            )
+
+
+def undecoded(dataset: Dataset | IterableDataset, columns: Sequence[str], image_column: str):
+    """Only the named columns, as plain Python values, images still encoded."""
+    dataset = dataset.with_format(None).select_columns([name for name in columns if name])
+    if dataset.features is None:  # a stream of unknown types decodes nothing by itself
+        return dataset
+    return dataset.cast_column(image_column, Image(decode=False))
+
+
+def needed_columns(dataset: Dataset | IterableDataset, columns: Columns) -> list[str]:
+    names = dataset.column_names or list(next(iter(dataset.take(1)), {}))
+    return [*dict.fromkeys(name for name in columns if name), *(n for n in ("__url__",) if n in names)]

@@ -1,0 +1,207 @@
+"""From a row to an upright RGB image and its text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import fsspec
+import torch
+from datasets import Dataset, Features, List, Value
+
+from reca_trainer.data.columns import Columns, check_columns, needed_columns, undecoded
+from reca_trainer.data.sampling import Draw
+from reca_trainer.images import ImageError, decode_image, fit_to_size, image_size, list_problems
+
+# So many unreadable images one after the other mean that something else is wrong than a few bad files.
+MAX_BAD_IN_A_ROW = 1000
+
+
+class RowDataset(torch.utils.data.Dataset):
+    """The rows that a `TaskBatchSampler` draws, decoded: `dataset[draw]`.
+
+    Args:
+        datasets: each task's `datasets.Dataset` (two tasks may share one).
+        columns: each task's `Columns`.
+        on_bad_image: `"raise"` an `ImageError` that names row and file, or `"skip"`: put the next good row in its
+            place and list what was wrong in `skipped`.
+    """
+
+    def __init__(self, datasets: Mapping[str, Dataset], columns: Mapping[str, Columns], on_bad_image: str = "raise"):
+        check_on_bad_image(on_bad_image)
+        check_columns(columns)
+        self.columns = dict(columns)
+        self.on_bad_image = on_bad_image
+        self.datasets = {
+            task: undecoded(dataset, needed_columns(dataset, columns[task]), columns[task].image)
+            for task, dataset in datasets.items()
+        }
+
+    def __len__(self) -> int:
+        return sum(len(dataset) for dataset in self.datasets.values())
+
+    def __getitem__(self, draw: Draw) -> dict[str, Any]:
+        """One row, ready for the collator.
+
+        Returns:
+            `task`, `image` (RGB, cut to `draw.size`), `text` (caption or answer, or `None`), `question` (or `None`),
+            `draw`, `source` (row and file), `skipped` (what was wrong with the rows this one stands in for).
+
+        Raises:
+            ImageError: the image cannot be used; with `"skip"`, neither can any of the rows after it, up to all
+                rows or `MAX_BAD_IN_A_ROW`.
+        """
+        dataset = self.datasets[draw.task]
+        rows = ((draw.row + step) % len(dataset) for step in range(min(len(dataset), MAX_BAD_IN_A_ROW)))
+        candidates = ((row, dataset[row]) for row in rows)
+        return first_good_row(draw, candidates, self.columns[draw.task], self.on_bad_image)
+
+
+def row_sizes(
+    dataset: Dataset, column: str, on_bad_image: str = "raise", num_proc: int | None = None
+) -> list[tuple[int, int]]:
+    """`(width, height)` in pixels of every row: from columns of those names, else from the images' headers.
+
+    Headers are read once, with a progress bar; `datasets` caches the result beside the dataset.
+
+    Args:
+        column: the image column.
+        on_bad_image: what to do where a header cannot be read: `"raise"`, or `"skip"`: count the row as square, for
+            `RowDataset` to replace, unless there is no other.
+        num_proc: processes that read headers.
+
+    Raises:
+        ImageError: rows whose header cannot be read, each named.
+    """
+    check_on_bad_image(on_bad_image)
+    features = dataset.features
+    if all(isinstance(features.get(n), Value) and "int" in features[n].dtype for n in ("width", "height")):
+        sizes = list(zip(dataset["width"], dataset["height"], strict=True))
+        if all(width and height and width > 0 and height > 0 for width, height in sizes):
+            return sizes
+    headers = undecoded(dataset, [column], column).map(
+        _read_header,
+        with_indices=True,
+        input_columns=[column],
+        remove_columns=[column],
+        features=Features({"size": List(Value("int64")), "problem": Value("string")}),
+        num_proc=num_proc,
+        desc="Reading image sizes",
+    )
+    problems = [problem for problem in headers["problem"] if problem]
+    if problems and (on_bad_image == "raise" or len(problems) == len(dataset)):
+        raise ImageError(list_problems(problems, f"{len(problems)} of {len(dataset)} images cannot be used"))
+    return [tuple(size) for size in headers["size"]]
+
+
+def _read_header(image: Any, row: int) -> dict[str, Any]:
+    source = source_name(row, image)
+    try:
+        return {"size": image_size(read_source(image, source), source), "problem": ""}
+    except ImageError as error:
+        return {"size": (1, 1), "problem": str(error)}
+
+
+def first_good_row(draw: Draw, candidates, columns: Columns, on_bad_image: str) -> dict[str, Any]:
+    skipped = []
+    for row, record in candidates:
+        source = source_name(row, record[columns.image], record.get("__url__"))
+        try:
+            image = fit_to_size(decode_image(read_source(record[columns.image], source), source), draw.size)
+        except ImageError as error:
+            if on_bad_image == "raise":
+                raise
+            skipped.append(str(error))
+            continue
+        question, text = _question_and_text(draw, record, columns, source)
+        return {
+            "task": draw.task,
+            "image": image,
+            "text": text,
+            "question": question,
+            "draw": draw,
+            "source": source,
+            "skipped": skipped,
+        }
+    raise ImageError(list_problems(skipped, f"None of {len(skipped)} images in a row can be used"))
+
+
+def _question_and_text(draw: Draw, record: dict, columns: Columns, source: str) -> tuple[str | None, str | None]:
+    if draw.task == "reconstruct":
+        return None, None
+    if draw.task == "caption" and columns.conversation and record[columns.conversation]:
+        return _first_exchange(record[columns.conversation], source)
+    caption = record[columns.caption] if columns.caption else None
+    if isinstance(caption, list) and caption:
+        caption = caption[draw.seed % len(caption)]
+    if caption is not None and not isinstance(caption, str):
+        raise ValueError(f"{source}: the caption in column {columns.caption!r} is {type(caption).__name__}, not text.")
+    return None, (caption or "").strip() or None
+
+
+def check_texts(dataset: Dataset, task: str, columns: Columns) -> None:
+    """Raises `ValueError` naming the rows that have no caption or answer for `task` to learn from."""
+    if task == "reconstruct":
+        return
+    texts = dataset.with_format(None).select_columns([name for name in columns[1:] if name])
+    records = (
+        dict(zip(batch, values, strict=True))
+        for batch in texts.iter(batch_size=1000)
+        for values in zip(*batch.values(), strict=True)
+    )
+    missing = [
+        f"row {row}"
+        for row, record in enumerate(records)
+        if _question_and_text(Draw(task, row, (1, 1), 0, ""), record, columns, f"row {row}")[1] is None
+    ]
+    if missing:
+        headline = (
+            f"{len(missing)} of {len(texts)} rows have no caption, which the task {task!r} learns from; fill in or drop "
+            "such rows, name another column, or give this task the weight 0"
+        )
+        raise ValueError(list_problems(missing, headline))
+
+
+def _first_exchange(turns: Any, source: str) -> tuple[str | None, str | None]:
+    """First question and its answer, of `{from, value}` or `{role, content}` turns, without image placeholders."""
+    if isinstance(turns, dict):  # a column of lists, as older `datasets` stored lists of dicts
+        turns = [dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"{source}: a conversation is a list of {{from, value}} or {{role, content}} turns.")
+    question = None
+    for turn in turns:
+        speaker, words = turn.get("from") or turn.get("role"), turn.get("value") or turn.get("content") or ""
+        if isinstance(words, list):
+            words = " ".join(part.get("text") or "" for part in words if isinstance(part, dict))
+        words = re.sub(r"\s*<image>\s*", " ", words).strip() or None
+        if speaker in ("human", "user") and question is None:
+            question = words
+        elif speaker in ("gpt", "assistant"):
+            return question, words
+    return question, None
+
+
+def read_source(image: Any, source: str) -> Any:
+    """What `decode_image` can open: rows may point into an archive or, streamed, into a Hub repository."""
+    path = image.get("path") if isinstance(image, Mapping) and image.get("bytes") is None else image
+    if not isinstance(path, str) or "://" not in path:
+        return image
+    if not {part.split("://")[0] for part in path.split("::") if "://" in part} <= {"hf", "zip", "tar", "file"}:
+        raise ImageError(f"{source}: the image is a remote address; download it first.")
+    try:
+        with fsspec.open(path, "rb") as file:
+            return file.read()
+    except Exception as error:
+        raise ImageError(f"{source}: cannot be read ({type(error).__name__}: {error}).") from error
+
+
+def source_name(row: int, image: Any, archive: str | None = None) -> str:
+    path = image.get("path") if isinstance(image, Mapping) else image if isinstance(image, str) else None
+    where = " in ".join(part for part in (path, archive) if part)
+    return f"row {row} ({where})" if where else f"row {row}"
+
+
+def check_on_bad_image(on_bad_image: str) -> None:
+    if on_bad_image not in ("raise", "skip"):
+        raise ValueError(f"on_bad_image is 'raise' or 'skip', got {on_bad_image!r}.")

@@ -1,0 +1,142 @@
+"""Which rows each task of a run learns from, checked before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers.utils import logging
+
+from reca_trainer.config import RecAConfig
+from reca_trainer.data.columns import find_columns
+from reca_trainer.data.rows import check_texts, row_sizes
+from reca_trainer.data.sampling import SamplingPlan, TaskBatchSampler
+from reca_trainer.data.sources import load_image_dataset
+from reca_trainer.images import nearest_bucket
+from reca_trainer.tasks import TASKS
+
+logger = logging.get_logger(__name__)
+
+Images = Dataset | IterableDataset
+
+
+class TaskDatasets:
+    """The datasets of a run: for every task the rows it can use, and their columns."""
+
+    def __init__(self, datasets: dict[str, Images], columns: dict[str, Any]):
+        self.datasets, self.columns = datasets, columns
+        self._sizes: dict[int, list[tuple[int, int]]] = {}  # of the images of each dataset
+        self._checked: set[str] = set()  # tasks whose rows all have their text
+
+    @classmethod
+    def open(cls, source: Images | Mapping[str, Images] | None, args: RecAConfig) -> TaskDatasets:
+        """From what the user passed, or from the names in `args`."""
+        if isinstance(source, TaskDatasets):
+            return source
+        if source is None:
+            if args.dataset_name is None:
+                raise ValueError(
+                    "There is nothing to train on: pass train_dataset, or set dataset_name in the arguments."
+                )
+            source = load_image_dataset(
+                args.dataset_name, args.dataset_split, args.dataset_config_name, args.dataset_streaming
+            )
+        if not isinstance(source, Mapping):
+            source = dict.fromkeys(TASKS, source)
+            if args.caption_dataset_name is not None:
+                source["caption"] = load_image_dataset(args.caption_dataset_name, streaming=args.dataset_streaming)
+        if unknown := set(source) - set(TASKS):
+            raise ValueError(
+                f"Datasets are given for {', '.join(TASKS)}; not for {', '.join(sorted(map(str, unknown)))}. Of several "
+                "splits, pass one."
+            )
+        names = (args.image_column, args.caption_column, args.conversation_column)
+        columns: dict[int, Any] = {}
+        for dataset in source.values():
+            if not isinstance(dataset, Dataset | IterableDataset):
+                raise ValueError(
+                    f"Images come as a `datasets` dataset, not as {type(dataset).__name__}: make one with "
+                    "datasets.Dataset.from_list(rows), or name a folder or file in dataset_name."
+                )
+            if isinstance(dataset, Dataset) and not len(dataset):
+                raise ValueError("The dataset has no rows.")
+            if id(dataset) not in columns:
+                known = [name if name in (dataset.features or {name: None}) else None for name in names[1:]]
+                columns[id(dataset)] = find_columns(dataset, names[0], *known)
+        for name, in_use in zip(names[1:], list(zip(*columns.values(), strict=True))[1:], strict=True):
+            if name is not None and name not in in_use:
+                raise ValueError(f"No dataset has a column {name!r}. Columns in use: {list(columns.values())}.")
+        images = cls(dict(source), {task: columns[id(dataset)] for task, dataset in source.items()})
+        images.check([name for name, task in TASKS.items() if task.columns and getattr(args, task.weight_option)])
+        return images
+
+    @property
+    def is_streaming(self) -> bool:
+        return any(isinstance(dataset, IterableDataset) for dataset in self.datasets.values())
+
+    def __len__(self) -> int:
+        return len(next(iter(self.datasets.values())))
+
+    def serves(self, task: str) -> bool:
+        return task in self.columns and self.columns[task].serve(task)
+
+    def check(self, tasks) -> None:
+        """Raises `ValueError` if one of `tasks` finds no rows it can learn from."""
+        for task in tasks:
+            if not self.serves(task):
+                raise ValueError(
+                    f"The task {task!r} needs a {' or '.join(reversed(TASKS[task].columns))} column, "
+                    f"and the dataset has none. Name it with caption_column, pass a dataset for the task "
+                    f"({{'reconstruct': …, {task!r}: …}}), or set {TASKS[task].weight_option}=0."
+                )
+            if isinstance(self.datasets[task], Dataset) and task not in self._checked:
+                self._checked.add(task)
+                check_texts(self.datasets[task], task, self.columns[task])
+
+    def check_batches(self, sizes: list[tuple[int, int]], args: RecAConfig) -> None:
+        """Raises `ValueError` for images that cannot be used, or too few with `drop_last`; warns of a batch that is
+        never filled."""
+        self.check_sizes(sizes, args.on_bad_image)
+        images, per_step = self.datasets.get("reconstruct"), args.train_batch_size * args.world_size
+        if args.reca_weight and isinstance(images, Dataset):
+            plan = SamplingPlan(
+                {"reconstruct": 1},
+                batch_size=args.train_batch_size,
+                num_processes=args.world_size,
+                drop_last=args.dataloader_drop_last,
+            )
+            TaskBatchSampler({"reconstruct": self.buckets("reconstruct", sizes, args.on_bad_image)}, plan)
+            if len(images) < per_step:
+                logger.warning(f"There are {len(images)} images, fewer than the {per_step} of a full batch.")
+
+    def check_sizes(self, sizes: list[tuple[int, int]], on_bad_image: str) -> None:
+        """Raises `ImageError` for images whose header cannot be read, where headers decide the target size."""
+        for task, dataset in self.datasets.items():
+            if isinstance(dataset, Dataset):
+                self.buckets(task, sizes, on_bad_image)
+
+    def split(self, eval_size: int, seed: int) -> tuple[TaskDatasets, TaskDatasets]:
+        """Hold `eval_size` rows of every dataset out: training and evaluation images."""
+        if self.is_streaming:
+            raise ValueError("eval_size cannot hold rows out of a stream; pass an eval_dataset.")
+        parts: dict[int, tuple[Dataset, Dataset]] = {}
+        for dataset in self.datasets.values():
+            if id(dataset) not in parts:
+                if len(dataset) <= eval_size:
+                    raise ValueError(
+                        f"eval_size={eval_size} leaves nothing to train on: the dataset has {len(dataset)} rows."
+                    )
+                halves = dataset.train_test_split(test_size=eval_size, seed=seed)
+                parts[id(dataset)] = (halves["train"], halves["test"])
+        train, test = ({task: parts[id(dataset)][half] for task, dataset in self.datasets.items()} for half in (0, 1))
+        return TaskDatasets(train, self.columns), TaskDatasets(test, self.columns)
+
+    def buckets(self, task: str, sizes: list[tuple[int, int]], on_bad_image: str) -> list[tuple[int, int]]:
+        """The target size of every row of a task."""
+        dataset = self.datasets[task]
+        if len(sizes) == 1:
+            return [sizes[0]] * len(dataset)
+        if id(dataset) not in self._sizes:
+            self._sizes[id(dataset)] = row_sizes(dataset, self.columns[task].image, on_bad_image)
+        return [nearest_bucket(*size, sizes) for size in self._sizes[id(dataset)]]

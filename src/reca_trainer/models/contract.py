@@ -1,0 +1,311 @@
+"""The contract between `RecATrainer` and a model family.
+
+A family is a `UnifiedModel` (a `PreTrainedModel`, so loading, saving, quantisation, PEFT, FSDP and the Hub come with it)
+and a `UnifiedProcessor`. The trainer knows these two classes and nothing about any family.
+
+A batch is a plain dict. Its keys mean the same in every family:
+
+| key | shape | meaning |
+|---|---|---|
+| `task` | str | `"reconstruct"`, `"generate"` or `"caption"` |
+| `condition_pixel_values` | `[B, 3, h, w]` float | image for the understanding encoder, as that encoder wants it normalised |
+| `pixel_values` | `[B, 3, H, W]` float in [-1, 1] | image to generate |
+| `input_ids`, `attention_mask` | `[B, T]` int64 | instruction (reconstruct), prompt (generate), question and answer (caption) |
+| `labels` | `[B, T]` int64 | caption targets, -100 where nothing is supervised |
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
+from transformers.utils import ModelOutput
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+@dataclass
+class UnifiedOutput(ModelOutput):
+    """What one task's forward pass returns.
+
+    Args:
+        loss (`torch.Tensor`): scalar float32, the mean over the batch's supervised tokens.
+        per_sample_loss (`torch.Tensor`): `[B]` float32, the same mean taken sample by sample, detached.
+        prediction (`torch.Tensor`): what the generator predicted (velocity, noise or logits), family-shaped.
+        target (`torch.Tensor`): what it was compared with.
+        understanding_embeds (`torch.Tensor`): `[B, S, D]`, the dense prompt of a reconstruction.
+    """
+
+    loss: torch.Tensor | None = None
+    per_sample_loss: torch.Tensor | None = None
+    prediction: torch.Tensor | None = None
+    target: torch.Tensor | None = None
+    understanding_embeds: torch.Tensor | None = None
+
+
+class UnifiedModel(PreTrainedModel):
+    """A model that understands and generates images, as RecA sees it.
+
+    A family sets the attributes, and implements one method per task (`_reconstruct`, `_caption`, `_generate`), the three
+    encodings, the two methods about randomness and the two that generate.
+
+    Attributes:
+        tasks: the tasks that the family can do; others are refused by name.
+        shares_weights: whether understanding and generation run through the same weights. If so RecA trains them with
+            an image-to-text loss beside the reconstruction loss (paper, section 3); if not, understanding is frozen.
+        lora_target_modules: regular expression that fully matches the names of the generator's linear layers. May be a
+            property that depends on the config.
+        quantized_modules: regular expression that fully matches the names of the linear layers a `BitsAndBytesConfig`
+            quantises; by default `lora_target_modules`. All others stay as they are.
+        no_guidance_scale: the `guidance_scale` of `generate_images` that turns classifier-free guidance off. Scales are
+            the original's numbers, so that published values stay valid.
+        frozen_encoders: names of the submodules that `encode_batch` computes with; none where a family has no such
+            method.
+        supports_timesteps_per_image: whether a batch may ask for several noisy copies of its targets behind one
+            condition: its entry `timesteps_per_image`, a number, is then read by `sample_corruption`.
+    """
+
+    tasks: tuple[str, ...] = ("reconstruct", "caption", "generate")
+    shares_weights: bool = False
+    lora_target_modules: str = ""
+    quantized_modules: str = ""
+    no_guidance_scale: float = 1.0
+    frozen_encoders: tuple[str, ...] = ()
+    supports_timesteps_per_image: bool = False
+    main_input_name = "pixel_values"
+
+    @property
+    def generation_modules(self) -> list[str]:
+        """Names of the submodules (or parameters) that RecA trains."""
+        raise NotImplementedError
+
+    @property
+    def understanding_modules(self) -> list[str]:
+        """Names of the submodules that only understanding uses: frozen and in eval mode during RecA."""
+        raise NotImplementedError
+
+    @property
+    def frozen_modules(self) -> list[str]:
+        """Names of the submodules that are never trained and always in eval mode: autoencoders; none by default."""
+        return []
+
+    def forward(self, task: str, corruption: dict[str, torch.Tensor] | None = None, **batch: Any) -> UnifiedOutput:
+        """Compute one task's loss. All compute of a training step happens in here, so that DDP, FSDP and ZeRO see it.
+
+        Args:
+            task: one of `self.tasks`; the method `_<task>` computes it.
+            corruption: the random draws of the generation loss, from `sample_corruption`; drawn here if `None`.
+            batch: the tensors of the batch, see the module docstring.
+
+        Raises:
+            ValueError: the family cannot do the task, or a key of the batch means nothing to it.
+        """
+        self._check_batch(task, batch)
+        if corruption is None:
+            corruption = self.sample_corruption({"task": task, **batch})
+        return getattr(self, f"_{task}")(corruption, **batch)
+
+    def _check_batch(self, task: str, batch: dict[str, Any]) -> None:
+        if task not in self.tasks:
+            raise ValueError(f"{type(self).__name__} cannot do the task {task!r}; it can do {', '.join(self.tasks)}.")
+        _, *known = inspect.signature(getattr(self, f"_{task}")).parameters  # the first is `corruption`
+        if unknown := sorted(set(batch) - set(known)):
+            raise ValueError(
+                f"The task {task!r} of {type(self).__name__} has no use for {', '.join(unknown)} in its batch; it takes "
+                f"{', '.join(known)}."
+            )
+
+    def encode_condition(self, condition_pixel_values: torch.Tensor) -> torch.Tensor:
+        """Images `[B, 3, h, w]` to the understanding embeddings `[B, S, D]` that the language model reads: `E(x_und)`."""
+        raise NotImplementedError
+
+    def encode_target(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Images `[B, 3, H, W]` in [-1, 1] to what the generator learns to make: latents, or tokens `[B, N]` int64."""
+        raise NotImplementedError
+
+    def decode_target(self, target: torch.Tensor) -> torch.Tensor:
+        """Back from latents or tokens to images `[B, 3, H, W]`, about [-1, 1]."""
+        raise NotImplementedError
+
+    def sample_corruption(self, batch: dict[str, Any], generator: Generators = None) -> dict[str, torch.Tensor]:
+        """Draw everything random in the generation loss of `batch` (timesteps and noise, or masks and orders).
+
+        With a list of generators, one per sample, a sample's draws do not depend on the batch it is in: that is what
+        makes runs on different numbers of processes comparable. Tensors come back on the CPU, in float32 where they
+        are floating point. Tasks without randomness give an empty dict.
+        """
+        raise NotImplementedError
+
+    def count_supervised(self, batch: dict[str, Any], corruption: dict[str, torch.Tensor]) -> int:
+        """Number of targets that `loss` averages over, known before the forward pass.
+
+        The trainer weights micro-batches by it, so that accumulated or distributed batches give the loss of one large
+        batch. A wrong number gives wrong weights without an error, so there is no default.
+        """
+        raise NotImplementedError
+
+    def encode_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """What `forward`, `sample_corruption` and `count_supervised` take instead of the images of a `reconstruct` batch:
+        tensors `[B, ...]` that depend on nothing but the image, its size and the weights of `frozen_encoders`."""
+        raise NotImplementedError
+
+    def generate_images(
+        self,
+        processor: UnifiedProcessor,
+        text: list[str] | None = None,
+        images: list[Image.Image] | None = None,
+        *,
+        task: str = "generate",
+        generator: Generators = None,
+        **sampling: Any,
+    ) -> list[Image.Image]:
+        """Generate one image per prompt (`task="generate"`), per image from its understanding embeddings
+        (`task="reconstruct"`, `text` is then the instruction), or edit (`task="edit"`, where the family can).
+
+        Args:
+            generator: one generator, or one per image.
+            sampling: `num_inference_steps`, `guidance_scale`, `height`, `width` and what else the family documents.
+        """
+        raise NotImplementedError
+
+    def generate_text(
+        self, processor: UnifiedProcessor, text: list[str], images: list[Image.Image] | None = None, **sampling: Any
+    ) -> list[str]:
+        """Answer each question in `text`, about the image at the same place in `images` if given."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> UnifiedModel:
+        """As `PreTrainedModel.from_pretrained`; of a `BitsAndBytesConfig` that names no `llm_int8_skip_modules`, all
+        layers but `quantized_modules` are skipped."""
+        if isinstance(quantization_config, BitsAndBytesConfig) and not quantization_config.llm_int8_skip_modules:
+            quantization_config = copy.deepcopy(quantization_config)
+            # The entries of this list are regular expressions too: one that matches every name but these.
+            skip = rf"(?!(?:{cls.quantized_modules or cls.lora_target_modules})$).*"
+            quantization_config.llm_int8_skip_modules = [skip]
+        loaded = super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
+        for module in model.modules():
+            # In eval mode on some CPUs bitsandbytes repacks 4-bit weights for bfloat16 inference, for good: training
+            # then has no gradients, and rows that are no whole number of blocks do not work at all.
+            if getattr(module, "support_avx512bf16_for_cpu", False):
+                module.support_avx512bf16_for_cpu = False
+        return loaded
+
+    def freeze_understanding(self) -> None:
+        """Leave exactly `generation_modules` trainable, which is what RecA trains."""
+        self.requires_grad_(False)
+        for name in self.generation_modules:
+            parent, _, leaf = name.rpartition(".")
+            module = getattr(self.get_submodule(parent), leaf)
+            module.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> UnifiedModel:
+        """As `torch.nn.Module.train`, but what only understanding uses and what is never trained stay in eval mode."""
+        super().train(mode)
+        for name in [*self.understanding_modules, *self.frozen_modules]:
+            self.get_submodule(name).eval()
+        return self
+
+
+class UnifiedProcessor(ProcessorMixin):
+    """Turns PIL images and strings into one task's batch, and knows the resolutions its family trains at."""
+
+    def __call__(
+        self,
+        images: list[Image.Image] | None = None,
+        text: list[str] | None = None,
+        instruction: str | None = None,
+        task: str = "reconstruct",
+        size: tuple[int, int] | None = None,
+    ) -> dict[str, Any]:
+        """Build the batch of one task (see the module docstring for its keys).
+
+        Args:
+            images: RGB images, one per sample. Without them, families with `frozen_encoders` give the rest of a
+                `reconstruct` batch.
+            text: captions, one per sample (`generate`, `caption`).
+            instruction: what the model is asked for: the reconstruction template, or the question behind a caption. An
+                empty string is dropped from the sequence where the family allows that.
+            size: `(height, width)` of the target; by default what the family's own resize rule gives.
+        """
+        raise NotImplementedError
+
+    def target_sizes(self) -> list[tuple[int, int]]:
+        """The `(height, width)` buckets a target may be resized to; one entry for families that train on squares."""
+        raise NotImplementedError
+
+
+Parameters, Result = ParamSpec("Parameters"), TypeVar("Result")
+
+
+def evaluating(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Decorates a method of a `UnifiedModel` that samples: it runs in eval mode and without gradients, and leaves the
+    model in the mode it was in, also where it fails."""
+
+    @functools.wraps(method)
+    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        model: Any = args[0]
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                return method(*args, **kwargs)
+        finally:
+            model.train(training)
+
+    return run
+
+
+def token_cross_entropy(
+    head: Callable[[torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    understanding_embeds: torch.Tensor | None = None,
+) -> UnifiedOutput:
+    """Cross-entropy of the labels that are not -100.
+
+    Args:
+        head: output layer, `[L, D]` -> `[L, V]`. Only supervised positions go through it: the others' logits would fill
+            the memory.
+        hidden: `[B, T, D]`, each what predicts the label at its place (next tokens: `hidden[:, :-1]`, `labels[:, 1:]`).
+        labels: `[B, T]` int64.
+
+    Returns:
+        `UnifiedOutput` with `prediction` the logits `[L, V]` and `target` the labels `[L]` of the supervised positions.
+
+    Raises:
+        ValueError: there are none.
+    """
+    supervised = labels != -100
+    target = labels[supervised]
+    if not len(target):
+        raise ValueError("No token of this batch is supervised; are its questions so long that the answers are cut?")
+    logits = head(hidden[supervised])
+    losses = F.cross_entropy(logits.float(), target, reduction="none")  # [L]
+    by_place = losses.new_zeros(supervised.shape).masked_scatter(supervised, losses.detach())
+    return UnifiedOutput(
+        loss=losses.mean(),
+        per_sample_loss=by_place.sum(1) / supervised.sum(1).clamp(min=1),
+        prediction=logits,
+        target=target,
+        understanding_embeds=understanding_embeds,
+    )
+
+
+def per_sample(
+    draw: Callable[[torch.Generator | None], torch.Tensor], batch_size: int, generator: Generators
+) -> torch.Tensor:
+    """Stack `draw(generator)` over the samples of a batch: `[B, ...]`, each from its own generator if there are several."""
+    generators = generator if isinstance(generator, list) else [generator] * batch_size
+    if len(generators) != batch_size:
+        raise ValueError(f"Got {len(generators)} generators for a batch of {batch_size} samples; pass one per sample.")
+    return torch.stack([draw(sample_generator) for sample_generator in generators])

@@ -1,0 +1,84 @@
+"""Which family is this checkpoint? The list of families; none is imported before it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from reca_trainer.models.contract import UnifiedModel
+from reca_trainer.models.weights import CheckpointError
+
+_FAMILIES: dict[str, str] = {}
+
+
+def register_family(name: str, package: str) -> None:
+    """Make a family known to everything that takes a model by name or folder.
+
+    Args:
+        name: what it is called, for instance by `reca-trainer plan --model`.
+        package: the importable name of its package or module. It offers `Config`, `Model` and `Processor`; a family
+            with a published layout of its own also `is_published(file_names, config)`, `read_published(folder,
+            **kwargs)`, `read_published_processor(folder, **kwargs)` and `write_published(model, processor, folder)`.
+
+    Raises:
+        ValueError: another package has that name.
+    """
+    if _FAMILIES.setdefault(name, package) != package:
+        raise ValueError(f"The family {name!r} is {_FAMILIES[name]} already; register {package} under another name.")
+
+
+for _name in ("bagel", "janus", "openuni", "harmon", "show_o"):
+    register_family(_name, f"reca_trainer.models.{_name}")
+
+
+def families() -> tuple[str, ...]:
+    """The names of all registered families."""
+    return tuple(_FAMILIES)
+
+
+def family(name: str) -> ModuleType:
+    """The package of one family."""
+    return importlib.import_module(_FAMILIES[name])
+
+
+def family_of(model: UnifiedModel) -> ModuleType:
+    """The package of the family that a model belongs to, also where its class is derived from the family's.
+
+    Raises:
+        CheckpointError: the model is of no registered family, or of one without a published layout.
+    """
+    for name in _FAMILIES:
+        package = family(name)
+        if isinstance(model, package.Model):
+            if not hasattr(package, "write_published"):
+                raise CheckpointError(f'The family {name!r} has no published layout: use layout="transformers".')
+            return package
+    raise CheckpointError(
+        f"{type(model).__name__} is of no registered family ({', '.join(_FAMILIES)}): call register_family first, or "
+        'use layout="transformers".'
+    )
+
+
+def detect(folder: Path) -> tuple[ModuleType, bool]:
+    """The family a checkpoint folder belongs to, and whether it is in that family's published layout (rather than in
+    `save_pretrained` form)."""
+    names = {str(path.relative_to(folder)) for path in folder.glob("**/*") if path.is_file()}
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text()) if "config.json" in names else {}
+    for name in _FAMILIES:
+        package = family(name)
+        if hasattr(package, "is_published") and package.is_published(names, config):
+            return package, True
+        if config.get("model_type") == package.Config.model_type:
+            return package, False
+    raise CheckpointError(
+        f"{folder} is no checkpoint of a known family ({', '.join(_FAMILIES)}): "
+        f"model_type is {config.get('model_type')!r}, files are {sorted(names)[:12]}."
+    )
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a PEFT adapter and not a model."""
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()

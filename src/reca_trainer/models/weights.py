@@ -1,0 +1,334 @@
+"""Checkpoints, read lazily and strictly, written shard by shard and atomically.
+
+A family's `checkpoint_<family>.py` translates file and key names; what all of them need is here: files are opened, not
+read, and each tensor is materialised only when transformers' own loader places (casts, quantises) it in the model. Host
+memory therefore never holds a second copy of the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import convert_file_size_to_int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+
+from reca_trainer.models.contract import UnifiedModel
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says which file or key, and what was expected."""
+
+
+class LazyTensor:
+    """A tensor still on disk, with what has to be done to it after reading (reshape, split, …).
+
+    transformers' loader reads it with `tensor[...]`, as it reads safetensors slices.
+    """
+
+    def __init__(self, source: Any, transform: Callable[[torch.Tensor], torch.Tensor] | None = None):
+        self.source, self.transform = source, transform
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        tensor = self.source[...]
+        return (self.transform(tensor) if self.transform else tensor)[index]
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape `self[...]` will have, worked out without reading the tensor."""
+        source = self.source.get_shape() if hasattr(self.source, "get_shape") else self.source.shape
+        empty = torch.empty(tuple(source), device="meta")
+        return (self.transform(empty) if self.transform else empty).shape
+
+    def map(self, transform: Callable[[torch.Tensor], torch.Tensor]) -> LazyTensor:
+        """The same tensor with one more step after reading."""
+        before = self.transform
+        return LazyTensor(self.source, (lambda t: transform(before(t))) if before else transform)
+
+
+def open_weights(folder: Path, *names: str) -> dict[str, LazyTensor]:
+    """Open the first of `names` that `folder` holds: `x.safetensors`, its sharded `x.safetensors.index.json`, or a
+    torch pickle (`.bin`, `.pth`, `.ckpt`), which is read with `weights_only=True`.
+
+    Raises:
+        CheckpointError: no such file, a shard is missing, or a file is truncated or not what its name says.
+    """
+    for name in names:
+        for path in (folder / name, folder / f"{name}.index.json"):
+            if path.is_file():
+                return _open(path)
+    raise CheckpointError(f"{folder} holds none of: {', '.join(names)} (nor an .index.json of one of them).")
+
+
+def _open(path: Path) -> dict[str, LazyTensor]:
+    if path.name.endswith(".index.json"):
+        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        for shard in shards:
+            if Path(shard).name != shard:
+                raise CheckpointError(f"{path}: shard {shard!r} points outside the checkpoint folder.")
+            if not (path.parent / shard).is_file():
+                raise CheckpointError(f"{path} lists the shard {shard}, which is not there.")
+        return {key: tensor for shard in shards for key, tensor in _open(path.parent / shard).items()}
+    try:
+        if path.suffix == ".safetensors":
+            file = safe_open(path, framework="pt")
+            return {key: LazyTensor(file.get_slice(key)) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path} holds more than tensors, which could run code: it is not read. {reason}"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); it may be truncated. Download it again.") from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(tensors.get(wrapper), dict):
+            tensors = tensors[wrapper]
+    return {key: LazyTensor(tensor) for key, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
+
+
+def load_strict(
+    model_class: type[UnifiedModel],
+    config: PreTrainedConfig,
+    state_dict: dict[str, LazyTensor],
+    source: str | Path,
+    ignore_missing: Iterable[str] = (),
+    lazy: bool = False,
+    **kwargs: Any,
+) -> UnifiedModel:
+    """Build `model_class` on the meta device and stream `state_dict` into it through transformers' loader.
+
+    Args:
+        source: where the weights come from, for messages.
+        ignore_missing: keys that may be absent because the model ties or recomputes them.
+        lazy: leave the model on the meta device, read nothing, and give it its weights as `model.lazy_weights`.
+        kwargs: as for `from_pretrained`: `dtype`, `device_map`, `quantization_config`, …
+
+    Raises:
+        CheckpointError: keys are missing, unexpected or wrongly shaped; the message lists them.
+    """
+    ignore_missing = set(ignore_missing)
+    if lazy:
+        with torch.device("meta"):
+            model = model_class(config)
+        model.lazy_weights = dequantized(state_dict)
+        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        found = {name: tensor.shape for name, tensor in model.lazy_weights.items()}
+        ignore_missing |= set(model.all_tied_weights_keys)
+        missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
+        mismatched = [(name, found[name], expected[name]) for name in found.keys() & expected.keys()
+                      if found[name] != expected[name]]  # fmt: skip
+    else:
+        if kwargs.get("dtype") is None:
+            kwargs["dtype"] = torch.float32
+        model, info = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=state_dict,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, together with the other problems
+            **kwargs,
+        )
+        missing, unexpected, mismatched = info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"]
+    check_fit(model_class, source, set(missing) - ignore_missing, unexpected, mismatched)
+    return model
+
+
+def check_fit(
+    model_class: type[UnifiedModel],
+    source: str | Path,
+    missing: Iterable[str],
+    unexpected: Iterable[str],
+    mismatched: Iterable[tuple[str, torch.Size, torch.Size]],
+) -> None:
+    """Raises `CheckpointError` that lists the keys, if there are any."""
+    problems = {
+        "missing": sorted(missing),
+        "unexpected": sorted(unexpected),
+        "wrongly shaped": sorted(f"{key}: {tuple(got)} in the file, {tuple(want)} in the model"
+                                 for key, got, want in mismatched),
+    }  # fmt: skip
+    if any(problems.values()):
+        lines = [f"  {kind} ({len(keys)}): {', '.join(keys[:20])}{' …' if len(keys) > 20 else ''}"
+                 for kind, keys in problems.items() if keys]  # fmt: skip
+        raise CheckpointError(f"The weights in {source} do not fit {model_class.__name__}:\n" + "\n".join(lines))
+
+
+class _Packed:
+    """A tensor that bitsandbytes stored in 4 or 8 bits, as a `LazyTensor`'s source: reading it dequantises it."""
+
+    def __init__(self, weight: LazyTensor, parts: dict[str, LazyTensor]):
+        self.weight, self.parts = weight, parts
+        self.shape = weight.shape if "SCB" in parts else self.read_state().shape
+
+    def read_state(self) -> Any:
+        from bitsandbytes.functional import QuantState  # takes seconds to import, and few checkpoints need it
+
+        return QuantState.from_dict({name: tensor[...] for name, tensor in self.parts.items()}, device="cpu")
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
+
+        if "SCB" in self.parts:
+            return int8_vectorwise_dequant(self.weight[...], self.parts["SCB"][...])[index]
+        return dequantize_4bit(self.weight[...], self.read_state())[index]
+
+
+def dequantized(state_dict: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """`state_dict` with every weight that bitsandbytes packed put in place of its parts."""
+    weights: dict[str, LazyTensor] = {}
+    packed: dict[str, dict[str, LazyTensor]] = {}
+    for key, tensor in state_dict.items():
+        name, is_part, part = key.rpartition(".weight.")
+        if not is_part and key.endswith((".SCB", ".weight_format")):
+            name, is_part, part = key.rpartition(".")
+        if is_part:
+            packed.setdefault(f"{name}.weight", {})[part] = tensor
+        else:
+            weights[key] = tensor
+    for name, parts in packed.items():
+        parts.pop("weight_format", None)
+        weights[name] = LazyTensor(_Packed(weights[name], parts))
+    return weights
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a tokenizer as published checkpoints have it, for code that stands on transformers 4 or on a tokenizer
+    written in Python: with the files of its vocabulary, and every added token in `tokenizer_config.json`."""
+    tokenizer.save_pretrained(folder)
+    tokenizer.backend_tokenizer.model.save(str(folder))
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    for name in ("backend", "is_local", "local_files_only", "processor_class"):
+        config.pop(name, None)
+    if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 takes a dictionary under this name
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    config["added_tokens_decoder"] = {
+        str(index): {flag: getattr(token, flag) for flag in flags}
+        for index, token in sorted(tokenizer.added_tokens_decoder.items())
+    }
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+# Layers of an autoencoder as latent diffusion (LDM) names them, and FLUX, KL-16 and MAGVIT-v2 after it → as diffusers
+# does, in order of application; i is a number that both have.
+LDM_NAMES = (
+    ("encoder.down.{i}.block.", "encoder.down_blocks.{i}.resnets."),
+    ("encoder.down.{i}.attn.", "encoder.down_blocks.{i}.attentions."),
+    ("encoder.down.{i}.downsample.", "encoder.down_blocks.{i}.downsamplers.0."),
+    ("decoder.up.{i}.block.", "decoder.up_blocks.{i}.resnets."),
+    ("decoder.up.{i}.upsample.", "decoder.up_blocks.{i}.upsamplers.0."),
+    (".mid.block_1.", ".mid_block.resnets.0."),
+    (".mid.block_2.", ".mid_block.resnets.1."),
+    (".mid.attn_1.", ".mid_block.attentions.0."),
+    (".nin_shortcut.", ".conv_shortcut."),
+    (".norm_out.", ".conv_norm_out."),
+    (".attentions.{i}.norm.", ".attentions.{i}.group_norm."),
+    (".attentions.{i}.q.", ".attentions.{i}.to_q."),
+    (".attentions.{i}.k.", ".attentions.{i}.to_k."),
+    (".attentions.{i}.v.", ".attentions.{i}.to_v."),
+    (".attentions.{i}.proj_out.", ".attentions.{i}.to_out.0."),
+)
+# Linear layers in diffusers, 1 × 1 convolutions in LDM.
+ATTENTION_WEIGHT = re.compile(r"\.attentions\.\d+\.to_(q|k|v|out\.0)\.weight$")
+
+
+def autoencoder_from_ldm(weights: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """An autoencoder's weights in latent diffusion's layout, in that of diffusers."""
+    names = _rename_layers(weights, LDM_NAMES)
+    return {
+        names[key]: tensor.map(lambda weight: weight.flatten(1)) if ATTENTION_WEIGHT.search(names[key]) else tensor
+        for key, tensor in weights.items()
+    }
+
+
+def autoencoder_to_ldm(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Inverse of `autoencoder_from_ldm`."""
+    names = _rename_layers(weights, [(ours, theirs) for theirs, ours in reversed(LDM_NAMES)])
+    return {
+        names[key]: tensor[:, :, None, None] if ATTENTION_WEIGHT.search(key) else tensor
+        for key, tensor in weights.items()
+    }
+
+
+def _rename_layers(keys: Iterable[str], names: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """From key to renamed key. The decoder's levels count from the output in one layout, towards it in the other."""
+    found = (re.search(r"\.up(?:_blocks)?\.(\d+)\.", key) for key in keys)
+    levels = 1 + max((int(match[1]) for match in found if match), default=0)
+
+    def rename(key: str, source: str, target: str) -> str:
+        pattern = re.escape(source).replace(r"\{i\}", r"(\d+)")
+        if not (match := re.search(pattern, key)):
+            return key
+        number = match[1] if match.groups() else ""
+        if target.startswith("decoder.up"):
+            number = str(levels - 1 - int(number))
+        return key[: match.start()] + target.replace("{i}", number) + key[match.end() :]
+
+    renamed = {}
+    for key in keys:
+        renamed[key] = key
+        for source, target in names:
+            renamed[key] = rename(renamed[key], source, target)
+    return renamed
+
+
+def write_weights(
+    model: UnifiedModel, folder: Path, dtype: torch.dtype | None = None, max_shard_size: int | str = "5GB"
+) -> None:
+    """Write `model.lazy_weights` and the config in `save_pretrained` form, holding one shard in memory at a time.
+
+    Args:
+        dtype: of what is written; by default each tensor's own. Modules that the family keeps in float32 stay so.
+    """
+    limit = convert_file_size_to_int(max_shard_size)
+    keep = [rf"(?:^|\.){re.escape(module)}\." for module in model._keep_in_fp32_modules_strict or ()]
+    shard: dict[str, torch.Tensor] = {}
+    shards: list[list[str]] = []
+    elements: dict[torch.dtype, int] = {}
+    size = total = parameters = 0
+
+    def flush() -> None:
+        shards.append(list(shard))
+        save_file(shard, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shard.clear()
+
+    for name in sorted(model.lazy_weights.keys() - set(model.all_tied_weights_keys)):
+        tensor = model.lazy_weights[name][...]
+        is_kept = any(re.search(module, name) for module in keep)
+        if tensor.is_floating_point() and dtype is not None:
+            tensor = tensor.to(torch.float32 if is_kept else dtype)
+        if shard and size + tensor.nbytes > limit:
+            flush()
+            size = 0
+        shard[name] = tensor.cpu().contiguous()
+        size, total, parameters = size + tensor.nbytes, total + tensor.nbytes, parameters + tensor.numel()
+        if not is_kept:
+            elements[tensor.dtype] = elements.get(tensor.dtype, 0) + tensor.numel()
+    flush()
+
+    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = ["model.safetensors"]
+    else:
+        index = {
+            "metadata": {"total_parameters": parameters, "total_size": total},
+            "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    for number, file in enumerate(files, 1):
+        (folder / f"shard-{number}").rename(folder / file)
+    config = type(model.config).from_dict(model.config.to_dict())
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.architectures = [type(model).__name__]
+    config.dtype = max(elements, key=elements.get)
+    config.save_pretrained(folder)
