@@ -150,7 +150,7 @@ def train(base: str, name: str, seed: int, arguments: Arguments, folder: Path) -
             image_to_text_weight=float("caption" in shares),
             text_to_image_weight=float("generate" in shares),
             caption_column="text",
-            cache_latents=shares[0] > 0,
+            cache_latents="reconstruct" in shares,
             bf16=True,
             use_cpu=True,
             save_strategy="no",

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import reca_trainer
-from reca_trainer.models.registry import families
 
+FAMILIES = ("bagel", "harmon", "janus", "openuni", "show_o")  # other tests register one of their own
 SOURCE = Path(reca_trainer.__file__).parent
 
 
@@ -31,10 +31,10 @@ def imports(path):
 
 
 def test_families_do_not_know_each_other_nor_the_trainer():
-    for family in families():
+    for family in FAMILIES:
         for path in (SOURCE / "models" / family).glob("*.py"):
             for module in imports(path):
-                others = [f"reca_trainer.models.{other}" for other in families() if other != family]
+                others = [f"reca_trainer.models.{other}" for other in FAMILIES if other != family]
                 assert not module.startswith(tuple(others)), f"{path} imports {module}"
                 assert module not in ("reca_trainer.trainer", "reca_trainer.models.auto"), f"{path} imports {module}"
 
@@ -42,11 +42,11 @@ def test_families_do_not_know_each_other_nor_the_trainer():
 def test_only_auto_knows_the_families():
     for path in [*SOURCE.glob("*.py"), *(SOURCE / "evaluation").glob("*.py"), SOURCE / "models" / "contract.py"]:
         known = [module for module in imports(path) if module.startswith("reca_trainer.models.")]
-        assert not [module for module in known if module.split(".")[2] in families()], f"{path} imports {known}"
+        assert not [module for module in known if module.split(".")[2] in FAMILIES], f"{path} imports {known}"
 
 
 def test_every_family_has_the_files_that_the_others_have():
-    for family in families():
+    for family in FAMILIES:
         files = {path.name for path in (SOURCE / "models" / family).glob("*.py")}
         assert files >= {"__init__.py"} | {
             f"{part}_{family}.py" for part in ("configuration", "modeling", "processing", "conversion")
