@@ -92,7 +92,7 @@ class SamplingPlan:
     def global_batch_size(self) -> int:
         return self.batch_size * self.num_processes
 
-    def draws(self, task: str, size: tuple[int, int], rows: Sequence[int], step: int, epoch: int) -> list[Draw]:
+    def draws(self, task: str, size: tuple[int, int], rows: Sequence[int] | np.ndarray, step: int, epoch: int) -> list[Draw]:
         """This process's contiguous share of the global micro-batch `step`.
 
         A short micro-batch is split as evenly as it goes; with fewer rows than processes some draw the same sample.
@@ -111,7 +111,7 @@ class SamplingPlan:
         return draws
 
     def _instruction(self, task: str, step: int, epoch: int) -> str:
-        choices = self.instructions.get(task) or [""]
+        choices = (self.instructions or {}).get(task) or [""]
         if not self.shuffle:
             return choices[0]
         dropped = mixed_hash(self.seed, 2, epoch, step) < self.instruction_dropout * 2**63
@@ -163,7 +163,7 @@ class TaskBatchSampler(Sampler[list[Draw]]):
 
     def _count_batches_per_epoch(self) -> dict[str, int]:
         pattern, per_pass = self.plan.pattern, self._batches_per_pass
-        anchor = "reconstruct" if "reconstruct" in per_pass else max(per_pass, key=per_pass.get)
+        anchor = "reconstruct" if "reconstruct" in per_pass else max(per_pass, key=per_pass.__getitem__)
         turns, rest = divmod(per_pass[anchor], pattern.count(anchor))
         places = [place for place, task in enumerate(pattern) if task == anchor]
         last_turn = pattern[: places[rest - 1] + 1] if rest else ()

@@ -95,7 +95,8 @@ class StreamingRows(torch.utils.data.IterableDataset):
     def _pass(self, task: str, epoch: int, number: int) -> Iterator[tuple]:
         """Global micro-batches of one pass: `(size, {row: record}, spare rows around them, problems)`."""
         gathering: dict[tuple[int, int], dict[int, dict]] = {size: {} for size in self.buckets}
-        ahead, recent = deque(), deque(maxlen=2 * self.plan.global_batch_size)
+        ahead: deque[tuple[int, dict, tuple[int, int]]] = deque()
+        recent: deque[tuple[int, dict]] = deque(maxlen=2 * self.plan.global_batch_size)
         problems: list[str] = []
         rows, emitted, usable = self._rows_with_headers(task, epoch, number, problems), False, 0
         ahead.extend(islice(rows, 16))

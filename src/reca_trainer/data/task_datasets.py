@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
@@ -18,7 +18,7 @@ from reca_trainer.tasks import TASKS
 
 logger = logging.get_logger(__name__)
 
-Images = Dataset | IterableDataset
+Images: TypeAlias = Dataset | IterableDataset
 
 
 class TaskDatasets:

@@ -223,7 +223,7 @@ class UnifiedProcessor(ProcessorMixin):
         self,
         images: list[Image.Image] | None = None,
         text: list[str] | None = None,
-        instruction: str | None = None,
+        instruction: str | list[str] | None = None,
         task: str = "reconstruct",
         size: tuple[int, int] | None = None,
     ) -> dict[str, Any]:
@@ -244,7 +244,8 @@ class UnifiedProcessor(ProcessorMixin):
         raise NotImplementedError
 
 
-Parameters, Result = ParamSpec("Parameters"), TypeVar("Result")
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 
 def evaluating(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
