@@ -40,7 +40,7 @@ def test_a_recipe_is_named_or_a_file(tmp_path):
     assert recipe_file("bagel_lora") == recipe_file("bagel_lora.yaml") == FOLDER / "bagel_lora.yaml"
     (tmp_path / "mine.yaml").write_text("max_steps: 3\n")
     assert recipe_file(str(tmp_path / "mine.yaml")) == tmp_path / "mine.yaml"
-    with pytest.raises(FileNotFoundError, match="Recipes: .*bagel_lora"):
+    with pytest.raises(FileNotFoundError, match=r"Recipes: .*bagel_lora"):
         recipe_file("bagel_lore")
     expected = ["--lora_r", "8", "--config", str(FOLDER / "bagel_full.yaml")]
     for written in (["--config", "bagel_full"], ["--config=bagel_full"]):
