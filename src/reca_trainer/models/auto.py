@@ -115,8 +115,10 @@ class AutoUnifiedModel:
         folder = resolve(pretrained_model_name_or_path, **hub)
         if is_adapter(folder):
             base, pinned = adapter_base(folder, base_model, hub)
-            if "quantization_config" not in kwargs and not _is_quantized(resolve(base, **pinned)):
-                kwargs["quantization_config"], _ = read_quantization(folder)
+            trained_on, _ = read_quantization(folder)
+            # Only a quantised base is looked up twice: a Hub id costs a request each time.
+            if trained_on and "quantization_config" not in kwargs and not _is_quantized(resolve(base, **pinned)):
+                kwargs["quantization_config"] = trained_on
             model = AutoUnifiedModel.from_pretrained(base, **pinned, **kwargs)
             return load_adapter(model, folder, is_trainable=is_trainable)
         package, published = detect(folder)

@@ -302,6 +302,11 @@ def token_cross_entropy(
     )
 
 
+def count_answer_tokens(labels: torch.Tensor) -> int:
+    """Targets of `token_cross_entropy` for next-token labels `[B, T]`, whose first column nothing predicts."""
+    return int((labels[:, 1:] != -100).sum())
+
+
 def per_sample(
     draw: Callable[[torch.Generator | None], torch.Tensor], batch_size: int, generator: Generators
 ) -> torch.Tensor:

@@ -42,6 +42,7 @@ from reca_trainer.models.contract import (
     Generators,
     UnifiedModel,
     UnifiedOutput,
+    count_answer_tokens,
     evaluating,
     per_sample,
     token_cross_entropy,
@@ -688,7 +689,7 @@ class BagelModel(UnifiedModel):
     def count_supervised(self, batch: dict[str, Any], corruption: dict[str, torch.Tensor]) -> int:
         """Supervised tokens of a caption, else the noised elements of all latents and timesteps."""
         if "labels" in batch:
-            return int((batch["labels"][:, 1:] != -100).sum())
+            return count_answer_tokens(batch["labels"])
         return corruption["noise"].numel()
 
     @evaluating

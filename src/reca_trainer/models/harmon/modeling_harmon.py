@@ -28,6 +28,7 @@ from reca_trainer.models.contract import (
     Generators,
     UnifiedModel,
     UnifiedOutput,
+    count_answer_tokens,
     evaluating,
     per_sample,
     token_cross_entropy,
@@ -706,7 +707,7 @@ class HarmonModel(UnifiedModel):
     def count_supervised(self, batch: dict[str, Any], corruption: dict[str, Tensor]) -> int:
         """Supervised tokens of a caption, else the hidden image tokens."""
         if "labels" in batch:
-            return int((batch["labels"][:, 1:] != -100).sum())
+            return count_answer_tokens(batch["labels"])
         return int(corruption["mask"].sum())
 
     # sampling

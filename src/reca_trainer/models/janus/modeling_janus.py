@@ -25,6 +25,7 @@ from reca_trainer.models.contract import (
     Generators,
     UnifiedModel,
     UnifiedOutput,
+    count_answer_tokens,
     evaluating,
     per_sample,
     token_cross_entropy,
@@ -199,7 +200,7 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
 
     def count_supervised(self, batch: dict[str, Any], corruption: dict[str, torch.Tensor]) -> int:
         if "labels" in batch:
-            return int((batch["labels"][:, 1:] != -100).sum())
+            return count_answer_tokens(batch["labels"])
         return len(batch["pixel_values"]) * self.config.vq_config.num_patches**2
 
     @evaluating

@@ -24,6 +24,7 @@ from reca_trainer.models.contract import (
     Generators,
     UnifiedModel,
     UnifiedOutput,
+    count_answer_tokens,
     evaluating,
     per_sample,
     token_cross_entropy,
@@ -265,7 +266,7 @@ class OpenUniModel(UnifiedModel):
     def count_supervised(self, batch: dict[str, Any], corruption: dict[str, torch.Tensor]) -> int:
         """The answers' tokens, or the elements of the latents."""
         if "labels" in batch:
-            return int((batch["labels"][:, 1:] != -100).sum())
+            return count_answer_tokens(batch["labels"])
         return corruption["noise"].numel()
 
     @evaluating

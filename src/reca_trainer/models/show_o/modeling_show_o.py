@@ -29,6 +29,7 @@ from reca_trainer.models.contract import (
     Generators,
     UnifiedModel,
     UnifiedOutput,
+    count_answer_tokens,
     evaluating,
     per_sample,
     token_cross_entropy,
@@ -372,7 +373,7 @@ class ShowOModel(UnifiedModel):
     def count_supervised(self, batch: dict[str, Any], corruption: dict[str, torch.Tensor]) -> int:
         """The answers' tokens, or the masked image tokens, in `generate` with the two markers around them."""
         if "labels" in batch:
-            return int((batch["labels"][:, 1:] != -100).sum())
+            return count_answer_tokens(batch["labels"])
         count = int(corruption["mask"].sum())
         return count + 2 * len(corruption["mask"]) if "drop_text" in corruption else count
 
