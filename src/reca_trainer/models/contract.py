@@ -8,7 +8,7 @@ A batch is a plain dict. Its keys mean the same in every family:
 | key | shape | meaning |
 |---|---|---|
 | `task` | str | `"reconstruct"`, `"generate"` or `"caption"` |
-| `condition_pixel_values` | `[B, 3, h, w]` float | image for the understanding encoder, as that encoder wants it normalised |
+| `condition_pixel_values` | `[B, 3, h, w]` float | image for the understanding encoder, as that encoder wants it normalised; a list of B `[3, h, w]` where sizes differ |
 | `pixel_values` | `[B, 3, H, W]` float in [-1, 1] | image to generate |
 | `input_ids`, `attention_mask` | `[B, T]` int64 | instruction (reconstruct), prompt (generate), question and answer (caption) |
 | `labels` | `[B, T]` int64 | caption targets, -100 where nothing is supervised |
@@ -216,32 +216,110 @@ class UnifiedModel(PreTrainedModel):
         return self
 
 
+Message = dict[str, str]
+Conversation = list[Message]
+
+IMAGE_MARK = "<image>"  # where a message shows the conversation's picture
+
+
 class UnifiedProcessor(ProcessorMixin):
-    """Turns PIL images and strings into one task's batch, and knows the resolutions its family trains at."""
+    """Turns whole PIL images and texts into one task's batch, framed and worded as its family was trained.
+
+    Attributes:
+        fixed_size: `(height, width)` in pixels of every target; `None` where the picture decides.
+    """
+
+    @property
+    def fixed_size(self) -> tuple[int, int] | None:
+        return None
 
     def __call__(
         self,
         images: list[Image.Image] | None = None,
-        text: list[str] | None = None,
+        text: list[str] | list[Conversation] | None = None,
         instruction: str | list[str] | None = None,
         task: str = "reconstruct",
         size: tuple[int, int] | None = None,
+        *,
+        crop: list[float | None] | None = None,
+        dropped: list[bool] | None = None,
     ) -> dict[str, Any]:
         """Build the batch of one task (see the module docstring for its keys).
 
         Args:
-            images: RGB images, one per sample. Without them, families with `frozen_encoders` give the rest of a
-                `reconstruct` batch.
-            text: captions, one per sample (`generate`, `caption`).
-            instruction: what the model is asked for: the reconstruction template, or the question behind a caption. An
-                empty string is dropped from the sequence where the family allows that.
-            size: `(height, width)` of the target; by default what the family's own resize rule gives.
+            images: whole, upright RGB images, one per sample; the family cuts, squeezes, pads and resizes them as its
+                original does. Without them, families with `frozen_encoders` give the rest of a `reconstruct` batch.
+            text: captions, one per sample (`generate`, `caption`), with the white space they have. For `caption` also
+                conversations, messages `{"role": "user" | "assistant", "content": str}` of which one may have
+                `<image>` in its content.
+            instruction: what the model is asked for: the reconstruction template, or the question behind a caption;
+                one for all samples or one per sample. Conversations bring their own questions.
+            size: `(height, width)` of the targets; by default what `target_size` gives, and then of one size.
+            crop: where a family cuts a square out of the longer side, one place in [0, 1) per sample: of `n + 1`
+                possible offsets, number `int(place * (n + 1))`. `None` is the centre.
+            dropped: the samples whose text is dropped for classifier-free guidance, in the family's own unconditional
+                form (`reconstruct`, `generate`); none by default.
+
+        Raises:
+            ValueError: arguments that do not belong together; the message says which.
         """
         raise NotImplementedError
 
-    def target_sizes(self) -> list[tuple[int, int]]:
-        """The `(height, width)` buckets a target may be resized to; one entry for families that train on squares."""
-        raise NotImplementedError
+    def target_size(
+        self, width: int, height: int, max_image_size: int | None = None, min_image_size: int | None = None
+    ) -> tuple[int, int]:
+        """`(height, width)` in pixels of the target that an image of `width` and `height` becomes.
+
+        Args:
+            max_image_size, min_image_size: bounds of the longer and the shorter side instead of the family's own, where
+                the picture decides.
+
+        Raises:
+            ValueError: bounds for a family with targets of one size.
+        """
+        if self.fixed_size is None:
+            raise NotImplementedError
+        if max_image_size is not None or min_image_size is not None:
+            raise ValueError(
+                f"{type(self).__name__} makes targets of {self.fixed_size[1]} x {self.fixed_size[0]} pixels only; leave "
+                "max_image_size and min_image_size out."
+            )
+        return self.fixed_size
+
+    def conversation_problem(self, conversation: Conversation) -> str | None:
+        """Why the family cannot learn from a conversation about a picture, such as "no answer"; `None` if it can.
+
+        Rows with a problem are left out and counted.
+        """
+        if not any(message["role"] == "assistant" for message in conversation):
+            return "no answer"
+        return None
+
+
+def conversations_of(
+    text: list[str] | list[Conversation], instruction: str | list[str] | None, with_images: bool = True
+) -> list[Conversation]:
+    """Captions as conversations about a picture: the question, then the caption; conversations stay as they are."""
+    questions = instruction if isinstance(instruction, list) else [instruction or ""] * len(text)
+    mark = f"{IMAGE_MARK}\n" if with_images else ""
+    return [
+        [{"role": "user", "content": mark + (question or "")}, {"role": "assistant", "content": answer}]
+        if isinstance(answer, str)
+        else answer
+        for answer, question in zip(text, questions, strict=True)
+    ]
+
+
+def one_per_sample(value: Any, count: int, default: Any = None) -> list[Any]:
+    """A list with an entry for each of `count` samples, of such a list, of one value for all, or of nothing.
+
+    Raises:
+        ValueError: a list of another length.
+    """
+    values = value if isinstance(value, list) else [default if value is None else value] * count
+    if len(values) != count:
+        raise ValueError(f"Got {len(values)} entries for a batch of {count} samples; pass one per sample.")
+    return values
 
 
 Parameters = ParamSpec("Parameters")
