@@ -27,11 +27,22 @@ from reca_trainer.data import (
     load_image_dataset,
     row_sizes,
 )
-from reca_trainer.images import ImageError, aspect_buckets, nearest_bucket
+from reca_trainer.data.columns import under_root, with_images
+from reca_trainer.data.sampling import MicroBatch, last_steps, split_to
+from reca_trainer.images import ImageError
 from tests.hostile_images import encoded, noise, usable, write_corpus
 
 SQUARE = (16, 16)
-BUCKETS = [(16, 16), (16, 32), (32, 16)]
+SIZES = [(16, 16), (16, 32), (32, 16)]
+
+
+def square(width: int, height: int) -> tuple[int, int]:
+    return SQUARE
+
+
+def of_its_shape(width: int, height: int) -> tuple[int, int]:
+    """Three shapes of targets."""
+    return SIZES[(width > height) + 2 * (height > width)]
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +153,7 @@ def test_every_kind_of_source_gives_every_image_once(tmp_path, write, streaming)
     columns = find_columns(dataset)
     task = "generate" if columns.caption else "reconstruct"
     if streaming:
-        rows = [row for [row] in StreamingRows({task: dataset}, {task: columns}, [SQUARE])]
+        rows = [row for [row] in StreamingRows({task: dataset}, {task: columns}, square)]
     else:
         assert row_sizes(dataset, columns.image) == [(20, 20)] * 6
         decoded = RowDataset({task: dataset}, {task: columns})
@@ -211,7 +222,7 @@ def test_archive_members_cannot_leave_the_archive(tmp_path):
         for streaming in (False, True):
             stream = load_image_dataset(source / name, streaming=streaming)
             columns = find_columns(stream)
-            rows = StreamingRows({"reconstruct": stream}, {"reconstruct": columns}, [SQUARE], on_bad_image="skip")
+            rows = StreamingRows({"reconstruct": stream}, {"reconstruct": columns}, square, on_bad_image="skip")
             assert {grey_of(row) for [row] in rows} == {9}
     outside = [path for path in tmp_path.rglob("*.png") if (tmp_path / "cache") not in path.parents]
     assert outside == []
@@ -268,7 +279,7 @@ def test_a_task_that_needs_text_is_refused_without_a_column_of_it():
         with pytest.raises(ValueError, match=task):
             RowDataset({task: dataset}, {task: Columns("image")})
         with pytest.raises(ValueError, match=task):
-            StreamingRows({task: dataset}, {task: Columns("image")}, [SQUARE])
+            StreamingRows({task: dataset}, {task: Columns("image")}, square)
 
 
 # --- sizes ---
@@ -303,33 +314,34 @@ def test_unreadable_headers_are_named_or_counted_as_square(tmp_path):
 # --- order ---
 
 
-def buckets_of(rows: int, seed: int = 0) -> list[tuple[int, int]]:
-    return [BUCKETS[index] for index in np.random.default_rng(seed).integers(0, 3, rows)]
+def targets_of(rows: int, seed: int = 0) -> list[tuple[int, int]]:
+    return [SIZES[index] for index in np.random.default_rng(seed).integers(0, 3, rows)]
 
 
-TASKS = {"reconstruct": buckets_of(37), "caption": buckets_of(11, seed=1)}
+TASKS = {"reconstruct": targets_of(37), "caption": targets_of(11, seed=1)}
 
 
 def sampler(**options) -> TaskBatchSampler:
     options = {"weights": {"reconstruct": 2, "caption": 2}, "batch_size": 4, "instruction_dropout": 0.3, **options}
-    return TaskBatchSampler(options.pop("buckets", TASKS), SamplingPlan(**options))
+    return TaskBatchSampler(options.pop("targets", TASKS), SamplingPlan(**options))
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("drop_last", [True, False])
 @pytest.mark.parametrize("processes", [2, 4])
-def test_several_processes_draw_exactly_what_one_draws(processes, drop_last, shuffle):
+def test_with_targets_of_one_size_several_processes_draw_exactly_what_one_draws(processes, drop_last, shuffle):
+    targets = {"reconstruct": [SQUARE] * 37, "caption": [SQUARE] * 11}
     for epoch in (0, 3):
-        options = {"shuffle": shuffle, "drop_last": drop_last, "seed": 5}
-        one = sampler(**options)
+        options = {"targets": targets, "shuffle": shuffle, "drop_last": drop_last, "seed": 5}
+        alone = sampler(**options)
         parts = [
             sampler(batch_size=4 // processes, num_processes=processes, process_index=index, **options)
             for index in range(processes)
         ]
-        for each in (one, *parts):
+        for each in (alone, *parts):
             each.set_epoch(epoch)
-        assert {len(part) for part in parts} == {len(one)}
-        for whole, *shares in zip(one, *parts, strict=True):
+        assert {len(part) for part in parts} == {len(alone)}
+        for whole, *shares in zip(alone, *parts, strict=True):
             assert all(shares)
             joined = [drawn for share in shares for drawn in share]
             assert list(dict.fromkeys(joined)) == whole
@@ -338,10 +350,66 @@ def test_several_processes_draw_exactly_what_one_draws(processes, drop_last, shu
                 assert joined == whole
 
 
-def test_a_micro_batch_has_one_task_one_bucket_and_one_instruction():
-    for batch in sampler():
-        assert len({(drawn.task, drawn.size, drawn.instruction) for drawn in batch}) == 1
+def official_sizes(count: int, seed: int = 0) -> list[tuple[int, int]]:
+    """`count` different target sizes of about a megapixel, multiples of 16."""
+    sides = [(height, width) for height in range(512, 1040, 16) for width in range(512, 1040, 16)]
+    return [sides[index] for index in np.random.default_rng(seed).permutation(len(sides))[:count]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("rows", [1000, 1203])
+def test_eight_processes_and_300_sizes_take_every_row_once(rows, batch_size):
+    sizes = official_sizes(300)
+    targets = [sizes[index] for index in np.random.default_rng(1).integers(0, 300, rows)]
+    options = {"targets": {"reconstruct": targets}, "weights": {"reconstruct": 1}, "batch_size": batch_size}
+    parts = [sampler(num_processes=8, process_index=index, **options) for index in range(8)]
+    for epoch in (0, 1):
+        for each in parts:
+            each.set_epoch(epoch)
+        steps = list(zip(*parts, strict=True))
+        assert len(steps) == len(parts[0])
+        taken = Counter(drawn.row for step in steps for share in step for drawn in share)
+        repeated = -rows % 8 if batch_size == 1 else 0  # of single rows, there is not one for every process
+        assert sum(taken.values()) == rows + repeated and set(taken) == set(range(rows))
+        for step in steps:
+            for share in step:
+                assert 1 <= len(share) <= batch_size and len({drawn.size for drawn in share}) == 1
+                for drawn in share:
+                    (height, width), (asked_height, asked_width) = drawn.size, targets[drawn.row]
+                    area = asked_height * asked_width
+                    assert abs(height * width - area) <= (0.03 if batch_size > 1 else 0.0) * area
+                    assert abs(height - asked_height) <= 0.03 * asked_height
+    if batch_size > 1:  # sharing is what makes batches of many sizes worthwhile
+        assert sum(map(len, parts[0])) / len(parts[0]) > 0.75 * batch_size
+
+
+def test_evaluation_keeps_every_target_at_its_own_size():
+    targets = [(512, 1024), (512, 1008), (512, 1024)]
+    options = {"targets": {"reconstruct": targets}, "weights": {"reconstruct": 1}, "batch_size": 3}
+    assert [[drawn.row for drawn in batch] for batch in sampler(shuffle=False, **options)] == [[0, 2], [1]]
+    assert [[drawn.size for drawn in batch] for batch in sampler(**options)] == [[(512, 1024)] * 3]
+
+
+def test_the_last_steps_split_before_they_repeat():
+    rows = [MicroBatch(SQUARE, [0, 1, 2, 3]), MicroBatch(SQUARE, [4, 5]), MicroBatch(SQUARE, [6])]
+    assert [list(part.rows) for part in split_to(rows, 4)] == [[0, 1], [2, 3], [4, 5], [6]]
+    assert [[list(part.rows) for part in step] for step in last_steps(rows, 2)] == [[[0, 1], [2, 3]], [[4, 5], [6]]]
+    [step] = last_steps(rows[2:], 2)
+    assert step[0] is step[1] is rows[2]
+    plan = SamplingPlan({"reconstruct": 1}, num_processes=2, process_index=1)
+    assert plan.draws("reconstruct", step, 0, 0) == SamplingPlan({"reconstruct": 1}, num_processes=2).draws(
+        "reconstruct", step, 0, 0
+    )
+
+
+def test_a_micro_batch_has_one_task_and_one_size_and_every_sample_its_own_instruction():
+    batches = list(sampler())
+    for batch in batches:
+        assert len({(drawn.task, drawn.size) for drawn in batch}) == 1
         assert all(TASKS[drawn.task][drawn.row] == drawn.size for drawn in batch)
+    assert max(len({drawn.instruction for drawn in batch}) for batch in batches) == 4
+    crops = [drawn.crop for batch in batches for drawn in batch]
+    assert len(set(crops)) == len(crops) and 0 <= min(crops) < 0.2 and 0.8 < max(crops) < 1
 
 
 def test_an_epoch_is_every_reconstruct_row_once_in_the_weights_pattern():
@@ -354,7 +422,7 @@ def test_an_epoch_is_every_reconstruct_row_once_in_the_weights_pattern():
 
 
 def test_other_tasks_go_on_where_the_last_epoch_stopped():
-    each = sampler(buckets={"reconstruct": [SQUARE] * 8, "caption": [SQUARE] * 12}, batch_size=2)
+    each = sampler(targets={"reconstruct": [SQUARE] * 8, "caption": [SQUARE] * 12}, batch_size=2)
     drawn = []
     for epoch in range(3):
         each.set_epoch(epoch)
@@ -366,7 +434,7 @@ def test_other_tasks_go_on_where_the_last_epoch_stopped():
 
 def test_without_reconstruct_the_longest_task_makes_the_epoch():
     each = sampler(
-        buckets={"caption": [SQUARE] * 3, "generate": [SQUARE] * 10},
+        targets={"caption": [SQUARE] * 3, "generate": [SQUARE] * 10},
         weights={"caption": 1, "generate": 1},
         batch_size=2,
     )
@@ -381,8 +449,8 @@ def test_without_reconstruct_the_longest_task_makes_the_epoch():
 )
 def test_the_length_is_exact(rows, weights):
     for drop_last in (False, True):
-        buckets = {task: buckets_of(rows + 6, seed=rows) for task in weights}
-        each = sampler(buckets=buckets, weights=weights, batch_size=2, drop_last=drop_last)
+        targets = {task: targets_of(rows + 6, seed=rows) for task in weights}
+        each = sampler(targets=targets, weights=weights, batch_size=2, drop_last=drop_last)
         for epoch in range(3):
             each.set_epoch(epoch)
             batches = list(each)
@@ -425,22 +493,32 @@ def test_evaluation_draws_depend_on_the_row_alone():
     assert draws() == draws(batch_size=1) == draws(batch_size=3, instruction_dropout=1.0)
     assert len(draws()) == 37
     assert len({drawn.seed for drawn in draws().values()}) == 37
+    assert {(drawn.crop, drawn.dropped) for drawn in draws().values()} == {(None, False)}
 
 
-def test_instructions_vary_and_are_dropped_with_their_probability():
-    def instructions(**options):
-        each = sampler(buckets={"reconstruct": [SQUARE] * 600, "caption": [SQUARE] * 600}, batch_size=1, **options)
-        drawn = [batch[0] for batch in each]
-        return [[one.instruction for one in drawn if one.task == task] for task in ("reconstruct", "caption")]
+def test_instructions_vary_and_texts_are_dropped_with_their_probability():
+    targets = dict.fromkeys(("reconstruct", "caption", "generate"), [SQUARE] * 600)
 
-    reconstruct, caption = instructions(instruction_dropout=0.25)
-    assert 110 < reconstruct.count("") < 190
-    assert len(set(reconstruct)) > 150 and len(set(caption)) > 10
-    assert all(caption)
-    assert "" not in instructions(instruction_dropout=0.0)[0]
-    assert set(instructions(instruction_dropout=1.0)[0]) == {""}
-    own = {"reconstruct": ["Draw it."], "caption": ["What?"]}
-    assert instructions(instruction_dropout=0.0, instructions=own) == [["Draw it."] * 600, ["What?"] * 600]
+    def drawn(task, **options):
+        each = sampler(targets=targets, weights=dict.fromkeys(targets, 1), batch_size=5, **options)
+        return [sample for batch in each for sample in batch if sample.task == task]
+
+    def dropped(task, **options):
+        return sum(sample.dropped for sample in drawn(task, **options))
+
+    assert len({sample.instruction for sample in drawn("reconstruct")}) > 150
+    assert len({sample.instruction for sample in drawn("caption")}) > 10
+    assert all(sample.instruction for task in ("reconstruct", "caption") for sample in drawn(task))
+    options = {"instruction_dropout": 0.25, "caption_dropout": 0.1}
+    assert 110 < dropped("reconstruct", **options) < 190 and 35 < dropped("generate", **options) < 90
+    assert dropped("caption", **options) == 0
+    assert dropped("reconstruct", instruction_dropout=0.0) == 0 == dropped("generate", caption_dropout=0.0)
+    assert dropped("reconstruct", instruction_dropout=1.0) == 600 == dropped("generate", caption_dropout=1.0)
+    mixed = [{s.dropped for s in batch} for batch in sampler(targets=targets, weights={"reconstruct": 1}, **options)]
+    assert {True, False} in mixed
+    choices = {"reconstruct": ["Draw it."], "caption": ["What?"]}
+    for task, text in (("reconstruct", "Draw it."), ("caption", "What?")):
+        assert {sample.instruction for sample in drawn(task, instructions=choices)} == {text}
 
 
 @pytest.mark.parametrize(
@@ -453,6 +531,7 @@ def test_instructions_vary_and_are_dropped_with_their_probability():
         ({"batch_size": 64, "drop_last": True}, "drop_last"),
         ({"num_processes": 2, "process_index": 2}, "process 2 of 2"),
         ({"instruction_dropout": 1.5}, "probability"),
+        ({"caption_dropout": -0.5}, "caption_dropout is a probability"),
     ],
 )
 def test_impossible_samplers_are_refused(options, message):
@@ -498,7 +577,7 @@ def test_a_skipped_image_is_replaced_by_the_next_good_row(photos, row, instead):
 
 
 def test_a_dataset_of_bad_images_stops(photos):
-    with pytest.raises(ImageError, match=r"None of 3 images(.|\n)*photo1\.png(.|\n)*photo5\.png"):
+    with pytest.raises(ImageError, match=r"None of 3 rows(.|\n)*photo1\.png(.|\n)*photo5\.png"):
         rows_of(photos.select([1, 2, 5]), on_bad_image="skip")[draw(0)]
 
 
@@ -506,37 +585,34 @@ def test_the_hostile_corpus_is_used_or_reported_by_name(tmp_path):
     good, bad = write_corpus(tmp_path / "corpus")
     dataset = load_image_dataset(tmp_path / "corpus")
     assert len(dataset) == len(good | bad)
-    buckets = aspect_buckets(32, 64, 16)
     sizes = row_sizes(dataset, "image", on_bad_image="skip")
-    targets = [nearest_bucket(width, height, buckets) for width, height in sizes]
     decoded, used, reported = rows_of(dataset), set(), set()
-    for index, target in enumerate(targets):
+    for index, size in enumerate(sizes):
         try:
-            row = decoded[draw(index, size=target)]
-            assert row["image"].size == target[::-1]
+            row = decoded[draw(index)]
+            assert row["image"].size == size and row["image"].mode == "RGB"
             used.add(row["source"].rpartition("/")[2].rstrip(")"))
         except ImageError as error:
             reported.add(str(error).partition(")")[0].rpartition("/")[2])
     assert (used, reported) == (good, bad)
 
 
-def test_captions_questions_and_answers():
-    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
+def test_captions_and_conversations_keep_every_turn_and_their_white_space():
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": " A cat.\n"}]
     later = [{"from": "human", "value": "And?"}, {"from": "gpt", "value": "No."}]
-    only_image = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A dog."}]
     dataset = Dataset.from_dict(
-        {
-            "image": [grey(0)] * 4,
-            "text": ["a", "b", "c", "  "],
-            "conversations": [turns + later, only_image, [], []],
-        }
+        {"image": [grey(0)] * 3, "text": ["a", " b\n", "  "], "conversations": [turns + later, [], []]}
     )
     caption, generate = rows_of(dataset, "caption"), rows_of(dataset, "generate")
-    texts = [(row["question"], row["text"]) for row in (caption[draw(i, "caption")] for i in range(4))]
-    assert texts == [("What is it?", "A cat."), (None, "A dog."), (None, "c"), (None, None)]
-    assert [generate[draw(i, "generate")]["text"] for i in range(4)] == ["a", "b", "c", None]
-    reconstruct = rows_of(dataset)[draw(0)]
-    assert (reconstruct["question"], reconstruct["text"]) == (None, None)
+    assert caption[draw(0, "caption")]["text"] == [
+        {"role": "user", "content": "<image>\nWhat is it?"},
+        {"role": "assistant", "content": " A cat.\n"},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "No."},
+    ]
+    assert [caption[draw(i, "caption")]["text"] for i in (1, 2)] == [" b\n", None]
+    assert [generate[draw(i, "generate")]["text"] for i in range(3)] == ["a", " b\n", None]
+    assert rows_of(dataset)[draw(0)]["text"] is None
 
 
 def test_messages_with_parts_and_lists_of_captions():
@@ -548,9 +624,99 @@ def test_messages_with_parts_and_lists_of_captions():
     ]
     dataset = Dataset.from_dict({"image": [grey(0)], "messages": [messages], "captions": [["a", "b", "c"]]})
     row = rows_of(dataset, "caption")[draw(0, "caption")]
-    assert (row["question"], row["text"]) == ("What is it?", "A cat.")
+    assert [message["role"] for message in row["text"]] == ["system", "user", "assistant"]
+    assert row["text"][1]["content"] == "<image>\nWhat is it?"
     generate = rows_of(dataset, "generate")
     assert [generate[draw(0, "generate", seed)]["text"] for seed in range(4)] == ["a", "b", "c", "a"]
+
+
+@pytest.mark.parametrize(
+    "captions",
+    [json.dumps({"short": "a", "long": ["b", "c"]}), {"short": "a", "middle": "b", "long": "c"}],
+    ids=["json", "object"],
+)
+def test_captions_in_objects_are_drawn_by_the_seed(captions):
+    dataset = Dataset.from_dict({"image": [grey(0)], "captions": [captions]})
+    generate = RowDataset({"generate": dataset}, {"generate": Columns("image", "captions")})
+    assert [generate[draw(0, "generate", seed)]["text"] for seed in range(4)] == ["a", "b", "c", "a"]
+
+
+def test_a_caption_may_begin_with_a_brace():
+    dataset = Dataset.from_dict({"image": [grey(0)], "text": ["{curly} hair"]})
+    assert rows_of(dataset, "generate")[draw(0, "generate")]["text"] == "{curly} hair"
+
+
+def test_turns_of_unknown_roles_are_errors_with_the_row():
+    dataset = Dataset.from_dict({"image": [grey(0)], "messages": [[{"role": "tool", "content": "x"}]]})
+    with pytest.raises(ValueError, match=r"row 0.*role 'tool'"):
+        rows_of(dataset, "caption")[draw(0, "caption")]
+
+
+def conversations(answers: list[str], images: list) -> Dataset:
+    turns = [[{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": answer}] for answer in answers]
+    return Dataset.from_dict({"image": images, "conversations": turns})
+
+
+def test_conversations_a_family_cannot_learn_from_are_replaced_and_listed():
+    dataset = conversations(["a", "void", "c"], [grey(0), grey(1), grey(2)])
+    rows = rows_of(
+        dataset, "caption", conversation_problem=lambda turns: (turns[1]["content"] == "void" and "void") or None
+    )
+    row = rows[draw(1, "caption")]
+    assert row["text"][1]["content"] == "c" and grey_of(row) == 2
+    assert row["skipped"] == ["row 1: the conversation is left out: void."]
+
+
+def test_conversations_without_an_image_are_left_out_and_counted(caplog):
+    images = [encoded(grey(0)), None, encoded(grey(2)), None]
+    dataset = conversations(list("abcd"), [image and {"bytes": image, "path": None} for image in images])
+    columns = find_columns(dataset)
+    with caplog.at_level(logging.WARNING):
+        kept = with_images(dataset, columns)
+    assert len(kept) == 2 and "Left out 2 of 4 conversations" in caplog.text
+    caption = RowDataset({"caption": kept}, {"caption": columns})
+    assert [caption[draw(i, "caption")]["text"][1]["content"] for i in range(2)] == ["a", "c"]
+    with pytest.raises(ValueError, match="None of 1 conversations has an image"):
+        with_images(dataset.select([1]), columns)
+    stream = dataset.to_iterable_dataset()
+    rows = [row for [row] in StreamingRows({"caption": stream}, {"caption": columns}, square)]
+    assert sorted(row["text"][1]["content"] for row in rows) == ["a", "c"]
+    assert sum("no image" in problem for row in rows for problem in row["skipped"]) >= 1
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "streaming"])
+def test_llava_as_published_loads_under_its_image_root(tmp_path, streaming):
+    """Ids of two types, rows without an image, and paths relative to a folder of images."""
+    (tmp_path / "images" / "coco").mkdir(parents=True)
+    rows = []
+    for index in range(3):
+        grey(index).save(tmp_path / "images" / "coco" / f"{index}.png")
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": f"answer {index}"}]
+        rows.append({"id": f"a{index}", "image": f"coco/{index}.png", "conversations": turns})
+    rows.insert(1, {"id": 7, "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]})
+    (tmp_path / "llava.json").write_text(json.dumps(rows))
+    dataset = load_image_dataset(tmp_path / "llava.json", streaming=streaming)
+    columns = find_columns(dataset)
+    dataset = with_images(under_root(dataset, columns, tmp_path / "images"), columns)
+    if streaming:
+        decoded = [row for [row] in StreamingRows({"caption": dataset}, {"caption": columns}, square)]
+    else:
+        assert dataset["id"] == ["a0", "a1", "a2"]
+        caption = RowDataset({"caption": dataset}, {"caption": columns})
+        decoded = [caption[draw(index, "caption")] for index in range(len(dataset))]
+    assert sorted((grey_of(row), row["text"][1]["content"]) for row in decoded) == [
+        (index, f"answer {index}") for index in range(3)
+    ]
+
+
+def test_an_image_path_cannot_leave_the_root(tmp_path):
+    (tmp_path / "images").mkdir()
+    grey(0).save(tmp_path / "secret.png")
+    dataset = Dataset.from_dict({"image": ["../secret.png"]})
+    with pytest.raises(ValueError, match="leads out of image_root"):
+        under_root(dataset, Columns("image"), tmp_path / "images")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        under_root(dataset, Columns("image"), tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -559,7 +725,7 @@ def test_a_dataloader_resumes_exactly_by_skipping(workers):
     rows = rows_of(dataset)
 
     def loader():
-        each = sampler(buckets={"reconstruct": TASKS["reconstruct"]}, weights={"reconstruct": 1}, seed=3)
+        each = sampler(targets={"reconstruct": TASKS["reconstruct"]}, weights={"reconstruct": 1}, seed=3)
         each.set_epoch(2)
         return DataLoader(rows, batch_sampler=each, num_workers=workers, collate_fn=contents)
 
@@ -594,9 +760,10 @@ def stream_of(values, bad=(), cut=()) -> IterableDataset:
 
 def streaming_rows(stream, tasks=("reconstruct",), **options) -> StreamingRows:
     reading = {name: options.pop(name) for name in ("endless", "buffer_size", "on_bad_image") if name in options}
+    target_size = options.pop("target_size", of_its_shape)
     plan = SamplingPlan(**{"weights": dict.fromkeys(tasks, 1), **options})
     columns = dict.fromkeys(tasks, Columns("image", "text"))
-    return StreamingRows(dict.fromkeys(tasks, stream), columns, BUCKETS, plan, **reading)
+    return StreamingRows(dict.fromkeys(tasks, stream), columns, target_size, plan, **reading)
 
 
 def test_streams_are_split_over_processes_and_workers_without_loss_or_repetition():
@@ -608,12 +775,51 @@ def test_streams_are_split_over_processes_and_workers_without_loss_or_repetition
     whole = batches(batch_size=4)
     seen = Counter(value for batch in whole for drawn, value in batch if drawn.task == "reconstruct")
     assert seen == dict.fromkeys(range(37), 1)
-    assert {len({(drawn.task, drawn.size, drawn.instruction) for drawn, _ in batch}) for batch in whole} == {1}
+    assert {len({(drawn.task, drawn.size) for drawn, _ in batch}) for batch in whole} == {1}
+    for workers in (0, 2):
+        halves = [batches(workers, batch_size=2, num_processes=2, process_index=index) for index in (0, 1)]
+        drawn = [(drawn, value) for half in halves for batch in half for drawn, value in batch]
+        seen = Counter(value for drawn, value in drawn if drawn.task == "reconstruct")
+        assert seen == dict.fromkeys(range(37), 1)
+        assert len(halves[0]) == len(halves[1]) and all(map(len, halves[0] + halves[1]))
+    assert len({drawn.seed for batch in whole for drawn, _ in batch}) == sum(map(len, whole))
+
+
+def test_a_stream_of_one_size_gives_several_processes_exactly_what_it_gives_one():
+    def batches(workers=0, **options):
+        rows = streaming_rows(stream_of(range(37)), seed=3, buffer_size=8, target_size=square, **options)
+        return list(DataLoader(rows, batch_size=None, collate_fn=contents, num_workers=workers))
+
+    whole = batches(batch_size=4)
     for workers in (0, 2):
         halves = [batches(workers, batch_size=2, num_processes=2, process_index=index) for index in (0, 1)]
         joined = [list(dict.fromkeys(left + right)) for left, right in zip(*halves, strict=True)]
         assert joined == whole
-    assert len({drawn.seed for batch in whole for drawn, _ in batch}) == sum(map(len, whole))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_eight_processes_take_every_row_of_a_stream_of_300_sizes_once(batch_size):
+    sizes = official_sizes(300)
+
+    def target_size(width, height):
+        return sizes[width - 1]  # widths stand for shapes
+
+    def examples():
+        for width in np.random.default_rng(1).integers(0, 300, 800):
+            yield {"image": {"bytes": encoded(grey(0, (int(width) + 1, 8))), "path": None}}
+
+    stream = IterableDataset.from_generator(examples, features=datasets.Features({"image": datasets.Image()}))
+    taken, steps = Counter(), []
+    for index in range(8):
+        plan = SamplingPlan({"reconstruct": 1}, batch_size, num_processes=8, process_index=index)
+        rows = StreamingRows({"reconstruct": stream}, {"reconstruct": Columns("image")}, target_size, plan)
+        shares = [[row["draw"] for row in batch] for batch in rows]
+        steps.append(len(shares))
+        for share in shares:
+            assert len({drawn.size for drawn in share}) == 1
+            taken.update(drawn.row for drawn in share)
+    assert len(set(steps)) == 1
+    assert taken == dict.fromkeys(range(800), 1)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

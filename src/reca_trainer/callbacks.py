@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers.utils import logging
 from reca_trainer import adapters
 from reca_trainer.config import PREVIEW_PROMPTS
 from reca_trainer.data import RowDataset, SamplingPlan, TaskBatchSampler
+from reca_trainer.data.task_datasets import target_rule
 
 logger = logging.get_logger(__name__)
 
@@ -152,25 +154,33 @@ class PreviewCallback(TrainerCallback):
         model, processor = trainer.model, trainer.processing_class
         options = dict(trainer.args.preview_generation_kwargs or {})
         inputs = [row["image"] for row in self.rows]
+        sizes = [row["draw"].size for row in self.rows]
 
-        def generators(count: int) -> list[torch.Generator]:
-            return [torch.Generator().manual_seed(index) for index in range(count)]
+        def generators(indices: Sequence[int]) -> list[torch.Generator]:
+            return [torch.Generator().manual_seed(index) for index in indices]
 
-        reconstructions = model.generate_images(
-            processor,
-            text=[row["draw"].instruction for row in self.rows],
-            images=inputs,
-            task="reconstruct",
-            generator=generators(len(inputs)),
-            **options,
-        )
-        size = {"height": self.rows[0]["draw"].size[0], "width": self.rows[0]["draw"].size[1]}
+        reconstructions: dict[int, Image.Image] = {}
+        for height, width in dict.fromkeys(sizes):
+            members = [index for index, size in enumerate(sizes) if size == (height, width)]
+            images = model.generate_images(
+                processor,
+                text=[self.rows[index]["draw"].instruction for index in members],
+                images=[inputs[index] for index in members],
+                task="reconstruct",
+                generator=generators(members),
+                **{"height": height, "width": width, **options},
+            )
+            reconstructions.update(zip(members, images, strict=True))
+        square = processor.fixed_size or target_rule(processor, trainer.args)(4096, 4096)
         drawn = model.generate_images(
-            processor, text=list(self.prompts), generator=generators(len(self.prompts)), **{**size, **options}
+            processor,
+            text=list(self.prompts),
+            generator=generators(range(len(self.prompts))),
+            **{"height": square[0], "width": square[1], **options},
         )
         if not trainer.is_world_process_zero():
             return None
-        columns = [("input | reconstruction", pair) for pair in zip(inputs, reconstructions, strict=True)]
+        columns = [("input | reconstruction", (image, reconstructions[index])) for index, image in enumerate(inputs)]
         columns += [(prompt, (None, image)) for prompt, image in zip(self.prompts, drawn, strict=True)]
         picture = contact_sheet(columns)
         path = Path(trainer.args.output_dir) / "previews" / f"step-{trainer.state.global_step:06d}.png"
@@ -326,17 +336,16 @@ class UnderstandingAccuracy(TrainerCallback):
 
 
 def fixed_rows(trainer: Any, task: str, count: int) -> list[dict]:
-    """The first rows of the evaluation (or training) images, decoded, all of one target size."""
-    images = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.images
+    """The first rows of the evaluation (or training) images, decoded."""
+    images, args = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.images, trainer.args
     if images.is_streaming:
-        batches = trainer._dataloader(images, count, training=False).dataset
-        return next((batch[:count] for batch in batches if batch[0]["task"] == task), [])
-    sizes = trainer.processing_class.target_sizes()
-    buckets = {task: images.buckets(task, sizes, trainer.args.on_bad_image)}
-    plan = SamplingPlan({task: 1}, batch_size=min(count, len(images)), shuffle=False)
-    sampler = TaskBatchSampler(buckets, plan)
-    rows = RowDataset({task: images.datasets[task]}, {task: images.columns[task]}, trainer.args.on_bad_image)
-    return [rows[draw] for draw in next(iter(sampler))]
+        batches = trainer._dataloader(images, 1, training=False).dataset
+        rows = (row for batch in batches for row in batch if row["task"] == task)
+        return list(islice(rows, count))
+    targets = images.targets(task, trainer.processing_class, args)
+    sampler = TaskBatchSampler({task: targets}, SamplingPlan({task: 1}, shuffle=False))
+    rows = RowDataset({task: images.datasets[task]}, {task: images.columns[task]}, args.on_bad_image)
+    return [rows[draw] for [draw] in islice(sampler, count)]
 
 
 def contact_sheet(columns: Sequence[tuple[str, Sequence[Image.Image | None]]], cell: int = 192) -> Image.Image:

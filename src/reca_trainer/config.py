@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
@@ -48,7 +49,32 @@ class RecAConfig(TrainingArguments):
     )
     instruction_dropout: float = field(
         default=0.1,
-        metadata={"help": "Probability that a reconstruction micro-batch goes without its instruction. BAGEL: 0.1."},
+        metadata={
+            "help": "Probability that an image is reconstructed without its instruction, in the family's unconditional "
+            "form. Official runs: BAGEL and Harmon 0.1, OpenUni and Show-o 0."
+        },
+    )
+    caption_dropout: float = field(
+        default=0.1,
+        metadata={
+            "help": "Probability that an image of the text-to-image term goes without its caption, in the family's "
+            "unconditional form. Official runs: 0.1."
+        },
+    )
+    instructions_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text file of reconstruction instructions, one a line, instead of the built-in ones; every image draws "
+            "its own."
+        },
+    )
+    token_weighting: str = field(
+        default="target",
+        metadata={
+            "help": "How the micro-batches of a step are weighted: 'target' by the number of their supervised targets, "
+            "which gives the loss of one large batch; 'micro_batch' all alike, as the official loops of Harmon, OpenUni "
+            "and Show-o do."
+        },
     )
 
     timesteps_per_image: int = field(
@@ -88,6 +114,21 @@ class RecAConfig(TrainingArguments):
     )
     caption_column: str | None = field(default=None, metadata={"help": "Name of the caption column."})
     conversation_column: str | None = field(default=None, metadata={"help": "Name of the conversation column."})
+    image_root: str | None = field(
+        default=None,
+        metadata={"help": "Folder that relative image paths in a table start from, such as LLaVA's."},
+    )
+    max_image_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest side of a target in pixels, for families whose targets keep the picture's shape (BAGEL: 1024). "
+            "A smaller one makes steps cheaper."
+        },
+    )
+    min_image_size: int | None = field(
+        default=None,
+        metadata={"help": "Shortest side of a target in pixels where max_image_size allows it (BAGEL: 512)."},
+    )
     on_bad_image: str = field(
         default="raise",
         metadata={
@@ -184,8 +225,13 @@ class RecAConfig(TrainingArguments):
             raise ValueError(f"Loss weights are non-negative and not all zero; got {weights}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is at least 0 and below 1, not {self.ema_decay}.")
-        if not 0 <= self.instruction_dropout <= 1:
-            raise ValueError(f"instruction_dropout is a probability, not {self.instruction_dropout}.")
+        for name in ("instruction_dropout", "caption_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a probability, not {getattr(self, name)}.")
+        if self.token_weighting not in ("target", "micro_batch"):
+            raise ValueError(f"token_weighting is 'target' or 'micro_batch', not {self.token_weighting!r}.")
+        if self.instructions_file is not None:
+            self.read_instructions()
         if self.on_bad_image not in ("raise", "skip"):
             raise ValueError(f"on_bad_image is 'raise' or 'skip', not {self.on_bad_image!r}.")
         if self.timesteps_per_image < 1:
@@ -196,6 +242,21 @@ class RecAConfig(TrainingArguments):
     def __getstate__(self) -> dict[str, Any]:
         """Without the token: `Trainer` pickles its arguments into every checkpoint."""
         return {**self.__dict__, "hub_token": None}
+
+    def read_instructions(self) -> list[str] | None:
+        """The lines of `instructions_file` that are not blank; `None` without such a file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it has no instruction.
+        """
+        if self.instructions_file is None:
+            return None
+        lines = Path(self.instructions_file).read_text(encoding="utf-8").splitlines()
+        instructions = [line.strip() for line in lines if line.strip()]
+        if not instructions:
+            raise ValueError(f"instructions_file={self.instructions_file} has no instruction: write one a line.")
+        return instructions
 
     def task_pattern(self, weights: dict[str, float]) -> dict[str, int]:
         """Micro-batches per turn of every task with a positive weight in `weights`."""

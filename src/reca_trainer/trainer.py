@@ -35,7 +35,7 @@ from reca_trainer.data.collator import UnifiedCollator
 from reca_trainer.data.rows import RowDataset
 from reca_trainer.data.sampling import SamplingPlan, TaskBatchSampler
 from reca_trainer.data.streaming import StreamingRows
-from reca_trainer.data.task_datasets import Images, TaskDatasets
+from reca_trainer.data.task_datasets import Images, TaskDatasets, target_rule
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
 from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
 from reca_trainer.saving.hub_uploads import HubUploads
@@ -103,9 +103,9 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
             if processing_class is None:
                 processing_class = AutoUnifiedProcessor.from_pretrained(model)
             # What is wrong with the images need not wait for the model.
-            self.images.check_batches(processing_class.target_sizes(), args)
+            self.images.check_batches(processing_class, args)
             if eval_images is not None:
-                eval_images.check_sizes(processing_class.target_sizes(), args.on_bad_image)
+                eval_images.check_sizes(processing_class, args)
             init = dict(args.model_init_kwargs or {})
             init.setdefault("dtype", adapters.default_dtype(args.bf16, peft_config is not None))
             model = AutoUnifiedModel.from_pretrained(
@@ -209,7 +209,8 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
         understanding embeddings of the same image (paper, equation 2); it is computed in the model's `forward`.
 
         A micro-batch counts by its share of all the step's supervised targets of its task, over micro-batches and
-        processes, so that accumulated and distributed batches give the loss of one large batch.
+        processes, so that accumulated and distributed batches give the loss of one large batch; with
+        `token_weighting="micro_batch"` all of a step count alike.
         """
         task, notes = inputs["task"], {name: inputs[name] for name in NOTES if name in inputs}
         output = model(**{name: value for name, value in inputs.items() if name not in NOTES})
@@ -271,9 +272,11 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
         self._sources = [source for batch in batches for source in batch["sources"]]
         for batch in batches:
             task = batch["task"]
-            of_its_task = batch["supervised"] / counts[TASKS[task].index]
-            # Gradients are averaged over processes, hence the factor.
-            batch["share"] = of_its_task * tasks.count(task) / len(tasks) * self.accelerator.num_processes
+            of_its_task = batch["supervised"] / counts[TASKS[task].index] * self.accelerator.num_processes
+            if self.args.token_weighting == "micro_batch":
+                of_its_task = 1 / tasks.count(task)
+            # Gradients are averaged over processes.
+            batch["share"] = of_its_task * tasks.count(task) / len(tasks)
         return batches, None
 
     def _draw_corruption(self, batch: dict[str, Any]) -> None:
@@ -318,6 +321,7 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
         tasks = {task: count for task, count in self.task_pattern.items() if training or images.serves(task)}
         if not training:
             tasks = dict.fromkeys(tasks, 1)
+        instructions = args.read_instructions()
         plan = SamplingPlan(
             tasks,
             batch_size=batch_size,
@@ -326,7 +330,10 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
             seed=args.seed if args.data_seed is None else args.data_seed,
             shuffle=training,
             drop_last=training and args.dataloader_drop_last,
-            instruction_dropout=args.instruction_dropout if training else 0.0,
+            instructions=None if instructions is None else {"reconstruct": instructions},
+            instruction_dropout=args.instruction_dropout,
+            caption_dropout=args.caption_dropout,
+            size_tolerance=0.0 if args.cache_latents else SamplingPlan.size_tolerance,  # kept at their own sizes
         )
         loading = {
             "collate_fn": self.data_collator,
@@ -338,17 +345,18 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
         }
         datasets = {task: images.datasets[task] for task in tasks}
         columns = {task: images.columns[task] for task in tasks}
-        sizes = self.processing_class.target_sizes()
+        processor = self.processing_class
+        reading = {"on_bad_image": args.on_bad_image, "conversation_problem": processor.conversation_problem}
         if images.is_streaming:
-            rows = StreamingRows(datasets, columns, sizes, plan, on_bad_image=args.on_bad_image, endless=training)
+            rows = StreamingRows(datasets, columns, target_rule(processor, args), plan, endless=training, **reading)
             return EpochDataLoader(rows, batch_size=None, **loading)
-        rows = RowDataset(datasets, columns, on_bad_image=args.on_bad_image)
-        buckets = {task: images.buckets(task, sizes, args.on_bad_image) for task in tasks}
+        rows = RowDataset(datasets, columns, **reading)
+        targets = {task: images.targets(task, processor, args) for task in tasks}
         if training and args.cache_latents and "reconstruct" in tasks:
             if self._encoded is None:
-                self._encoded = self._encode_images(rows, buckets["reconstruct"])
+                self._encoded = self._encode_images(rows, targets["reconstruct"])
             rows = latent_cache.EncodedRows(rows, self._encoded)
-        return EpochDataLoader(rows, batch_sampler=TaskBatchSampler(buckets, plan), **loading)
+        return EpochDataLoader(rows, batch_sampler=TaskBatchSampler(targets, plan), **loading)
 
     def _encode_images(self, rows: RowDataset, sizes: list[tuple[int, int]]) -> Dataset:
         """The main process writes the file, all read it."""

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from reca_trainer import UnifiedModel, UnifiedOutput, UnifiedProcessor
-from reca_trainer.models.contract import evaluating, per_sample
+from reca_trainer.models.contract import evaluating, one_per_sample, per_sample
 
 
 class Config(PreTrainedConfig):
@@ -90,7 +90,13 @@ class Processor(UnifiedProcessor):
         self.image_size = image_size
         super().__init__(tokenizer, **kwargs)
 
-    def __call__(self, images=None, text=None, instruction=None, task="reconstruct", size=None):
+    @property
+    def fixed_size(self):
+        return (self.image_size, self.image_size)
+
+    def __call__(
+        self, images=None, text=None, instruction=None, task="reconstruct", size=None, *, crop=None, dropped=None
+    ):
         batch = {"task": task}
         if images is not None:
             arrays = [np.asarray(image.resize((self.image_size, self.image_size))) for image in images]
@@ -98,11 +104,8 @@ class Processor(UnifiedProcessor):
             batch["pixel_values"] = pixels
             if task == "reconstruct":
                 batch["condition_pixel_values"] = pixels
-        words = text if task == "generate" else instruction
-        words = [words] * len(images) if isinstance(words, str) else words
+        words = text if task == "generate" else one_per_sample(instruction, len(images))
+        words = ["" if drop else word for word, drop in zip(words, one_per_sample(dropped, len(words)), strict=True)]
         rows = [self.tokenizer(word or "a", add_special_tokens=False)["input_ids"][:1] for word in words]
         batch["input_ids"] = torch.tensor(rows)  # [B, 1]: the first token is all it reads
         return batch
-
-    def target_sizes(self):
-        return [(self.image_size, self.image_size)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from reca_trainer.models.contract import UnifiedProcessor
 
@@ -12,9 +12,8 @@ from reca_trainer.models.contract import UnifiedProcessor
 class UnifiedCollator:
     """Calls a family's processor on the rows of one micro-batch.
 
-    `processor` gets `images`, `text` (captions of `caption` and `generate`), `task`, `size` (the rows' bucket) and
-    `instruction`: one string for the whole micro-batch, except for `caption` rows of which some bring their own
-    question. Then it is a list, one question per row, so a processor accepts `str | list[str]` for that task.
+    `processor` gets whole pictures and, for every row, what its `Draw` says: instruction, crop and whether its text is
+    dropped (see `UnifiedProcessor.__call__`).
 
     Args:
         processor (`UnifiedProcessor`): turns images and strings into one task's batch.
@@ -31,7 +30,7 @@ class UnifiedCollator:
             sample is called in messages) and `skipped` (what was wrong with the images these rows stand in for).
 
         Raises:
-            ValueError: rows of different tasks or buckets, or a row without the caption its task learns from.
+            ValueError: rows of different tasks or sizes, or a row without the caption its task learns from.
         """
         if not rows:
             raise ValueError("A batch needs at least one row.")
@@ -47,19 +46,19 @@ class UnifiedCollator:
                     f"{row['source']}: no caption, but the task {draw.task!r} learns from it. Fill in or drop "
                     "such rows, name another column, or give this task the weight 0."
                 )
-        instruction: str | list[str] = draw.instruction
-        if draw.task == "caption" and any(row["question"] for row in rows):
-            instruction = [row["question"] or draw.instruction for row in rows]
         encoded = [row["tensors"] for row in rows if "tensors" in row]  # of all rows or of none
+        draws = [row["draw"] for row in rows]
         batch = self.processor(
             images=None if encoded else [row["image"] for row in rows],
             text=None if draw.task == "reconstruct" else [row["text"] for row in rows],
-            instruction=instruction,
+            instruction=[draw.instruction for draw in draws],
             task=draw.task,
             size=draw.size,
+            crop=[draw.crop for draw in draws],
+            dropped=[draw.dropped for draw in draws],
         )
         for name in encoded[0] if encoded else ():
-            batch[name] = torch.stack([tensors[name] for tensors in encoded])
+            batch[name] = pad_sequence([tensors[name] for tensors in encoded], batch_first=True)
         return {
             **batch,
             "seeds": [row["draw"].seed for row in rows],

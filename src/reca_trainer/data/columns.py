@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Dataset, Image, IterableDataset, List, Value
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Features, Image, IterableDataset, List, Value, concatenate_datasets
+from transformers.utils import logging
 
 from reca_trainer.tasks import TASKS
+
+logger = logging.get_logger(__name__)
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture")
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "txt", "description")
@@ -95,6 +102,65 @@ def check_columns(columns: Mapping[str, Columns]) -> None:
             raise ValueError(
                 f"The task {task!r} learns from {wanted}, but its dataset has no column of them; name it."
             )
+
+
+def under_root(
+    dataset: Dataset | IterableDataset, columns: Columns, image_root: str | os.PathLike | None
+) -> Dataset | IterableDataset:
+    """Relative image paths taken from the folder `image_root`, as LLaVA's conversations need it.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: a path leads out of it.
+    """
+    if image_root is None:
+        return dataset
+    root = Path(image_root).expanduser().resolve()
+    if not root.is_dir():
+        raise FileNotFoundError(f"image_root={image_root} is no folder.")
+
+    def joined(image: Any) -> dict[str, Any]:
+        image = image if isinstance(image, Mapping) else {"bytes": None, "path": image}
+        path = image.get("path")
+        if path and image.get("bytes") is None and "://" not in path and not os.path.isabs(path):
+            path = os.path.normpath(root / path)
+            if not Path(path).is_relative_to(root):
+                raise ValueError(f"The image path {image['path']!r} leads out of image_root={image_root}.")
+        return {columns.image: {"bytes": image.get("bytes"), "path": path}}
+
+    if isinstance(dataset, IterableDataset):
+        if dataset.features is not None:
+            dataset = dataset.cast_column(columns.image, Image(decode=False))
+        return dataset.map(joined, input_columns=[columns.image])
+    images = undecoded(dataset, [columns.image], columns.image).map(
+        joined,
+        input_columns=[columns.image],
+        features=Features({columns.image: Image(decode=False)}),
+        desc="Joining image paths",
+    )
+    return concatenate_datasets([dataset.remove_columns(columns.image), images], axis=1)
+
+
+def with_images(dataset: Dataset | IterableDataset, columns: Columns) -> Dataset | IterableDataset:
+    """Without the text-only conversations, whose number is logged; a stream leaves them out as it goes.
+
+    Raises:
+        ValueError: no conversation has an image.
+    """
+    if columns.conversation is None or isinstance(dataset, IterableDataset):
+        return dataset
+    has_image: list[bool] = []
+    for table in undecoded(dataset, [columns.image], columns.image).with_format("arrow").iter(batch_size=1000):
+        cells = pa.chunked_array(table.column(columns.image)).combine_chunks()
+        empty = pc.and_(pc.struct_field(cells, "bytes").is_null(), pc.struct_field(cells, "path").is_null())
+        has_image += pc.invert(empty).to_pylist()
+    if all(has_image):
+        return dataset
+    rows = [row for row, present in enumerate(has_image) if present]
+    if not rows:
+        raise ValueError(f"None of {len(dataset)} conversations has an image in the column {columns.image!r}.")
+    logger.warning(f"Left out {len(has_image) - len(rows)} of {len(has_image)} conversations: they have no image.")
+    return dataset.select(rows)
 
 
 def undecoded(dataset: Dataset | IterableDataset, columns: Sequence[str], image_column: str):

@@ -1,7 +1,8 @@
 """What frozen encoders make of a dataset's images, computed once and kept on disk.
 
 Only what every step would compute alike is kept: the posterior of an autoencoder but not a sample of it, embeddings but
-not what trained layers make of them. A step behind the cache so has the loss it has without, its random draws included.
+not what trained layers make of them. A step behind the cache so has the loss it has without, its random draws included;
+but a picture of which a family takes a random square always gives the square in its centre.
 
 The file's name is a digest of everything its contents depend on (see `cache_file`); another one is written, beside it,
 where any of that changes.
@@ -51,7 +52,7 @@ class EncodedRows(torch.utils.data.Dataset):
             return self.rows[draw]
         record = self.encoded[draw.row]
         record["tensors"] = load(record["tensors"])
-        return {"task": draw.task, "draw": draw, "text": None, "question": None, **record}
+        return {"task": draw.task, "draw": draw, "text": None, **record}
 
 
 def check_encoders(model: UnifiedModel) -> None:

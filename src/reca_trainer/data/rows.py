@@ -1,9 +1,10 @@
-"""From a row to an upright RGB image and its text."""
+"""From a row to a whole, upright RGB image and its text."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+import contextlib
+import json
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import fsspec
@@ -12,10 +13,16 @@ from datasets import Dataset, Features, List, Value
 
 from reca_trainer.data.columns import Columns, check_columns, needed_columns, undecoded
 from reca_trainer.data.sampling import Draw
-from reca_trainer.images import ImageError, decode_image, fit_to_size, image_size, list_problems
+from reca_trainer.images import ImageError, decode_image, image_size, list_problems
+from reca_trainer.models.contract import IMAGE_MARK, Conversation
 
 # So many unreadable images one after the other mean that something else is wrong than a few bad files.
 MAX_BAD_IN_A_ROW = 1000
+
+
+ROLES = {"human": "user", "gpt": "assistant"}  # LLaVA's words, and transformers'
+
+ConversationProblem = Callable[[Conversation], str | None]
 
 
 class RowDataset(torch.utils.data.Dataset):
@@ -26,13 +33,22 @@ class RowDataset(torch.utils.data.Dataset):
         columns: each task's `Columns`.
         on_bad_image: `"raise"` an `ImageError` that names row and file, or `"skip"`: put the next good row in its
             place and list what was wrong in `skipped`.
+        conversation_problem: why a family cannot learn from a conversation (`UnifiedProcessor.conversation_problem`);
+            the next good row takes its place, listed in `skipped`.
     """
 
-    def __init__(self, datasets: Mapping[str, Dataset], columns: Mapping[str, Columns], on_bad_image: str = "raise"):
+    def __init__(
+        self,
+        datasets: Mapping[str, Dataset],
+        columns: Mapping[str, Columns],
+        on_bad_image: str = "raise",
+        conversation_problem: ConversationProblem | None = None,
+    ):
         check_on_bad_image(on_bad_image)
         check_columns(columns)
         self.columns = dict(columns)
         self.on_bad_image = on_bad_image
+        self.conversation_problem = conversation_problem
         self.datasets = {
             task: undecoded(dataset, needed_columns(dataset, columns[task]), columns[task].image)
             for task, dataset in datasets.items()
@@ -45,17 +61,18 @@ class RowDataset(torch.utils.data.Dataset):
         """One row, ready for the collator.
 
         Returns:
-            `task`, `image` (RGB, cut to `draw.size`), `text` (caption or answer, or `None`), `question` (or `None`),
-            `draw`, `source` (row and file), `skipped` (what was wrong with the rows this one stands in for).
+            `task`, `image` (RGB, whole and upright), `text` (caption, conversation or `None`), `draw`, `source` (row
+            and file), `skipped` (what was wrong with the rows this one stands in for).
 
         Raises:
             ImageError: the image cannot be used; with `"skip"`, neither can any of the rows after it, up to all
                 rows or `MAX_BAD_IN_A_ROW`.
+            ValueError: what should be a caption or a conversation is something else.
         """
         dataset = self.datasets[draw.task]
         rows = ((draw.row + step) % len(dataset) for step in range(min(len(dataset), MAX_BAD_IN_A_ROW)))
         candidates = ((row, dataset[row]) for row in rows)
-        return first_good_row(draw, candidates, self.columns[draw.task], self.on_bad_image)
+        return first_good_row(draw, candidates, self.columns[draw.task], self.on_bad_image, self.conversation_problem)
 
 
 def row_sizes(
@@ -103,41 +120,70 @@ def _read_header(image: Any, row: int) -> dict[str, Any]:
         return {"size": (1, 1), "problem": str(error)}
 
 
-def first_good_row(draw: Draw, candidates, columns: Columns, on_bad_image: str) -> dict[str, Any]:
+def first_good_row(
+    draw: Draw,
+    candidates,
+    columns: Columns,
+    on_bad_image: str,
+    conversation_problem: ConversationProblem | None = None,
+) -> dict[str, Any]:
     skipped = []
     for row, record in candidates:
         source = source_name(row, record[columns.image], record.get("__url__"))
+        text = _text(draw, record, columns, source)
+        if isinstance(text, list):
+            problem = "no image" if has_no_image(record[columns.image]) else None
+            if problem is None and conversation_problem is not None:
+                problem = conversation_problem(text)
+            if problem is not None:
+                skipped.append(f"{source}: the conversation is left out: {problem}.")
+                continue
         try:
-            image = fit_to_size(decode_image(read_source(record[columns.image], source), source), draw.size)
+            image = decode_image(read_source(record[columns.image], source), source)
         except ImageError as error:
             if on_bad_image == "raise":
                 raise
             skipped.append(str(error))
             continue
-        question, text = _question_and_text(draw, record, columns, source)
         return {
             "task": draw.task,
             "image": image,
             "text": text,
-            "question": question,
             "draw": draw,
             "source": source,
             "skipped": skipped,
         }
-    raise ImageError(list_problems(skipped, f"None of {len(skipped)} images in a row can be used"))
+    raise ImageError(list_problems(skipped, f"None of {len(skipped)} rows, one after the other, can be used"))
 
 
-def _question_and_text(draw: Draw, record: dict, columns: Columns, source: str) -> tuple[str | None, str | None]:
+def has_no_image(image: Any) -> bool:
+    """Whether an undecoded image cell is empty."""
+    if isinstance(image, Mapping):
+        return image.get("bytes") is None and not image.get("path")
+    return image is None or image == ""
+
+
+def _text(draw: Draw, record: dict, columns: Columns, source: str) -> str | Conversation | None:
     if draw.task == "reconstruct":
-        return None, None
+        return None
     if draw.task == "caption" and columns.conversation and record[columns.conversation]:
-        return _first_exchange(record[columns.conversation], source)
-    caption = record[columns.caption] if columns.caption else None
-    if isinstance(caption, list) and caption:
-        caption = caption[draw.seed % len(caption)]
+        return messages(record[columns.conversation], source)
+    captions = _captions(record[columns.caption]) if columns.caption else []
+    caption = captions[draw.seed % len(captions)] if captions else None
     if caption is not None and not isinstance(caption, str):
         raise ValueError(f"{source}: the caption in column {columns.caption!r} is {type(caption).__name__}, not text.")
-    return None, (caption or "").strip() or None
+    return caption if caption and caption.strip() else None
+
+
+def _captions(value: Any) -> list[Any]:
+    """All captions in a cell: a text, a list of them, or an object of either, as such or as JSON."""
+    if isinstance(value, str) and value.lstrip()[:1] == "{":
+        with contextlib.suppress(ValueError):  # of a caption that begins with a brace
+            value = json.loads(value)
+    if isinstance(value, dict):
+        value = [caption for part in value.values() for caption in (part if isinstance(part, list) else [part])]
+    captions = value if isinstance(value, list) else [value]
+    return [caption for caption in captions if caption is not None]
 
 
 def check_texts(dataset: Dataset, task: str, columns: Columns) -> None:
@@ -153,7 +199,7 @@ def check_texts(dataset: Dataset, task: str, columns: Columns) -> None:
     missing = [
         f"row {row}"
         for row, record in enumerate(records)
-        if _question_and_text(Draw(task, row, (1, 1), 0, ""), record, columns, f"row {row}")[1] is None
+        if _text(Draw(task, row, (1, 1), 0, ""), record, columns, f"row {row}") is None
     ]
     if missing:
         headline = (
@@ -163,23 +209,33 @@ def check_texts(dataset: Dataset, task: str, columns: Columns) -> None:
         raise ValueError(list_problems(missing, headline))
 
 
-def _first_exchange(turns: Any, source: str) -> tuple[str | None, str | None]:
-    """First question and its answer, of `{from, value}` or `{role, content}` turns, without image placeholders."""
+def messages(turns: Any, source: str) -> Conversation:
+    """A conversation as `{"role", "content"}` messages, of `{from, value}` or `{role, content}` turns; `<image>` stands
+    where the picture is shown.
+
+    Raises:
+        ValueError: they are no such turns.
+    """
     if isinstance(turns, dict):  # a column of lists, as older `datasets` stored lists of dicts
         turns = [dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError(f"{source}: a conversation is a list of {{from, value}} or {{role, content}} turns.")
-    question = None
-    for turn in turns:
-        speaker, words = turn.get("from") or turn.get("role"), turn.get("value") or turn.get("content") or ""
-        if isinstance(words, list):
-            words = " ".join(part.get("text") or "" for part in words if isinstance(part, dict))
-        words = re.sub(r"\s*<image>\s*", " ", words).strip() or None
-        if speaker in ("human", "user") and question is None:
-            question = words
-        elif speaker in ("gpt", "assistant"):
-            return question, words
-    return question, None
+    conversation = []
+    for place, turn in enumerate(turns):
+        speaker, content = turn.get("from") or turn.get("role"), turn.get("value") or turn.get("content") or ""
+        if isinstance(content, list):
+            parts = [part for part in content if isinstance(part, dict)]
+            content = "\n".join(
+                IMAGE_MARK if part.get("type") == "image" else part.get("text") or "" for part in parts
+            )
+        role = ROLES.get(speaker, speaker)
+        if role not in ("system", "user", "assistant") or not isinstance(content, str):
+            raise ValueError(
+                f"{source}: message {place} of the conversation is {type(content).__name__} of role {speaker!r}; roles "
+                "are system, user (or human) and assistant (or gpt), and contents are text."
+            )
+        conversation.append({"role": role, "content": content})
+    return conversation
 
 
 def read_source(image: Any, source: str) -> Any:

@@ -1,21 +1,23 @@
 """Which rows a training step sees, and in which order.
 
 Order and randomness are pure functions of (seed, epoch): nothing here remembers a position, so skipping the first
-micro-batches of an epoch resumes a run exactly, and the number of processes only decides who gets which part of a
-global micro-batch (`batch_size * num_processes` rows of one task and one aspect-ratio bucket).
+micro-batches of an epoch resumes a run exactly. In one step every process works on the same task. All targets of a
+process's micro-batch have one size; different processes may have different sizes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from reca_trainer.data.instructions import CAPTION_QUESTIONS, INSTRUCTIONS
 from reca_trainer.tasks import TASKS
+
+Size = tuple[int, int]  # (height, width) in pixels
 
 
 class Draw(NamedTuple):
@@ -26,14 +28,30 @@ class Draw(NamedTuple):
         row: index into that task's dataset (in a stream: position in the epoch's order).
         size: `(height, width)` in pixels of the target.
         seed: seeds this sample's corruption; differs for every (seed, epoch, position in the epoch), 63 bits.
-        instruction: the micro-batch's reconstruction instruction or caption question; empty where it was dropped.
+        instruction: the sample's reconstruction instruction, or the question to a caption that comes without one.
+        crop: place in [0, 1) of a random crop; `None` is the centre.
+        dropped: whether the sample's text is dropped for classifier-free guidance.
     """
 
     task: str
     row: int
-    size: tuple[int, int]
+    size: Size
     seed: int
     instruction: str
+    crop: float | None = None
+    dropped: bool = False
+
+
+class MicroBatch(NamedTuple):
+    """What one process works on in one step.
+
+    Attributes:
+        size: `(height, width)` of all its targets.
+        rows: indices of rows, or records of a stream.
+    """
+
+    size: Size
+    rows: Sequence[Any]
 
 
 @dataclass(frozen=True)
@@ -43,13 +61,18 @@ class SamplingPlan:
     Args:
         weights: micro-batches of each task per turn of the pattern, in the order they come.
         batch_size: rows per micro-batch and process.
-        num_processes, process_index: the process layout; only `batch_size * num_processes` decides what is drawn.
+        num_processes, process_index: the process layout.
         seed: of everything drawn.
-        shuffle: `False` for evaluation: rows in order, the task's first instruction, no dropout, and seeds that depend
-            on the row alone, so that losses compare between checkpoints, runs and batch sizes.
-        drop_last: leave out a bucket's last rows where they do not fill a global micro-batch.
+        shuffle: `False` for evaluation: rows in order and at their own sizes, the task's first instruction, the centre
+            crop, no dropout, and seeds that depend on the row alone, so that losses compare between checkpoints, runs
+            and batch sizes.
+        drop_last: leave out the last rows of a size where they do not fill a micro-batch, and the last micro-batches
+            where there is not one for every process.
         instructions: for each task, what to choose from; by default `INSTRUCTIONS` and `CAPTION_QUESTIONS`.
-        instruction_dropout: probability that a reconstruct micro-batch gets the empty instruction.
+        instruction_dropout: probability that a `reconstruct` sample goes without its instruction.
+        caption_dropout: probability that a `generate` sample goes without its caption.
+        size_tolerance: share by which a target's sides and area may change so that rows of about one shape can share a
+            micro-batch of more than one row.
 
     Raises:
         ValueError: arguments out of range.
@@ -64,6 +87,8 @@ class SamplingPlan:
     drop_last: bool = False
     instructions: Mapping[str, Sequence[str]] | None = None
     instruction_dropout: float = 0.0
+    caption_dropout: float = 0.0
+    size_tolerance: float = 0.03
     pattern: tuple[str, ...] = field(init=False)
 
     def __post_init__(self):
@@ -77,8 +102,9 @@ class SamplingPlan:
             raise ValueError(
                 f"batch_size {self.batch_size} and process {self.process_index} of {self.num_processes} do not fit."
             )
-        if not 0 <= self.instruction_dropout <= 1:
-            raise ValueError(f"instruction_dropout is a probability, got {self.instruction_dropout}.")
+        for name in ("instruction_dropout", "caption_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a probability, got {getattr(self, name)}.")
         default = {"reconstruct": INSTRUCTIONS, "caption": CAPTION_QUESTIONS}
         object.__setattr__(self, "instructions", {**default, **(self.instructions or {})})
         object.__setattr__(self, "pattern", pattern)
@@ -92,77 +118,135 @@ class SamplingPlan:
     def global_batch_size(self) -> int:
         return self.batch_size * self.num_processes
 
-    def draws(self, task: str, size: tuple[int, int], rows: Sequence[int] | np.ndarray, step: int, epoch: int) -> list[Draw]:
-        """This process's contiguous share of the global micro-batch `step`.
+    def may_share(self, size: Size, other: Size) -> bool:
+        """Whether a target of `size` may be made at size `other` to share a micro-batch."""
+        tolerance = self.size_tolerance if self.shuffle and self.batch_size > 1 else 0.0
+        (height, width), (other_height, other_width) = size, other
+        return (
+            abs(other_height - height) <= tolerance * height
+            and abs(other_width - width) <= tolerance * width
+            and abs(other_height * other_width - height * width) <= tolerance * height * width
+        )
 
-        A short micro-batch is split as evenly as it goes; with fewer rows than processes some draw the same sample.
+    def draws(self, task: str, step: Sequence[MicroBatch], position: int, epoch: int) -> list[Draw]:
+        """The samples of this process.
+
+        Args:
+            step: the micro-batches of all processes, of row indices.
+            position: number of the step within the epoch.
         """
-        start = self.process_index * len(rows) // self.num_processes
-        stop = max((self.process_index + 1) * len(rows) // self.num_processes, start + 1)
-        instruction = self._instruction(task, step, epoch)
-        draws = []
-        for offset in range(start, stop):
-            row = int(rows[offset])
-            if self.shuffle:
-                seed = mixed_hash(self.seed, 0, epoch, step * self.global_batch_size + offset)
-            else:
-                seed = mixed_hash(self.seed, 1, TASKS[task].index, row)
-            draws.append(Draw(task, row, size, seed, instruction))
-        return draws
+        micro_batch = step[self.process_index]
+        first = next(place for place, other in enumerate(step) if other is micro_batch)  # it may be there twice
+        before = sum(len(other.rows) for other in step[:first])
+        size, rows = micro_batch
+        return [
+            self._draw(task, int(row), size, position * self.global_batch_size + before + place, epoch)
+            for place, row in enumerate(rows)
+        ]
 
-    def _instruction(self, task: str, step: int, epoch: int) -> str:
+    def _draw(self, task: str, row: int, size: Size, position: int, epoch: int) -> Draw:
         choices = (self.instructions or {}).get(task) or [""]
         if not self.shuffle:
-            return choices[0]
-        dropped = mixed_hash(self.seed, 2, epoch, step) < self.instruction_dropout * 2**63
-        return (
-            "" if dropped and task == "reconstruct" else choices[mixed_hash(self.seed, 3, epoch, step) % len(choices)]
+            return Draw(task, row, size, mixed_hash(self.seed, 1, TASKS[task].index, row), choices[0])
+        seed = mixed_hash(self.seed, 0, epoch, position)
+        dropout = {"reconstruct": self.instruction_dropout, "generate": self.caption_dropout}.get(task, 0.0)
+        return Draw(
+            task,
+            row,
+            size,
+            seed,
+            instruction=choices[mixed_hash(seed, 1) % len(choices)],
+            crop=(mixed_hash(seed, 2) >> 10) / 2**53,
+            dropped=mixed_hash(seed, 3) < dropout * 2**63,
         )
 
 
+def split_to(micro_batches: Sequence[MicroBatch], count: int) -> list[MicroBatch]:
+    """Halve the largest until there are `count`, or none has more than one row; the order of rows stays."""
+    parts = list(micro_batches)
+    while len(parts) < count:
+        largest = max(range(len(parts)), key=lambda index: len(parts[index].rows))
+        size, rows = parts[largest]
+        if len(rows) == 1:
+            break
+        middle = (len(rows) + 1) // 2
+        parts[largest : largest + 1] = [MicroBatch(size, rows[:middle]), MicroBatch(size, rows[middle:])]
+    return parts
+
+
+def last_steps(micro_batches: Sequence[MicroBatch], num_processes: int) -> list[list[MicroBatch]]:
+    """The steps that a pass ends with: micro-batches are split so that there is one for every process in each; with
+    fewer rows than processes in all, some draw the same rows."""
+    count = -(-len(micro_batches) // num_processes) * num_processes
+    parts = split_to(micro_batches, count)
+    parts += [parts[place % len(parts)] for place in range(count - len(parts))]
+    return [parts[start : start + num_processes] for start in range(0, count, num_processes)]
+
+
 class TaskBatchSampler(Sampler[list[Draw]]):
-    """Micro-batches of `Draw`s for one process: each of one task, one bucket, one instruction.
+    """Micro-batches of `Draw`s for one process: each of one task and one target size.
 
     Tasks follow each other in a fixed pattern, `weights["reconstruct"]` micro-batches of the first, and so on, so that
     all processes always work on the same task. An epoch is one pass over the reconstruct rows (without that task: over
     the task with most micro-batches); other tasks go round their own rows, reshuffled each time, and go on in the next
     epoch where they stopped.
 
+    A micro-batch of one row has the row's own target size. Larger ones gather rows of about one size (see
+    `SamplingPlan.size_tolerance`); rows whose size is rare make a smaller micro-batch, so none is repeated or left out.
+
     Give it to a `DataLoader(RowDataset(…), batch_sampler=…)`; `accelerate.skip_first_batches` then resumes exactly and
     reads no image for it.
 
     Args:
-        buckets: for each task, the `(height, width)` target of every row.
+        targets: for each task, the `(height, width)` target of every row.
         plan: what is drawn; by default one micro-batch of each task in turn, of one row each.
 
     Raises:
-        ValueError: a task without rows, or fewer rows than a global micro-batch with `drop_last`.
+        ValueError: a task without rows, or fewer rows than a step takes with `drop_last`.
     """
 
-    def __init__(self, buckets: Mapping[str, Sequence[tuple[int, int]]], plan: SamplingPlan | None = None):
-        self.plan = plan or SamplingPlan(dict.fromkeys(buckets, 1))
+    def __init__(self, targets: Mapping[str, Sequence[Size]], plan: SamplingPlan | None = None):
+        self.plan = plan or SamplingPlan(dict.fromkeys(targets, 1))
         self.batch_size, self.drop_last = self.plan.batch_size, self.plan.drop_last  # read by accelerate
         self.epoch = 0
-        self._sizes, self._bucket_of_row, self._batches_per_pass = {}, {}, {}
+        self._sizes, self._size_of_row, self._group_of_row, self._steps_per_pass = {}, {}, {}, {}
         for task in dict.fromkeys(self.plan.pattern):
-            if not len(buckets.get(task, ())):
+            if not len(targets.get(task, ())):
                 raise ValueError(f"The task {task!r} has weight {self.plan.weights[task]} but no rows.")
-            sizes, bucket_of_row, rows = np.unique(
-                np.asarray(buckets[task], dtype=np.int64), axis=0, return_inverse=True, return_counts=True
+            sizes, size_of_row, counts = np.unique(
+                np.asarray(targets[task], dtype=np.int64), axis=0, return_inverse=True, return_counts=True
             )
             self._sizes[task] = [(int(height), int(width)) for height, width in sizes]
-            self._bucket_of_row[task] = bucket_of_row.reshape(-1)
-            full, rest = np.divmod(rows, self.plan.global_batch_size)
-            self._batches_per_pass[task] = int(full.sum() + (0 if self.drop_last else (rest > 0).sum()))
-            if not self._batches_per_pass[task]:
+            group_of_size = self._group(self._sizes[task], counts)
+            self._size_of_row[task] = size_of_row.reshape(-1)
+            self._group_of_row[task] = group_of_size[self._size_of_row[task]]
+            rows_of_group = np.bincount(self._group_of_row[task])
+            full, rest = np.divmod(rows_of_group, self.batch_size)
+            micro_batches = int(full.sum() + (0 if self.drop_last else (rest > 0).sum()))
+            processes = self.plan.num_processes
+            self._steps_per_pass[task] = (
+                micro_batches // processes if self.drop_last else -(-micro_batches // processes)
+            )
+            if not self._steps_per_pass[task]:
                 raise ValueError(
-                    f"With drop_last, no bucket of the task {task!r} ({rows.sum()} rows in {len(rows)} buckets) "
-                    f"fills a micro-batch of {self.batch_size} rows on each of {self.plan.num_processes} processes."
+                    f"With drop_last, the rows of the task {task!r} ({counts.sum()} of {len(counts)} sizes) do not fill "
+                    f"a micro-batch of {self.batch_size} rows on each of {processes} processes."
                 )
         self._batches_per_epoch = self._count_batches_per_epoch()
 
+    def _group(self, sizes: list[Size], counts: np.ndarray) -> np.ndarray:
+        """For every size the index of the size its rows are made at: the most frequent one that they may share."""
+        groups = np.zeros(len(sizes), dtype=np.int64)
+        leaders: list[int] = []
+        for index in np.argsort(-counts, kind="stable"):
+            shared = [leader for leader in leaders if self.plan.may_share(sizes[index], sizes[leader])]
+            groups[index] = shared[0] if shared else index
+            if not shared:
+                leaders.append(index)
+        return groups
+
     def _count_batches_per_epoch(self) -> dict[str, int]:
-        pattern, per_pass = self.plan.pattern, self._batches_per_pass
+        pattern, per_pass = self.plan.pattern, self._steps_per_pass
         anchor = "reconstruct" if "reconstruct" in per_pass else max(per_pass, key=per_pass.__getitem__)
         turns, rest = divmod(per_pass[anchor], pattern.count(anchor))
         places = [place for place, task in enumerate(pattern) if task == anchor]
@@ -178,33 +262,51 @@ class TaskBatchSampler(Sampler[list[Draw]]):
 
     def __iter__(self) -> Iterator[list[Draw]]:
         epoch, pattern = self.epoch, self.plan.pattern
-        batches = {task: self._batches(task, epoch if self.plan.shuffle else 0) for task in self._batches_per_pass}
-        for step in range(len(self)):
-            task = pattern[step % len(pattern)]
-            size, rows = next(batches[task])
-            yield self.plan.draws(task, size, rows, step, epoch)
+        steps = {task: self._steps(task, epoch if self.plan.shuffle else 0) for task in self._steps_per_pass}
+        for position in range(len(self)):
+            task = pattern[position % len(pattern)]
+            yield self.plan.draws(task, next(steps[task]), position, epoch)
 
-    def _batches(self, task: str, epoch: int) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
-        """The task's global micro-batches from where `epoch` begins, pass after pass without end."""
-        number, start = divmod(epoch * self._batches_per_epoch[task], self._batches_per_pass[task])
+    def _steps(self, task: str, epoch: int) -> Iterator[list[MicroBatch]]:
+        """The task's steps from where `epoch` begins, pass after pass without end."""
+        number, start = divmod(epoch * self._batches_per_epoch[task], self._steps_per_pass[task])
         while True:
             yield from self._pass(task, number)[start:]
             number, start = number + 1, 0
 
-    def _pass(self, task: str, number: int) -> list[tuple[tuple[int, int], np.ndarray]]:
-        bucket_of_row, batch_size = self._bucket_of_row[task], self.plan.global_batch_size
-        rows = np.arange(len(bucket_of_row))
+    def _pass(self, task: str, number: int) -> list[list[MicroBatch]]:
+        group_of_row, processes = self._group_of_row[task], self.plan.num_processes
+        rows = np.arange(len(group_of_row))
+        rng = np.random.default_rng(mixed_hash(self.plan.seed, 4, TASKS[task].index, number))
         if self.plan.shuffle:
-            rng = np.random.default_rng(mixed_hash(self.plan.seed, 4, TASKS[task].index, number))
             rng.shuffle(rows)
-        batches = []
-        for bucket, size in enumerate(self._sizes[task]):
-            members = rows[bucket_of_row[rows] == bucket]
-            stop = len(members) // batch_size * batch_size if self.drop_last else len(members)
-            batches += [(size, members[start : start + batch_size]) for start in range(0, stop, batch_size)]
-        if self.plan.shuffle:
-            return [batches[index] for index in rng.permutation(len(batches))]
-        return sorted(batches, key=lambda batch: batch[1][0])
+        if self.batch_size == 1:
+            micro_batches = [MicroBatch(self._sizes[task][self._size_of_row[task][row]], [row]) for row in rows]
+        else:
+            micro_batches = self._micro_batches(task, rows)
+            if not self.plan.shuffle:
+                micro_batches.sort(key=lambda micro_batch: micro_batch.rows[0])
+            elif len(self._sizes[task]) > 1:
+                micro_batches = [micro_batches[index] for index in rng.permutation(len(micro_batches))]
+        whole = len(micro_batches) // processes * processes
+        if self.drop_last or whole == len(micro_batches):
+            return [micro_batches[start : start + processes] for start in range(0, whole, processes)]
+        # Where sizes do not matter, the rows of a step must not depend on the number of processes.
+        tail = whole if self.batch_size == 1 or len(self._sizes[task]) == 1 else 0
+        steps = [micro_batches[start : start + processes] for start in range(0, tail, processes)]
+        return steps + last_steps(micro_batches[tail:], processes)
+
+    def _micro_batches(self, task: str, rows: np.ndarray) -> list[MicroBatch]:
+        order = np.argsort(self._group_of_row[task][rows], kind="stable")
+        groups, starts = np.unique(self._group_of_row[task][rows][order], return_index=True)
+        micro_batches = []
+        for group, members in zip(groups, np.split(rows[order], starts[1:]), strict=True):
+            stop = len(members) // self.batch_size * self.batch_size if self.drop_last else len(members)
+            micro_batches += [
+                MicroBatch(self._sizes[task][group], members[start : start + self.batch_size])
+                for start in range(0, stop, self.batch_size)
+            ]
+        return micro_batches
 
 
 def mixed_hash(*numbers: int) -> int:

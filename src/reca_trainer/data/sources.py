@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -80,7 +81,45 @@ def _load_file(path: Path, config_name: str | None, options: dict[str, Any]):
     kind = _FILE_KINDS.get(path.suffix.lower())
     if kind is None:
         raise ValueError(f"expected a folder of images or one of {', '.join(_FILE_KINDS)}.")
-    return load_dataset(kind, config_name, data_files={options["split"]: str(path)}, **options)
+    try:
+        return load_dataset(kind, config_name, data_files={options["split"]: str(path)}, **options)
+    except DatasetGenerationError:
+        rows = _json_rows(path) if kind == "json" else None
+        if rows is None:
+            raise
+    dataset = Dataset.from_list(rows)
+    return dataset.to_iterable_dataset() if options["streaming"] else dataset
+
+
+def _json_rows(path: Path) -> list[dict[str, Any]] | None:
+    """The rows of a JSON file whose columns mix numbers and text, which Arrow refuses (LLaVA's ids do): such columns
+    become text. `None` if the file is broken otherwise."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        rows = (
+            [json.loads(line) for line in text.splitlines() if line.strip()]
+            if path.suffix.lower() == ".jsonl"
+            else None
+        )
+        rows = json.loads(text) if rows is None else rows
+    except ValueError:
+        return None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        return None
+    kinds: dict[str, set[type]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if value is not None:
+                kinds.setdefault(name, set()).add(type(value))
+    mixed = {
+        name for name, types in kinds.items() if str in types and types <= {str, int, float, bool} and len(types) > 1
+    }
+    if not mixed:
+        return None
+    return [
+        {name: str(row[name]) if name in mixed and row.get(name) is not None else row.get(name) for name in kinds}
+        for row in rows
+    ]
 
 
 def _load_folder(path: Path, config_name: str | None, options: dict[str, Any]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count, islice
 from typing import Any
 
@@ -12,19 +12,28 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import get_worker_info
 
 from reca_trainer.data.columns import Columns, check_columns, needed_columns, undecoded
-from reca_trainer.data.rows import MAX_BAD_IN_A_ROW, check_on_bad_image, first_good_row, read_source, source_name
-from reca_trainer.data.sampling import SamplingPlan, mixed_hash
-from reca_trainer.images import ImageError, image_size, list_problems, nearest_bucket
+from reca_trainer.data.rows import (
+    MAX_BAD_IN_A_ROW,
+    ConversationProblem,
+    check_on_bad_image,
+    first_good_row,
+    has_no_image,
+    read_source,
+    source_name,
+)
+from reca_trainer.data.sampling import MicroBatch, SamplingPlan, Size, last_steps, mixed_hash
+from reca_trainer.images import ImageError, image_size, list_problems
 from reca_trainer.tasks import TASKS
 
 
 class StreamingRows(torch.utils.data.IterableDataset):
     """Micro-batches of rows from sources that can only be read in order; for `DataLoader(…, batch_size=None)`.
 
-    Rows gather in their bucket until it holds a global micro-batch, which is then split over the processes as
-    `TaskBatchSampler` does, and micro-batches go round the DataLoader's workers. Every process and worker walks the
-    whole stream and decodes only its own share: nothing is lost or used twice, and neither the number of processes nor
-    of workers changes what a global micro-batch contains. The price is that each of them reads all encoded bytes.
+    Rows of about one target size gather until they fill a micro-batch (see `SamplingPlan.size_tolerance`), and
+    micro-batches until there is one for every process; steps go round the DataLoader's workers. A row waits for others of
+    its size for at most `buffer_size` rows; then what has gathered is a smaller micro-batch. Every process and worker
+    walks the whole stream and decodes only its own share: nothing is lost or used twice, and the number of workers does
+    not change what a step contains. The price is that each of them reads all encoded bytes.
 
     An epoch is one pass over the reconstruct stream (without that task: the first one's); the others start over when
     they end. Each pass is reshuffled, with a buffer.
@@ -32,13 +41,14 @@ class StreamingRows(torch.utils.data.IterableDataset):
     Args:
         datasets: each task's `IterableDataset` (or `Dataset`).
         columns: each task's `Columns`.
-        buckets: the `(height, width)` targets to choose from.
+        target_size: `(width, height)` of an image to `(height, width)` of its target.
         plan: what is drawn; by default one micro-batch of each task in turn, of one row each.
         endless: go on with the next, reshuffled pass instead of ending the epoch. `Trainer` counts the steps of a source
             without a length from its beginning, so this is what lets a run of several passes resume exactly.
         buffer_size: rows in the shuffle buffer, encoded.
         on_bad_image: `"raise"`, or `"skip"`: rows without a readable header are left out, and a neighbour takes the
             place of one that turns out damaged later.
+        conversation_problem: see `RowDataset`.
 
     Without shuffling, `Draw.row` and the seeds follow the stream's own order.
     """
@@ -47,21 +57,23 @@ class StreamingRows(torch.utils.data.IterableDataset):
         self,
         datasets: Mapping[str, IterableDataset | Dataset],
         columns: Mapping[str, Columns],
-        buckets: Sequence[tuple[int, int]],
+        target_size: Callable[[int, int], Size],
         plan: SamplingPlan | None = None,
         *,
         endless: bool = False,
         buffer_size: int = 1000,
         on_bad_image: str = "raise",
+        conversation_problem: ConversationProblem | None = None,
     ):
         check_on_bad_image(on_bad_image)
         self.plan = plan or SamplingPlan(dict.fromkeys(datasets, 1))
         check_columns({task: columns[task] for task in self.plan.pattern})
         self.columns = dict(columns)
-        self.buckets = list(buckets)
+        self.target_size = target_size
         self.endless = endless
         self.buffer_size = buffer_size
         self.on_bad_image = on_bad_image
+        self.conversation_problem = conversation_problem
         self.datasets = {}
         for task in dict.fromkeys(self.plan.pattern):
             if task not in datasets:
@@ -78,57 +90,90 @@ class StreamingRows(torch.utils.data.IterableDataset):
         epoch, pattern, anchor = int(self._epoch), self.plan.pattern, self.plan.anchor
         worker = get_worker_info()
         workers, this_worker = (worker.num_workers, worker.id) if worker else (1, 0)
-        batches = {task: self._passes(task, epoch) for task in self.datasets}
+        steps = {task: self._passes(task, epoch) for task in self.datasets}
         if not self.endless:
-            batches[anchor] = self._pass(anchor, epoch, 0)
-        for step in count():
-            batch = next(batches[pattern[step % len(pattern)]], None)
-            if batch is None:
+            steps[anchor] = self._pass(anchor, epoch, 0)
+        for position in count():
+            task = pattern[position % len(pattern)]
+            step = next(steps[task], None)
+            if step is None:
                 return
-            if step % workers == this_worker:
-                yield self._decode(pattern[step % len(pattern)], *batch, step, epoch)
+            if position % workers == this_worker:
+                yield self._decode(task, *step, position, epoch)
 
     def _passes(self, task: str, epoch: int) -> Iterator[tuple]:
         for number in count():
             yield from self._pass(task, epoch, number)
 
     def _pass(self, task: str, epoch: int, number: int) -> Iterator[tuple]:
-        """Global micro-batches of one pass: `(size, {row: record}, spare rows around them, problems)`."""
-        gathering: dict[tuple[int, int], dict[int, dict]] = {size: {} for size in self.buckets}
-        ahead: deque[tuple[int, dict, tuple[int, int]]] = deque()
-        recent: deque[tuple[int, dict]] = deque(maxlen=2 * self.plan.global_batch_size)
-        problems: list[str] = []
+        """The steps of one pass: `(micro-batches of all processes, {row: record}, spare rows around them, problems)`."""
+        plan, problems = self.plan, []
+        waiting: dict[Size, tuple[int, list[int]]] = {}  # since which row, and the rows; the longest waiting first
+        ready: list[MicroBatch] = []
+        records: dict[int, dict] = {}
+        sizes: set[Size] = set()
+        ahead: deque[tuple[int, dict, Size]] = deque()
+        recent: deque[tuple[int, dict]] = deque(maxlen=2 * plan.global_batch_size)
         rows, emitted, usable = self._rows_with_headers(task, epoch, number, problems), False, 0
+
+        def emit(step: list[MicroBatch]) -> tuple:
+            nonlocal emitted
+            emitted = True
+            contents = {row: records[row] for micro_batch in step for row in micro_batch.rows}
+            for row in contents:
+                del records[row]
+            listed = problems[:]
+            problems.clear()
+            return step, contents, [*(item[:2] for item in ahead), *recent], listed
+
         ahead.extend(islice(rows, 16))
         while ahead:
             row, record, size = ahead.popleft()
             ahead.extend(islice(rows, 1))
             usable += 1
-            bucket = gathering[size]
-            bucket[row] = record
+            records[row] = record
             recent.append((row, record))
-            if len(bucket) == self.plan.global_batch_size:
-                emitted = True
-                yield size, bucket, [*(item[:2] for item in ahead), *recent], problems[:]
-                problems.clear()
-                gathering[size] = {}
-        for size, bucket in gathering.items():
-            if bucket and not self.plan.drop_last:
-                emitted = True
-                yield size, bucket, list(recent), problems[:]
-                problems.clear()
+            sizes.add(size)
+            size = next((other for other in waiting if plan.may_share(size, other)), size)
+            gathered = waiting.setdefault(size, (usable, []))[1]
+            gathered.append(row)
+            if len(gathered) == plan.batch_size:
+                ready.append(MicroBatch(size, waiting.pop(size)[1]))
+            elif not plan.drop_last:
+                oldest = next(iter(waiting))
+                if usable - waiting[oldest][0] >= self.buffer_size:
+                    ready.append(MicroBatch(oldest, waiting.pop(oldest)[1]))
+            if self._may_go(ready, one_size=len(sizes) == 1):
+                yield emit(ready[: plan.num_processes])
+                ready = ready[plan.num_processes :]
+        if not plan.drop_last:
+            ready += [MicroBatch(size, gathered) for size, (_, gathered) in waiting.items()]
+            for step in last_steps(ready, plan.num_processes):
+                yield emit(step)
+        while plan.drop_last and len(ready) >= plan.num_processes:
+            yield emit(ready[: plan.num_processes])
+            ready = ready[plan.num_processes :]
         if not emitted:
             size = (
-                f" of {self.plan.global_batch_size} rows of one shape, as drop_last asks"
-                if self.plan.drop_last
+                f" of {plan.batch_size} rows of one size on each of {plan.num_processes} processes, as drop_last asks"
+                if plan.drop_last
                 else ""
             )
             headline = f"The stream of the task {task!r} gave no micro-batch{size}: it has {usable} usable rows"
             raise ImageError(list_problems(problems, headline))
 
+    def _may_go(self, ready: list[MicroBatch], one_size: bool) -> bool:
+        """Whether there is a step, and enough behind it that the pass can end with a micro-batch for every process."""
+        processes = self.plan.num_processes
+        if len(ready) < processes:
+            return False
+        if one_size or self.plan.batch_size == 1 or len(ready) >= 8 * processes:
+            return True
+        return sum(len(micro_batch.rows) - 1 for micro_batch in ready[processes:]) >= processes - 1
+
     def _rows_with_headers(
         self, task: str, epoch: int, number: int, problems: list[str]
-    ) -> Iterator[tuple[int, dict, tuple[int, int]]]:
+    ) -> Iterator[tuple[int, dict, Size]]:
         stream = self.datasets[task]
         if self.plan.shuffle:
             seed = mixed_hash(self.plan.seed, 4, TASKS[task].index, epoch, number)
@@ -140,6 +185,10 @@ class StreamingRows(torch.utils.data.IterableDataset):
             record = {name: values[0] for name, values in batch.items()}
             image = record[self.columns[task].image]
             source = source_name(row, image, record.get("__url__"))
+            conversation = self.columns[task].conversation
+            if task == "caption" and conversation and record[conversation] and has_no_image(image):
+                problems.append(f"{source}: the conversation is left out: no image.")
+                continue
             try:
                 width, height = image_size(read_source(image, source), source)
             except ImageError as error:
@@ -151,24 +200,25 @@ class StreamingRows(torch.utils.data.IterableDataset):
                     raise ImageError(list_problems(problems, f"{bad} unreadable images in a row")) from error
                 continue
             bad = 0
-            yield row, record, nearest_bucket(width, height, self.buckets)
+            yield row, record, self.target_size(width, height)
 
     def _decode(
         self,
         task: str,
-        size: tuple[int, int],
+        step: Sequence[MicroBatch],
         records: dict[int, dict],
         spare: list[tuple[int, dict]],
         problems: list[str],
-        step: int,
+        position: int,
         epoch: int,
     ) -> list[dict[str, Any]]:
-        order = list(records)
+        rows = list(step[self.plan.process_index].rows)
         decoded = []
-        for draw in self.plan.draws(task, size, order, step, epoch):
-            place = order.index(draw.row)
-            neighbours = dict([*((row, records[row]) for row in order[place:] + order[:place]), *spare])
-            decoded.append(first_good_row(draw, neighbours.items(), self.columns[task], self.on_bad_image))
+        for draw in self.plan.draws(task, step, position, epoch):
+            place = rows.index(draw.row)
+            neighbours = dict([*((row, records[row]) for row in rows[place:] + rows[:place]), *spare])
+            columns, problem = self.columns[task], self.conversation_problem
+            decoded.append(first_good_row(draw, neighbours.items(), columns, self.on_bad_image, problem))
         if self.plan.process_index == 0:
             decoded[0]["skipped"] = problems + decoded[0]["skipped"]
         return decoded

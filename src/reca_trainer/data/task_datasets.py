@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
 from reca_trainer.config import RecAConfig
-from reca_trainer.data.columns import find_columns
+from reca_trainer.data.columns import find_columns, under_root, with_images
 from reca_trainer.data.rows import check_texts, row_sizes
-from reca_trainer.data.sampling import SamplingPlan, TaskBatchSampler
+from reca_trainer.data.sampling import SamplingPlan, Size, TaskBatchSampler
 from reca_trainer.data.sources import load_image_dataset
-from reca_trainer.images import nearest_bucket
+from reca_trainer.models.contract import UnifiedProcessor
 from reca_trainer.tasks import TASKS
 
 logger = logging.get_logger(__name__)
@@ -67,7 +68,14 @@ class TaskDatasets:
         for name, in_use in zip(names[1:], list(zip(*columns.values(), strict=True))[1:], strict=True):
             if name is not None and name not in in_use:
                 raise ValueError(f"No dataset has a column {name!r}. Columns in use: {list(columns.values())}.")
-        images = cls(dict(source), {task: columns[id(dataset)] for task, dataset in source.items()})
+        usable = {
+            id(dataset): with_images(under_root(dataset, columns[id(dataset)], args.image_root), columns[id(dataset)])
+            for dataset in source.values()
+        }
+        images = cls(
+            {task: usable[id(dataset)] for task, dataset in source.items()},
+            {task: columns[id(dataset)] for task, dataset in source.items()},
+        )
         images.check([name for name, task in TASKS.items() if task.columns and getattr(args, task.weight_option)])
         return images
 
@@ -94,10 +102,10 @@ class TaskDatasets:
                 self._checked.add(task)
                 check_texts(self.datasets[task], task, self.columns[task])
 
-    def check_batches(self, sizes: list[tuple[int, int]], args: RecAConfig) -> None:
+    def check_batches(self, processor: UnifiedProcessor, args: RecAConfig) -> None:
         """Raises `ValueError` for images that cannot be used, or too few with `drop_last`; warns of a batch that is
         never filled."""
-        self.check_sizes(sizes, args.on_bad_image)
+        self.check_sizes(processor, args)
         images, per_step = self.datasets.get("reconstruct"), args.train_batch_size * args.world_size
         if args.reca_weight and isinstance(images, Dataset):
             plan = SamplingPlan(
@@ -106,15 +114,15 @@ class TaskDatasets:
                 num_processes=args.world_size,
                 drop_last=args.dataloader_drop_last,
             )
-            TaskBatchSampler({"reconstruct": self.buckets("reconstruct", sizes, args.on_bad_image)}, plan)
+            TaskBatchSampler({"reconstruct": self.targets("reconstruct", processor, args)}, plan)
             if len(images) < per_step:
                 logger.warning(f"There are {len(images)} images, fewer than the {per_step} of a full batch.")
 
-    def check_sizes(self, sizes: list[tuple[int, int]], on_bad_image: str) -> None:
+    def check_sizes(self, processor: UnifiedProcessor, args: RecAConfig) -> None:
         """Raises `ImageError` for images whose header cannot be read, where headers decide the target size."""
         for task, dataset in self.datasets.items():
             if isinstance(dataset, Dataset):
-                self.buckets(task, sizes, on_bad_image)
+                self.targets(task, processor, args)
 
     def split(self, eval_size: int, seed: int) -> tuple[TaskDatasets, TaskDatasets]:
         """Hold `eval_size` rows of every dataset out: training and evaluation images."""
@@ -132,11 +140,16 @@ class TaskDatasets:
         train, test = ({task: parts[id(dataset)][half] for task, dataset in self.datasets.items()} for half in (0, 1))
         return TaskDatasets(train, self.columns), TaskDatasets(test, self.columns)
 
-    def buckets(self, task: str, sizes: list[tuple[int, int]], on_bad_image: str) -> list[tuple[int, int]]:
-        """The target size of every row of a task."""
-        dataset = self.datasets[task]
-        if len(sizes) == 1:
-            return [sizes[0]] * len(dataset)
+    def targets(self, task: str, processor: UnifiedProcessor, args: RecAConfig) -> list[Size]:
+        """The `(height, width)` target of every row of a task."""
+        dataset, target_size = self.datasets[task], target_rule(processor, args)
+        if processor.fixed_size is not None:
+            return [target_size(*processor.fixed_size)] * len(dataset)
         if id(dataset) not in self._sizes:
-            self._sizes[id(dataset)] = row_sizes(dataset, self.columns[task].image, on_bad_image)
-        return [nearest_bucket(*size, sizes) for size in self._sizes[id(dataset)]]
+            self._sizes[id(dataset)] = row_sizes(dataset, self.columns[task].image, args.on_bad_image)
+        return [target_size(*size) for size in self._sizes[id(dataset)]]
+
+
+def target_rule(processor: UnifiedProcessor, args: RecAConfig) -> Callable[[int, int], Size]:
+    """`(width, height)` of an image to the `(height, width)` of its target in this run."""
+    return partial(processor.target_size, max_image_size=args.max_image_size, min_image_size=args.min_image_size)
