@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from reca_trainer.models import harmon
+from reca_trainer.models.contract import IMAGE_MARK, conversations_of
 from reca_trainer.models.harmon.modeling_harmon import GaussianDiffusion, Visible, hidden_counts, mask_rate, positions
 from reca_trainer.models.harmon.processing_harmon import IMAGE_POSITION, to_pixels
 from tests.conftest import Golden
@@ -60,8 +61,8 @@ def check_gradients(check, model, tensors, norms):
     gradients = {name: p.grad for name, p in model.named_parameters()}
     expected = {name: norm for name, norm in norms.items() if norm is not None}
     assert {name for name, grad in gradients.items() if grad is not None} == set(expected)
-    found = [float(gradients[name].norm()) for name in expected]
-    check("gradient norms", found, list(expected.values()), atol=1e-6, rtol=7e-5)
+    got = [float(gradients[name].norm()) for name in expected]
+    check("gradient norms", got, list(expected.values()), atol=1e-6, rtol=7e-5)
     for name, norm in expected.items():
         assert norm > 0 or not gradients[name].any(), name
     for name, value in tensors.items():
@@ -82,13 +83,13 @@ def preprocess(info, tensors, model, processor, check):
     processor = harmon.Processor(processor.tokenizer, image_size=size)
     for index in range(len(info["inputs"])):
         image = Image.fromarray(tensors[f"raw{index}"].numpy())
-        offset = info["scalars"][f"crop_offset{index}"]
-        offset = (offset, 0) if image.width > image.height else (0, offset)
-        crop = to_pixels(processor.crop(image, (size, size), offset))
+        free = max(image.size) - min(image.size)
+        place = (info["scalars"][f"crop_offset{index}"] + 0.5) / (free + 1)
+        generate = processor(images=[image], text=["a"], task="generate", crop=[place])["pixel_values"][0]
         reconstruct = processor(images=[image], instruction="", task="reconstruct")["pixel_values"][0]
         caption = processor(images=[image], text=["a"], instruction="b", task="caption")["condition_pixel_values"][0]
         check(f"recon{index}", reconstruct, tensors[f"recon_pixel_values{index}"], atol=1e-6)
-        check(f"t2i_crop{index}", crop, tensors[f"t2i_crop_pixel_values{index}"], atol=1e-6)
+        check(f"t2i_crop{index}", generate, tensors[f"t2i_crop_pixel_values{index}"], atol=1e-6)
         check(f"und{index}", caption, tensors[f"und_pixel_values{index}"], atol=1e-6)
 
 
@@ -96,11 +97,14 @@ def prompts(info, tensors, model, processor, check):
     for example in info["scalars"]["examples"]:
         kind = example["kind"].removesuffix("_unconditional")
         if kind == "image2text":
-            turns = [(example["question"], answer) for answer in example["answers"]]
-            assert processor.conversation(turns) == (example["input_ids"], example["labels"])
+            turns = conversations_of(example["answers"], example["question"], with_images=False)
+            messages = [message for turn in turns for message in turn]
+            messages[0]["content"] = f"{IMAGE_MARK}\n{example['question']}"
+            assert processor.conversation(messages) == (example["input_ids"], example["labels"])
         else:
             task = {"recon": "reconstruct", "text2image": "generate"}[kind]
-            assert processor.prompt_ids([example["prompt"] or ""], task) == [example["input_ids"]]
+            prompt, dropped = example["prompt"] or "", example["prompt"] is None
+            assert processor.prompt_ids([prompt], task, [dropped]) == [example["input_ids"]]
 
 
 def vae(info, tensors, model, processor, check):
@@ -358,7 +362,7 @@ def sample_t2i(info, tensors, model, processor, check):
     conditional = processor.prompt_ids([prompt], "generate")[0]
     assert ids[0][mask[0].bool()].tolist() == conditional
     if info["scalars"]["cfg"] != 1:
-        assert ids[-1][mask[-1].bool()].tolist() == processor.prompt_ids([""], "generate")[0]
+        assert ids[-1][mask[-1].bool()].tolist() == processor.prompt_ids([""], "generate", [True])[0]
     with torch.no_grad():
         context, context_mask, _ = model._embed(ids, mask, None)
     sample(info, tensors, model, check, context, context_mask)
@@ -367,7 +371,7 @@ def sample_t2i(info, tensors, model, processor, check):
 def sample_recon(info, tensors, model, processor, check):
     scalars, place = info["scalars"], info["scalars"]["image_insert_position"]
     assert place == IMAGE_POSITION
-    assert processor.prompt_ids([""], "generate")[0] == scalars["uncond_input_ids"]
+    assert processor.prompt_ids([""], "generate", [True])[0] == scalars["uncond_input_ids"]
     ids = scalars["cond_input_ids"]
     prompts = torch.tensor([[*ids[:place], model.config.image_token_id, *ids[place:]]])
     with torch.no_grad():

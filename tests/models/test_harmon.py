@@ -55,9 +55,9 @@ def generators(count=3):
     return [torch.Generator().manual_seed(seed) for seed in range(count)]
 
 
-def same_weights(one, other):
-    one, other = one.state_dict(), other.state_dict()
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+def same_weights(first, second):
+    first, second = first.state_dict(), second.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 # losses
@@ -72,13 +72,30 @@ def test_a_sample_does_not_depend_on_its_batch(model, processor, pictures, task)
         alone = []
         for place in range(len(pictures)):
             rows = {key: value[place : place + 1] for key, value in batch.items() if key != "task"}
-            own = model.sample_corruption({"task": task, **rows}, [torch.Generator().manual_seed(place)])
+            draws = model.sample_corruption({"task": task, **rows}, [torch.Generator().manual_seed(place)])
             for key in corruption:
-                assert torch.equal(own[key][0], corruption[key][place])
-            alone.append(model(task, own, **rows).loss)
+                assert torch.equal(draws[key][0], corruption[key][place])
+            alone.append(model(task, draws, **rows).loss)
     torch.testing.assert_close(together.per_sample_loss, torch.stack(alone), atol=2e-6, rtol=2e-6)
     if task != "caption":
         assert len(corruption["mask"].sum(1).unique()) > 1, "the samples should hide different numbers of tokens"
+
+
+@pytest.mark.parametrize("task", ["reconstruct", "generate"])
+def test_texts_of_several_lengths_do_not_touch_each_other(model, processor, pictures, task):
+    words = ["What is here?", "List what stands where in this picture, and its colours.", "Say all of it."]
+    dropped, key = [False, False, True], "instruction" if task == "reconstruct" else "text"
+    batch = processor(images=pictures, task=task, dropped=dropped, **{key: words})
+    assert len(set(batch["attention_mask"].sum(1).tolist())) == 3
+    corruption = model.sample_corruption(batch, generators())
+    with torch.no_grad():
+        together = model(corruption=corruption, **batch).per_sample_loss
+        for place, word in enumerate(words):
+            sample = processor(images=pictures[place:][:1], task=task, dropped=dropped[place:][:1], **{key: [word]})
+            assert sample["attention_mask"].all()
+            draws = {name: value[place:][:1] for name, value in corruption.items()}
+            alone = model(corruption=draws, **sample).loss
+            torch.testing.assert_close(together[place], alone, atol=2e-6, rtol=2e-6)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -246,7 +263,7 @@ def test_images_do_not_depend_on_their_batch(model, processor):
 
 def test_linear_guidance_grows_with_the_share_of_revealed_tokens(model, processor):
     length = 64
-    context = model._embed(*processor.pad(processor.prompt_ids(["a dog", ""], "generate")), None)[:2]
+    context = model._embed(*processor.pad(processor.prompt_ids(["a dog", ""], "generate", [False, True])), None)[:2]
     draws = model.sample_noise(1, (8, 8), torch.Generator().manual_seed(0))
 
     def sample(scale, schedule):
@@ -313,13 +330,98 @@ def test_impossible_spacings_are_refused(spacing):
         kept_timesteps(spacing)
 
 
-# prompts
+# pictures and prompts
+
+
+def test_a_box_is_cut_at_its_place_along_the_longer_side(processor):
+    red, blue = (255, 0, 0), (0, 0, 255)
+    wide = Image.new("RGB", (101, 40), red)
+    wide.paste(blue, (0, 0, 1, 40))  # the first column, which only the first of 62 offsets shows
+    for picture in (wide, wide.transpose(Image.Transpose.TRANSPOSE)):
+        places = [0.0, 1 / 62, 0.999, None]
+        batch = processor(images=[picture] * 4, text=["a"] * 4, task="generate", crop=places, size=(40, 40))
+        blues = (batch["pixel_values"][:, 2] == 1).sum((1, 2))
+        assert blues.tolist() == [40, 0, 0, 0]
+    assert processor.cut(wide, (40, 40)).tobytes() == wide.crop((30, 0, 70, 40)).tobytes()
+    assert processor.cut(wide, (40, 40), 0.999).tobytes() == wide.crop((61, 0, 101, 40)).tobytes()
+    assert processor.cut(wide, (20, 40), 0.0).tobytes() == wide.crop((0, 0, 80, 40)).resize((40, 20)).tobytes()
+
+
+def test_only_dropped_captions_and_empty_instructions_become_the_unconditional_prompt(processor):
+    fixed = processor.prompt_ids(["a dog"], "generate", [True])
+    assert processor.prompt_ids(["", " ", "a dog"], "generate", [True] * 3) == fixed * 3
+    assert fixed[0] not in processor.prompt_ids(["", " ", "a dog"], "generate")
+    reconstruct = processor.prompt_ids(["", " ", "a dog"], "reconstruct", [False, False, True])
+    place = reconstruct[0].index(processor.image_token_id)
+    assert reconstruct == [[*fixed[0][:place], processor.image_token_id, *fixed[0][place:]]] * 3
+
+
+def conversation(*contents, roles=("user", "assistant")):
+    return [{"role": roles[place % len(roles)], "content": content} for place, content in enumerate(contents)]
+
+
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        (conversation("<image>\nWhat?", "A boat.", "Where?", ""), None),
+        (conversation("<image>", "A boat."), None),
+        (conversation("What is <image><image>?", "A boat."), None),
+        (conversation("What?", "A boat."), "no image mark at the front of the first question"),
+        (conversation("What?", "A boat.", "<image>\nWhere?", "Here."), "no image mark"),
+        (conversation("What?", "<image>", "Yes.", roles=("user", "user", "assistant")), "no image mark"),
+        (conversation("<image>", "A boat.", "<image>", "Here."), "more than one image mark"),
+        (conversation("<image>", "<image>", "A boat.", roles=("user", "user", "assistant")), "two image marks"),
+        (conversation("Be short.", "<image>", "A boat.", roles=("system", "user", "assistant")), "role 'system'"),
+        (conversation("A boat.", "<image>", roles=("assistant", "user")), "no answer to a question"),
+        (conversation(), "no answer"),
+        (conversation("<image>" + "Why? " * 1500, "So."), "no answer within 1472 tokens"),
+    ],
+)
+def test_conversations_that_teach_nothing_have_a_problem(processor, pictures, messages, problem):
+    got = processor.conversation_problem(messages)
+    assert got == problem if problem is None else problem in got
+    if problem is None:
+        assert (processor(pictures[:1], [messages], task="caption")["labels"] != -100).any()
+    elif "within" not in problem:
+        with pytest.raises(ValueError, match=f"Conversation 0 of the batch has .*{problem}"):
+            processor(pictures[:1], [messages], task="caption")
+
+
+def test_conversations_about_no_picture(processor):
+    batch = processor(text=[conversation("Is it?", "Yes."), "No."], instruction=["", "Is it?"], task="caption")
+    assert processor.image_token_id not in batch["input_ids"] and len(batch["labels"]) == 2
+    with pytest.raises(ValueError, match="an image mark, but no image"):
+        processor(text=[conversation("<image>\nIs it?", "Yes.")], task="caption")
+
+
+def test_all_answers_of_a_conversation_are_supervised(processor, pictures):
+    turns = conversation("Look at <image> please. ", " A boat. ", " Where? ", "There.")
+    batch = processor(pictures[:1], [turns], task="caption")
+    ids, labels = batch["input_ids"][0], batch["labels"][0]
+    assert processor.tokenizer.decode(labels[labels != -100]) == " A boat. <|im_end|>There.<|im_end|>"
+    asked = processor.tokenizer.decode(ids[(labels == -100) & (ids != processor.image_token_id)])
+    assert "user\n\nLook at  please.<|im_end|>" in asked and "user\n Where? <|im_end|>" in asked
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"task": "reconstruct", "instruction": ["a"]},
+        {"task": "reconstruct", "dropped": [True]},
+        {"task": "generate", "text": ["a", "b"], "crop": [0.5]},
+        {"task": "caption", "text": ["a", "b"], "instruction": ["?"]},
+    ],
+)
+def test_lists_of_another_length_than_the_batch_are_refused(processor, pictures, arguments):
+    with pytest.raises(ValueError, match="1 entries for a batch of 2 samples"):
+        processor(images=pictures[:2], **arguments)
 
 
 def test_long_prompts_keep_the_turn_around_them(processor):
     short, long = processor.prompt_ids(["a dog", "a dog and " * 200], "generate")
     assert len(long) == processor.max_prompt_length
     assert long[-5:] == short[-5:]
+    assert [len(ids) for ids in processor.prompt_ids(["a dog and " * 200], "reconstruct")] == [len(long)]
 
 
 def test_the_tiny_processor_brings_the_turn_markers(processor):
@@ -330,7 +432,7 @@ def test_the_tiny_processor_brings_the_turn_markers(processor):
     with pytest.raises(ValueError, match="vocabulary"):
         harmon.Processor.tiny(harmon.Config.tiny(vocab_size=5), letters)
     tiny = harmon.Processor.tiny(harmon.Config.tiny(vocab_size=6), letters)
-    assert tiny.target_sizes() == [(32, 32)] and tiny.end_id == 5 and len(letters) == 4
+    assert tiny.fixed_size == tiny.target_size(90, 40) == (32, 32) and tiny.end_id == 5 and len(letters) == 4
 
 
 def test_the_processor_comes_back_with_its_settings(processor, tmp_path):
@@ -339,7 +441,7 @@ def test_the_processor_comes_back_with_its_settings(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     processor.tokenizer.chat_template = None
     again = harmon.Processor.from_pretrained(tmp_path)
-    assert (again.image_size, again.max_prompt_length, again.target_sizes()) == (64, 40, [(64, 64)])
+    assert (again.image_size, again.max_prompt_length, again.fixed_size) == (64, 40, (64, 64))
     assert again.prompt_ids(["a boat"], "generate") == processor.prompt_ids(["a boat"], "generate")
 
 
@@ -369,8 +471,8 @@ def test_save_pretrained_is_bit_exact(model, tmp_path):
 
 
 def test_both_published_layouts_hold_the_same_model(published, training_layout):
-    one, other = AutoUnifiedModel.from_pretrained(published), AutoUnifiedModel.from_pretrained(training_layout)
-    assert isinstance(one, harmon.Model) and same_weights(one, other)
+    model, other = AutoUnifiedModel.from_pretrained(published), AutoUnifiedModel.from_pretrained(training_layout)
+    assert isinstance(model, harmon.Model) and same_weights(model, other)
 
 
 def test_write_published_is_the_inverse_of_read_published(published, tmp_path):

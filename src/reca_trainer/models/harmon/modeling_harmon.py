@@ -758,7 +758,8 @@ class HarmonModel(UnifiedModel):
             understanding = self.encode_condition(pixel_values.to(self.device))
         context, context_mask = self._embed_prompts(processor, prompts, understanding)
         if guidance_scale != 1:
-            unconditional = self._embed_prompts(processor, processor.prompt_ids([""] * count, "generate"), None)
+            prompts = processor.prompt_ids([""] * count, "generate", dropped=[True] * count)
+            unconditional = self._embed_prompts(processor, prompts, None)
             context, context_mask = stack_prompts((context, context_mask), unconditional)
         latents = self.sample_latents(
             context,

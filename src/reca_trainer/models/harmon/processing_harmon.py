@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import dropwhile
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from reca_trainer.models.contract import UnifiedProcessor
+from reca_trainer.models.contract import IMAGE_MARK, Conversation, UnifiedProcessor, conversations_of, one_per_sample
 from reca_trainer.models.harmon.configuration_harmon import HarmonConfig
 from reca_trainer.tasks import TASKS
 
@@ -27,8 +28,9 @@ class HarmonProcessor(UnifiedProcessor):
         tokenizer: a Qwen2 tokenizer with `<|im_start|>` and `<|im_end|>`.
         image_size (`int`): pixels per side of every image.
         image_token_id (`int`): marks the image's place in `input_ids`; the model puts the embeddings there.
-        max_prompt_length (`int`): tokens of a prompt; longer text is cut, the chat turn around it stays whole.
-        max_caption_length (`int`): tokens of question and answer together, the image counted as one.
+        max_prompt_length (`int`): tokens of a prompt, the image counted as one; longer text is cut, the chat turn
+            around it stays whole.
+        max_caption_length (`int`): tokens of a conversation, the image counted as one.
 
     Raises:
         ValueError: the tokenizer lacks one of the two.
@@ -75,19 +77,30 @@ class HarmonProcessor(UnifiedProcessor):
         """Id of `<|im_end|>`, which ends every turn and pads training batches."""
         return self.tokenizer.convert_tokens_to_ids("<|im_end|>")
 
+    @property
+    def fixed_size(self) -> tuple[int, int]:
+        return (self.image_size, self.image_size)
+
     def __call__(
         self,
         images: list[Image.Image] | None = None,
-        text: list[str] | None = None,
+        text: list[str] | list[Conversation] | None = None,
         instruction: str | list[str] | None = None,
         task: str = "reconstruct",
         size: tuple[int, int] | None = None,
+        *,
+        crop: list[float | None] | None = None,
+        dropped: list[bool] | None = None,
     ) -> dict[str, Any]:
         """Build one task's batch, see `UnifiedProcessor`.
 
-        `reconstruct` has no `condition_pixel_values`: the condition is the target image, which the model encodes once.
-        `instruction` may be a list, one per sample. An empty instruction or caption gives the prompt "Generate an
-        image."; `caption` works without images.
+        `reconstruct` squeezes the whole picture and has no `condition_pixel_values`: the condition is the target image,
+        which the model encodes once. `generate` cuts a box out of the picture, `caption` pads the picture with grey and
+        works without images. A dropped text, or an empty instruction, gives the prompt "Generate an image.".
+
+        Raises:
+            ValueError: an unknown task, images or texts that are missing or differ in number, or a conversation that
+                cannot be worded or does not show its image where the model was trained to see it.
         """
         if task not in TASKS:
             raise ValueError(f"task is {task!r}; expected one of {', '.join(TASKS)}.")
@@ -99,61 +112,98 @@ class HarmonProcessor(UnifiedProcessor):
             raise ValueError(f"Got {len(images)} images and {len(text)} texts; pass one of each per sample.")
 
         count = len(text if images is None else images)
-        instructions = instruction if isinstance(instruction, list) else [instruction or ""] * count
+        instructions = one_per_sample(instruction, count, "")
         if task == "caption":
-            turns = zip(instructions, text, strict=True)
-            rows = [self.conversation([turn], images is not None) for turn in turns]
-            input_ids, attention_mask = self.pad([ids for ids, _ in rows])
-            labels = torch.full_like(input_ids, -100)
-            for row, (_, supervised) in zip(labels, rows, strict=True):
-                row[: len(supervised)] = torch.tensor(supervised)
-            batch = {"task": task, "input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-            return batch if images is None else {**batch, "condition_pixel_values": self.condition_pixels(images)}
+            return {"task": task, **self._captions(images, conversations_of(text, instructions, images is not None))}
 
-        prompts = instructions if task == "reconstruct" else text
-        input_ids, attention_mask = self.pad(self.prompt_ids(prompts, task))
-        prepare = self.squeeze if task == "reconstruct" else self.crop
-        size = size or (self.image_size, self.image_size)
+        prompts = self.prompt_ids(instructions if task == "reconstruct" else text, task, dropped)
+        input_ids, attention_mask = self.pad(prompts)
+        size = size or self.fixed_size
+        if task == "reconstruct":
+            pictures = [self.squeeze(image.convert("RGB"), size) for image in images]
+        else:
+            places = one_per_sample(crop, count)
+            cuts = zip(images, places, strict=True)
+            pictures = [self.cut(image.convert("RGB"), size, place) for image, place in cuts]
         return {
             "task": task,
-            "pixel_values": torch.stack([to_pixels(prepare(image.convert("RGB"), size)) for image in images]),
+            "pixel_values": torch.stack([to_pixels(picture) for picture in pictures]),
             "input_ids": input_ids,
             "attention_mask": attention_mask,
         }
 
-    def target_sizes(self) -> list[tuple[int, int]]:
-        return [(self.image_size, self.image_size)]
+    def conversation_problem(self, conversation: Conversation) -> str | None:
+        try:
+            input_ids, labels = self.conversation(conversation)
+            self._check_image(input_ids)
+        except ValueError as error:
+            return str(error)
+        if all(label == -100 for label in labels):
+            return f"no answer within {self.max_caption_length} tokens"
+        return None
+
+    def _check_image(self, input_ids: list[int], with_image: bool = True) -> None:
+        """Raise `ValueError` where a conversation's image is not where the model was trained to see it."""
+        number, front = input_ids.count(self.image_token_id), len(self._tokenize(USER))
+        if not with_image and number:
+            raise ValueError("an image mark, but no image")
+        if with_image and number > 1:
+            raise ValueError("more than one image mark")
+        if with_image and input_ids[front : front + 1] != [self.image_token_id]:
+            raise ValueError("no image mark at the front of the first question")
 
     # text
 
-    def prompt_ids(self, text: list[str], task: str) -> list[list[int]]:
+    def prompt_ids(self, text: list[str], task: str, dropped: list[bool] | None = None) -> list[list[int]]:
         """Token ids of image prompts: captions (`generate`), or instructions with an image before them
-        (`reconstruct`). Empty ones become "Generate an image."."""
+        (`reconstruct`). Dropped ones, and empty instructions, become "Generate an image."."""
+        samples = list(zip(text, one_per_sample(dropped, len(text), False), strict=True))
         if task == "generate":
-            captions = [caption.strip() for caption in text]
-            return [self._turn(f"Generate an image: {caption}" if caption else UNCONDITIONAL) for caption in captions]
+            requests = [
+                UNCONDITIONAL if drop else f"Generate an image: {caption.strip()}" for caption, drop in samples
+            ]
+            return [self._turn(request, self.max_prompt_length) for request in requests]
         # The model was trained with a line break before the instruction but the image put after the first three
         # tokens, and "user\n\n" is three tokens: both breaks come before the image.
-        prompts = [self._turn(f"\n{instruction}" if instruction.strip() else UNCONDITIONAL) for instruction in text]
-        return [[*ids[:IMAGE_POSITION], self.image_token_id, *ids[IMAGE_POSITION:]] for ids in prompts]
+        requests = [UNCONDITIONAL if drop or not asked.strip() else f"\n{asked}" for asked, drop in samples]
+        turns = [self._turn(request, self.max_prompt_length - 1) for request in requests]
+        return [[*ids[:IMAGE_POSITION], self.image_token_id, *ids[IMAGE_POSITION:]] for ids in turns]
 
     def question_ids(self, text: list[str], with_image: bool) -> list[list[int]]:
         """Token ids of questions, the image before the text, up to where the answer begins."""
         if not with_image:
             return [self._tokenize(USER + question + ANSWER) for question in text]
-        before = [*self._tokenize(USER), self.image_token_id]
-        return [before + self._tokenize(f"\n{question}{ANSWER}") for question in text]
+        return [self._question(f"{IMAGE_MARK}\n{question}") for question in text]
 
-    def conversation(self, turns: list[tuple[str, str]], with_image: bool = True) -> tuple[list[int], list[int]]:
-        """Token ids and labels of `(question, answer)` turns. Supervised are the answers and the `<|im_end|>` after
-        each; the image comes before the first question."""
+    def conversation(self, conversation: Conversation) -> tuple[list[int], list[int]]:
+        """Token ids and labels of a conversation, cut to `max_caption_length`. Supervised are the answers and the
+        `<|im_end|>` after each.
+
+        Raises:
+            ValueError: a role other than user and assistant, no answer, or two image marks in one question.
+        """
         input_ids, labels = [], []
-        for place, (question, answer) in enumerate(turns):
-            prompt = self.question_ids([question], with_image and place == 0)[0]
+        for question, answer in exchanges_of(conversation):
+            prompt = self._question(question)
             reply, separator = self._tokenize(answer + "<|im_end|>"), self._tokenize("\n")
             input_ids += prompt + reply + separator
             labels += [-100] * len(prompt) + reply + [-100] * len(separator)
         return input_ids[: self.max_caption_length], labels[: self.max_caption_length]
+
+    def _captions(self, images: list[Image.Image] | None, conversations: list[Conversation]) -> dict[str, Tensor]:
+        rows = []
+        for place, conversation in enumerate(conversations):
+            try:
+                rows.append(self.conversation(conversation))
+                self._check_image(rows[-1][0], images is not None)
+            except ValueError as error:
+                raise ValueError(f"Conversation {place} of the batch has {error}.") from error
+        input_ids, attention_mask = self.pad([ids for ids, _ in rows])
+        labels = torch.full_like(input_ids, -100)
+        for row, (_, supervised) in zip(labels, rows, strict=True):
+            row[: len(supervised)] = torch.tensor(supervised)
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        return batch if images is None else {**batch, "condition_pixel_values": self.condition_pixels(images)}
 
     def pad(self, rows: list[list[int]], side: str = "right") -> tuple[Tensor, Tensor]:
         """Stack rows of ids, padded with `<|im_end|>`: `input_ids` and `attention_mask`, `[B, T]` int64."""
@@ -166,9 +216,15 @@ class HarmonProcessor(UnifiedProcessor):
             attention_mask[place, kept] = 1
         return input_ids, attention_mask
 
-    def _turn(self, text: str) -> list[int]:
+    def _turn(self, text: str, max_length: int) -> list[int]:
         end = self._tokenize(ANSWER)
-        return self._tokenize(USER + text)[: self.max_prompt_length - len(end)] + end
+        return self._tokenize(USER + text)[: max_length - len(end)] + end
+
+    def _question(self, question: str) -> list[int]:
+        """A question's turn up to where the answer begins, the image at the first image mark."""
+        before, mark, after = f"{USER}{question}{ANSWER}".partition(IMAGE_MARK)
+        image = [self.image_token_id] if mark else []
+        return [*self._tokenize(before), *image, *self._tokenize(after)]
 
     def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -185,12 +241,18 @@ class HarmonProcessor(UnifiedProcessor):
         longer = max(image.size)
         return image.resize((longer, longer)).resize((size[1], size[0]))
 
-    def crop(self, image: Image.Image, size: tuple[int, int], offset: tuple[int, int] | None = None) -> Image.Image:
-        """Cut the largest box with the aspect ratio of `(height, width)`, at `(left, top)` or in the middle, and
-        resize it."""
+    def cut(self, image: Image.Image, size: tuple[int, int], place: float | None = None) -> Image.Image:
+        """Cut the largest box with the aspect ratio of `(height, width)` and resize it.
+
+        Args:
+            place: where along the longer side, in [0, 1); `None` is the middle.
+        """
         scale = min(image.width / size[1], image.height / size[0])
         width, height = round(size[1] * scale), round(size[0] * scale)
-        left, top = offset or ((image.width - width) // 2, (image.height - height) // 2)
+        left, top = (
+            free // 2 if place is None else int(place * (free + 1))
+            for free in (image.width - width, image.height - height)
+        )
         return image.crop((left, top, left + width, top + height)).resize((size[1], size[0]))
 
     def pad_to_square(self, image: Image.Image) -> Image.Image:
@@ -204,3 +266,32 @@ class HarmonProcessor(UnifiedProcessor):
 def to_pixels(image: Image.Image) -> Tensor:
     """`[3, H, W]` float32 in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 * 2 - 1
+
+
+def exchanges_of(conversation: Conversation) -> list[tuple[str, str]]:
+    """`(question, answer)` of each answer of a conversation, as the training data was read.
+
+    Answers before the first question and questions after the last answer are left out; questions in a row become one.
+    An image mark moves to the front of its message, whose text is then stripped.
+
+    Raises:
+        ValueError: a role other than user and assistant, no answer, or two image marks in one question; the message is a
+            short reason.
+    """
+    exchanges, question = [], ""
+    for message in dropwhile(lambda message: message["role"] == "assistant", conversation):
+        role, content = message["role"], message["content"]
+        if role == "user":
+            if IMAGE_MARK in content:
+                content = f"{IMAGE_MARK}\n{content.replace(IMAGE_MARK, '').strip()}".strip()
+            question += content
+        elif role == "assistant":
+            exchanges.append((question, content))
+            question = ""
+        else:
+            raise ValueError(f"a message of the role {role!r}")
+    if not exchanges:
+        raise ValueError("no answer to a question")
+    if any(question.count(IMAGE_MARK) > 1 for question, _ in exchanges):
+        raise ValueError("two image marks in one question")
+    return exchanges
