@@ -380,6 +380,15 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
     def num_examples(self, dataloader: DataLoader) -> int:
         return len(dataloader.dataset) if not self.images.is_streaming else super().num_examples(dataloader)
 
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """The parameters that weight decay acts on, as the family's original groups them."""
+        decays = adapters.unwrap(model).decays
+        return [
+            name
+            for name, parameter in model.named_parameters()
+            if decays(name, getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 empties parameters
+        ]
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         warmup = self.args.get_warmup_steps(num_training_steps)
         if warmup >= num_training_steps:

@@ -128,6 +128,8 @@ def under_root(
                 raise ValueError(f"The image path {image['path']!r} leads out of image_root={image_root}.")
         return {columns.image: {"bytes": image.get("bytes"), "path": path}}
 
+    if dataset.features is not None and not isinstance(dataset.features[columns.image], Value):
+        return dataset  # images, not paths to them
     if isinstance(dataset, IterableDataset):
         if dataset.features is not None:
             dataset = dataset.cast_column(columns.image, Image(decode=False))

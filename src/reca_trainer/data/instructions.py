@@ -1,7 +1,38 @@
 """What a model is asked for when it is shown an image: reconstruction templates and caption questions."""
 
-# One is drawn per micro-batch, so that the reconstruction hangs on the image's embeddings and on no single wording.
-# The first stands for all of them in evaluation.
+# Requests that name what to look at. Lists of attributes mattered for Show-o (the authors' guide to reproduction).
+_REQUESTS = (
+    "Describe this image with regard to {}.",
+    "Give a complete description of the picture that covers {}.",
+    "Look at the image closely and note {}.",
+    "Write a dense paragraph about this image: {}.",
+    "Tell me in detail what is shown here, including {}.",
+    "Analyse the picture step by step, considering {}.",
+    "Report everything visible in this image, above all {}.",
+    "Explain how this picture looks, paying attention to {}.",
+    "Draw up a list of what makes this image what it is: {}.",
+    "Describe the image so that it could be made again, with {}.",
+)
+_ATTRIBUTES = (
+    "colours, shapes, sizes, textures, materials, patterns and the light that falls on each of them",
+    "objects, their number, their size, their colour, their exact position and how they relate to each other",
+    "foreground, middle ground and background, what lies in each, and what separates them",
+    "the main subject, its pose, its expression, its clothing, its belongings and its surroundings",
+    "composition, viewpoint, perspective, depth, scale, framing, balance, symmetry and the empty spaces",
+    "the style, the technique, the palette, the contrast, the finish and the mood that results",
+    "the place, the time of day, the season, the weather, the temperature of the light and the atmosphere",
+    "lines, edges, outlines, curves, angles, patterns, rhythms and elements that are repeated or broken off",
+    "light and shadow, where the light comes from, reflections, highlights, haze and transparent parts",
+    "people, animals, plants, buildings and man-made things, where there are any",
+    "what is large, what is small, what is near, what is far and what is half hidden",
+    "surfaces that are rough or smooth, hard or soft, dull or shiny, new or worn",
+    "the left, the right, the top, the bottom, the corners and the centre of the frame in turn",
+    "actions, gestures, movement, directions of gaze and the moment that is caught",
+    "any writing, numbers, signs, labels or symbols, their form, and the things that carry them",
+)
+
+# Every image draws one, so that the reconstruction hangs on the image's embeddings and on no single wording. The first
+# stands for all of them in evaluation.
 INSTRUCTIONS: tuple[str, ...] = (
     "Describe the image in detail.",
     "Describe this picture so that someone could paint it without seeing it.",
@@ -217,6 +248,7 @@ INSTRUCTIONS: tuple[str, ...] = (
     "Set out the contents of the image in order of size.",
     "Recite what the image holds, near and far.",
     "Present a faithful and complete description of the view.",
+    *(request.format(attributes) for request in _REQUESTS for attributes in _ATTRIBUTES),
 )
 
 # For captions that come without a question of their own.

@@ -200,6 +200,14 @@ class UnifiedModel(PreTrainedModel):
                 module.support_avx512bf16_for_cpu = False
         return loaded
 
+    def decays(self, name: str, shape: torch.Size) -> bool:
+        """Whether weight decay acts on the parameter called `name`, as in the optimiser groups of the original's script.
+
+        Args:
+            shape: of the whole parameter, wherever its parts lie.
+        """
+        return len(shape) >= 2
+
     def freeze_understanding(self) -> None:
         """Leave exactly `generation_modules` trainable, which is what RecA trains."""
         self.requires_grad_(False)

@@ -3,6 +3,7 @@
 | file | content |
 |---|---|
 | `ema.safetensors` (or `model.safetensors`, or either sharded behind an `.index.json`) | everything but the autoencoder |
+| `model_bf16.safetensors` | the same in the authors' RecA release; read first, since an `ema.safetensors` beside it is an average that hardly moved |
 | `model.safetensors.index.json` | which file holds which tensor: all of them `ema.safetensors` |
 | `ae.safetensors` | FLUX' autoencoder, float32, in FLUX' own key names |
 | `llm_config.json`, `vit_config.json` | dimensions; `config.json` only gives what the original hard-codes |
@@ -31,7 +32,7 @@ from reca_trainer.models.weights import (
     write_tokenizer,
 )
 
-WEIGHTS = ("ema.safetensors", "model.safetensors")
+WEIGHTS = ("model_bf16.safetensors", "ema.safetensors", "model.safetensors")
 POSITION_TABLES = {"latent_pos_embed.pos_embed": "latent_pos_embed", "vit_pos_embed.pos_embed": "vit_pos_embed"}
 
 
