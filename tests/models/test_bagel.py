@@ -1,5 +1,6 @@
 """BAGEL beyond the reference cases: loading, batching, generation and adapters."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.nn.utils.rnn import pad_sequence
 
 from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor
 from reca_trainer.models.bagel import Config, Model, read_published, write_published
@@ -145,6 +147,185 @@ def test_a_batch_is_its_samples(model, processor, task):
                 assert torch.equal(tensor[0], corruption[name][index]), name
             output = model(corruption=alone, **one)
             torch.testing.assert_close(output.loss, together.per_sample_loss[index], rtol=1e-4, atol=1e-5)
+
+
+def check_samples(model, whole, samples):
+    """The losses of a batch are those of its samples, each on its own."""
+    count = len(samples)
+    corruption = model.sample_corruption(whole, generators(count))
+    with torch.no_grad():
+        together = model(corruption=corruption, **whole)
+        for index, sample in enumerate(samples):
+            alone = model(corruption=model.sample_corruption(sample, generators(count)[index : index + 1]), **sample)
+            torch.testing.assert_close(alone.loss, together.per_sample_loss[index], rtol=1e-4, atol=1e-5)
+    return together
+
+
+@pytest.mark.parametrize("task", ["reconstruct", "generate"])
+@pytest.mark.parametrize("dropped", [[False] * 4, [False, True, False, False], [True, False, False, True], [True] * 4])
+def test_texts_of_different_lengths_and_dropped_ones(model, processor, task, dropped):
+    words = ["Describe.", "Say what stands where in this picture.", "", "What is it?"]
+    if task == "generate":
+        words[2] = None  # a missing caption, which is a space
+    key = "instruction" if task == "reconstruct" else "text"
+    images = pictures(4)
+    whole = processor(images=images, **{key: words}, task=task, dropped=dropped)
+    samples = [
+        processor(images=[image], **{key: [text]}, task=task, dropped=[drop])
+        for image, text, drop in zip(images, words, dropped, strict=True)
+    ]
+    assert ("input_ids" in whole) == (not all(dropped))
+    for sample, drop in zip(samples, dropped, strict=True):
+        assert not (drop and "input_ids" in sample) and "attention_mask" not in sample
+    check_samples(model, whole, samples)
+    if not all(dropped):
+        lengths = [sample["input_ids"].shape[1] if "input_ids" in sample else 0 for sample in samples]
+        assert whole["attention_mask"].sum(1).tolist() == lengths
+
+
+def test_a_dropped_instruction_is_none(model, processor):
+    """A row whose mask is zero reads what a batch without instructions reads, and has gradients without NaN."""
+    images = pictures(2)
+    kept, dropped = (
+        processor(images=images, instruction=["Describe.", "Describe."], task="reconstruct", dropped=drop)
+        for drop in (None, [False, True])
+    )
+    assert "attention_mask" not in kept and dropped["attention_mask"][1].tolist() == [0] * kept["input_ids"].shape[1]
+    without = processor(images=images, task="reconstruct")
+    assert "input_ids" not in without
+    corruption = model.sample_corruption(kept, generators(2))
+    with torch.no_grad():
+        losses = [model(corruption=corruption, **data).per_sample_loss for data in (kept, dropped, without)]
+    torch.testing.assert_close(losses[1], torch.stack([losses[0][0], losses[2][1]]))
+    assert losses[0][1] != losses[2][1]
+    model.requires_grad_(True)
+    model(corruption=corruption, **dropped).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_conditions_of_different_sizes(model, processor, encoded):
+    """Targets of one size, conditions of three; encoded ones are padded by the processor's batch or by a collator."""
+    sizes = [(64, 48), (200, 40), (64, 48), (48, 64)]
+    images = [pictures(index + 1, size)[-1] for index, size in enumerate(sizes)]
+    words = ["Describe.", "Say what stands where in this picture.", "What is it?", "Describe."]
+    whole = processor(images=images, instruction=words, task="reconstruct", size=(48, 64))
+    samples = [
+        processor(images=[image], instruction=[text], task="reconstruct", size=(48, 64))
+        for image, text in zip(images, words, strict=True)
+    ]
+    assert isinstance(whole["condition_pixel_values"], list)
+    assert len({tuple(pixels.shape) for pixels in whole["condition_pixel_values"]}) == 3
+    if encoded:
+        single = [model.encode_batch(sample) for sample in samples]
+        assert all(sorted(tensors) == ["condition_embeds", "posterior"] for tensors in single)
+        lengths = torch.tensor([tensors["condition_embeds"].shape[1] for tensors in single])
+        together = model.encode_batch(whole)
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        assert torch.equal(together["condition_attention_mask"], mask)
+        padded = pad_sequence([tensors["condition_embeds"][0] for tensors in single], batch_first=True)
+        torch.testing.assert_close(together["condition_embeds"], padded)
+        texts = {name: whole[name] for name in ("task", "input_ids", "attention_mask")}
+        collated = {**texts, "condition_embeds": padded, "condition_attention_mask": mask.long()}
+        collated["posterior"] = torch.cat([tensors["posterior"] for tensors in single])
+        check_samples(model, collated, samples)
+        whole = {**texts, **together}
+    output = check_samples(model, whole, samples)
+    check_samples(
+        model, {**whole, "timesteps_per_image": 2}, [{**sample, "timesteps_per_image": 2} for sample in samples]
+    )
+    assert output.understanding_embeds.shape[0] == 4
+
+
+def conversation(*contents):
+    """Messages of user and assistant in turn."""
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def test_captions_with_images_anywhere(model, processor):
+    rows = [
+        (conversation("<image>\nWhat is it?", "A kite."), (64, 48)),
+        (conversation("Look at <image> and name the tallest thing.", "The bridge, I think."), (48, 64)),
+        (conversation("Name a river.", "The Orinoco.", "And here?\n<image>", "A lake."), (64, 48)),
+        (conversation("Name a river.", "The Orinoco."), (64, 48)),
+        (conversation("Name a sea.", "The Baltic Sea, for example."), None),
+    ]
+    words = [words for words, _ in rows]
+    images = [size and pictures(1, size)[0] for _, size in rows]
+    whole = processor(images=images, text=words, task="caption")
+    assert whole["image_position"].tolist()[0] == 0 and whole["image_position"].tolist()[3:] == [-1, -1]
+    samples = [
+        processor(images=image and [image], text=[text], task="caption")
+        for image, text in zip(images, words, strict=True)
+    ]
+    assert "condition_pixel_values" not in samples[3] and "image_position" not in samples[0]
+    check_samples(model, whole, samples)
+    only_text = processor(text=words[3:], task="caption")
+    assert "condition_pixel_values" not in only_text
+    check_samples(model, only_text, samples[3:])
+    leading = [text for text in words if text[0]["content"].startswith("<image>")] * 2
+    images = [*pictures(1), *pictures(1, (48, 64))]
+    whole = processor(images=images, text=leading, task="caption")
+    assert isinstance(whole["condition_pixel_values"], list) and "image_position" not in whole
+    check_samples(
+        model, whole, [processor(images=[i], text=[t], task="caption") for i, t in zip(images, leading, strict=True)]
+    )
+
+
+def test_conversations_that_teach_nothing(processor):
+    twice = conversation("<image>\nWhat?", "A kite.", "And this <image>?", "The same.")
+    for text, problem in (
+        (conversation("<image>"), "no answer"),
+        (conversation("<image>", ""), "no answer"),
+        (twice, "the image in more than one message"),
+    ):
+        assert processor.conversation_problem(text) == problem
+        with pytest.raises(ValueError, match=problem):
+            processor(images=pictures(1), text=[text], task="caption")
+    # Within one message further marks only divide the text; a mark in an answer is text.
+    split = conversation("a <image> b <image> c", "the mark <image>")
+    assert processor.conversation_problem(split) is None
+    batch = processor(images=pictures(1), text=[split], task="caption")
+    ids = [token for words in ("a", "b", "c", "the mark <image>") for token in processor._split(words)]
+    assert batch["input_ids"].tolist() == [ids]
+    assert batch["image_position"].tolist() == [len(processor._split("a"))]
+    # White space goes around a mark only; what has no words but white space is a split, nothing is none.
+    spaced = conversation(" <image> \n", " a ", "  b\n", "", " ", "c")
+    batch = processor(images=pictures(1), text=[spaced], task="caption")
+    splits = [processor._split(words) for words in (" a ", "  b\n", " ", "c")]
+    assert batch["input_ids"].tolist() == [list(itertools.chain(*splits))]
+    labels = [[-100, *ids[1:]] if words in (0, 3) else [-100] * len(ids) for words, ids in enumerate(splits)]
+    assert batch["labels"].tolist() == [list(itertools.chain(*labels))]
+    with pytest.raises(ValueError, match="caption does not"):
+        processor(images=pictures(1), text=[split], task="caption", dropped=[True])
+
+
+def test_what_needs_no_mask_gets_none(model, processor):
+    """Equal lengths read on the path without mask tensors, which is the fastest."""
+    masks = []
+    layer = model.language_model.model.layers[0]
+    hook = layer.register_forward_pre_hook(lambda _module, args: masks.append(args[4]))
+    whole = processor(images=pictures(2), instruction="Describe.", task="reconstruct")
+    with torch.no_grad():
+        model(**whole)
+    hook.remove()
+    assert [mask is None for mask in masks] == [True, False, True]  # only the text behind the image is causal
+    assert masks[1].shape[:2] == (1, 1)
+    assert whole["input_ids"].shape[0] == 2 and "attention_mask" not in whole
+    assert processor(instruction="Describe.", task="reconstruct")["input_ids"].shape[0] == 1
+    assert processor(instruction=["Describe.", "Look."], task="reconstruct")["input_ids"].shape[0] == 2
+
+
+def test_target_size(processor):
+    assert processor.fixed_size is None
+    assert processor.target_size(640, 480) == (48, 64)
+    assert processor.target_size(640, 480, max_image_size=32) == (16, 32)
+    assert processor.target_size(640, 480, max_image_size=128, min_image_size=64) == (96, 128)
+    assert processor.target_size(640, 480, max_image_size=16) == (16, 16)  # lowers the minimum too
+    for bounds in ({"max_image_size": 8}, {"min_image_size": 15}, {"min_image_size": 65}):
+        with pytest.raises(ValueError, match="at least 16 pixels"):
+            processor.target_size(640, 480, **bounds)
 
 
 def test_instruction_may_be_left_out(model, processor):

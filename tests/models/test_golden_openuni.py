@@ -1,6 +1,6 @@
 """OpenUni against the reference cases. What each case holds is described in its `description`.
 
-Padding sides differ from the original (here always left), so sequences are compared where their mask is one.
+Some of these pad on the other side than training does, so sequences are compared where their mask is one.
 """
 
 import numpy as np
@@ -128,10 +128,21 @@ def expected_mask(case, num_queries, batch_size):
     return full
 
 
-def check_prompt(case, batch):
+def check_prompt(case, batch, processor):
+    """Over-long captions lose the end of their turn in the original and keep it here: that is checked, and the batch
+    then gets the original's ids, with which it computed the rest of the case."""
     ids, mask = (case.rows(key, len(batch["input_ids"])) for key in ("input_ids", "attention_mask"))
-    case.check("input_ids", batch["input_ids"][batch["attention_mask"].bool()], ids[mask.bool()])
-    case.check("attention_mask", batch["attention_mask"].sum(1), mask.sum(1))
+    rows = [row[seen.bool()].tolist() for row, seen in zip(ids, mask, strict=True)]
+    end = processor.tokenizer("<|im_end|>\n<|im_start|>assistant\n<img>")["input_ids"]
+    framed = [
+        row[: -len(end)] + end if len(row) == processor.max_caption_length and row[-len(end) :] != end else row
+        for row in rows
+    ]
+    seen = batch["attention_mask"].bool()
+    assert [row[kept].tolist() for row, kept in zip(batch["input_ids"], seen, strict=True)] == framed
+    batch["input_ids"][seen] = ids[mask.bool()].to(batch["input_ids"])
+    case.check("input_ids", batch["input_ids"][seen], ids[mask.bool()])
+    case.check("attention_mask", seen.sum(1), mask.sum(1))
 
 
 def check_pixels(case, pixel_values):
@@ -145,7 +156,7 @@ def check_tokens(case, load, processor, record):
     caption = prompts["generation"].split("Generate an image: ")[1].split("<|im_end|>")[0]
     batches = {
         "generation": processor(text=[caption], task="generate"),
-        "cfg": processor(text=[None], task="generate"),
+        "cfg": processor(text=[caption], task="generate", dropped=[True]),
         "reconstruct": processor(images=[image], instruction=instruction, task="reconstruct"),
     }
     for name, batch in batches.items():
@@ -179,18 +190,17 @@ def check_training(case, load, processor, record):
         case.check("vit_pixel_values", batch["condition_pixel_values"])
     else:
         draws = [draw for kind, draw in info["random_draws"] if kind == "uniform"]
-        captions = [
-            text if draw >= info["unconditional"] else None for text, draw in zip(info["captions"], draws, strict=True)
-        ]
+        captions = info["captions"]
+        dropped = [draw < info["unconditional"] for draw in draws]
         if "image_latents_0" in case:
             # Captions are cut whenever they have a target; here that target needs no pixels.
             images = [Image.new("RGB", (processor.image_size,) * 2)] * len(captions)
-            batch = processor(images=images, text=captions, task="generate")
+            batch = processor(images=images, text=captions, task="generate", dropped=dropped)
             del batch["pixel_values"]
             batch["latents"] = torch.stack([case[f"image_latents_{index}"] for index in range(len(captions))])
         else:
-            batch = processor(images=list(case.images()), text=captions, task="generate")
-    check_prompt(case, batch)
+            batch = processor(images=list(case.images()), text=captions, task="generate", dropped=dropped)
+    check_prompt(case, batch, processor)
     if "pixel_values" in batch:
         check_pixels(case, batch["pixel_values"])
 
@@ -242,10 +252,10 @@ def check_sampling(case, load, processor, record):
         case.check("visual_embeds", visual_embeds[: len(case["visual_embeds"])])
     else:
         task = "generate"
-        texts = [*info["prompts"], *[None] * len(info["prompts"])]
-        batch = processor(text=texts, task=task)
+        count = len(info["prompts"])
+        batch = processor(text=info["prompts"] * 2, task=task, dropped=[False] * count + [True] * count)
         visual_embeds = None
-    check_prompt(case, batch)
+    check_prompt(case, batch, processor)
     with torch.no_grad():
         prompt_embeds = model.encode_prompt(batch["input_ids"], batch["attention_mask"], visual_embeds)
     check_condition(case, calls, model.config.num_queries)

@@ -20,6 +20,7 @@ from tests.conftest import Golden
 
 golden = Golden("show_o")
 DIMS = golden.info.get("dims", {})
+COND_DROPOUT_PROB = 0.1  # of a run that does not say
 
 # Show-o's own folders, and which of them are of the plain variant
 CHECKPOINTS = {
@@ -123,36 +124,31 @@ def target_rows(batch, model, corruption, markers):
     return rows
 
 
-def corruption_of(tensors, task, drop):
+def corruption_of(tensors, task):
     (time,), (noise,) = draws(tensors, f"{task}_time"), draws(tensors, f"{task}_perm")
     close(mask_ratio(time), tensors[f"{task}.mask_prob"], atol=1e-6)
     corruption = {"mask": mask_tokens(time, noise)}
     equal(corruption["mask"], tensors[f"{task}.image_labels"] != -100)
-    if drop is not None:
-        corruption["drop_text"] = draws(tensors, "t2i_cond_drop")[0] < drop
     return corruption
 
 
 def t2i_step(case, tensors, model, processor):
     images = pil(tensors["raw.t2i"])
-    if "loss_recon" in case:  # RecA's own run resizes to a square instead of cropping
-        images = [image.resize((processor.image_size,) * 2, Image.Resampling.BICUBIC) for image in images]
-    batch = processor(images, text=case["t2i_texts"], task="generate", padding="max_length")
+    (uniform,) = draws(tensors, "t2i_cond_drop")
+    dropped = uniform < case.get("cond_dropout_prob", COND_DROPOUT_PROB)
+    batch = processor(images, text=case["t2i_texts"], task="generate", dropped=dropped.tolist(), padding="max_length")
+    if "loss_recon" not in case:  # Show-o's own run crops instead of squeezing
+        batch["pixel_values"] = processor.crop(images)
     if "t2i.pixel_values" in tensors:
         close(batch["pixel_values"], tensors["t2i.pixel_values"])
-    drop = case.get("cond_dropout_prob", model.config.cond_dropout_prob)
-    corruption = corruption_of(tensors, "t2i", drop)
+    corruption = corruption_of(tensors, "t2i")
     tokens = model.encode_target(batch["pixel_values"])
     equal(tokens - model.config.image_token_offset, tensors["t2i.vq_indices"])
     masked = tokens.masked_fill(corruption["mask"], model.config.mask_token_id)
     equal(masked, tensors["t2i.masked_image_ids"])
-    dropped = dict(batch)
-    dropped["input_ids"], dropped["attention_mask"] = model.drop_text(
-        batch["input_ids"], batch["attention_mask"], corruption["drop_text"]
-    )
-    ids = filled(dropped, model, target=masked)
+    ids = filled(batch, model, target=masked)
     length = ids.shape[1]
-    equal(attention(model, dropped), allowed(tensors["t2i.attn_allowed_bits"], length))
+    equal(attention(model, batch), allowed(tensors["t2i.attn_allowed_bits"], length))
     output = model(corruption=corruption, **batch)
     check_logits(output, target_rows(batch, model, corruption, markers=True), tensors, "t2i")
     assert model.count_supervised(batch, corruption) == len(output.target)
@@ -226,7 +222,7 @@ def recon_step(case, tensors, model, processor):
         equal(condition - model.config.image_token_offset, tensors["recon.condition_vq_indices"])
     tokens = model.encode_target(batch["pixel_values"])
     equal(tokens - model.config.image_token_offset, tensors["recon.vq_indices"])
-    corruption = corruption_of(tensors, "recon", None)
+    corruption = corruption_of(tensors, "recon")
     masked = tokens.masked_fill(corruption["mask"], model.config.mask_token_id)
     equal(masked, tensors["recon.masked_image_ids"])
     equal(filled(batch, model, masked, condition), tensors["recon.input_ids"])

@@ -189,6 +189,34 @@ def test_reconstruction_loss_is_the_naive_one(model, plain, processor, instructi
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("task", ["reconstruct", "generate"])
+def test_texts_of_different_length_and_dropped_ones_have_the_naive_losses(model, plain, processor, task):
+    columns = {
+        "images": pictures((16, 16), (50, 40), (40, 50), (20, 20)),
+        "instruction" if task == "reconstruct" else "text": ["red", "a long blue thing", "a box", "what is here?"],
+        "dropped": [False, False, True, True],
+        "crop": [None, 0.9, 0.0, None],
+    }
+    batch, kept = processor(**columns, task=task), processor(**{**columns, "dropped": None}, task=task)
+    tokenizer = processor.tokenizer
+    assert len(set(batch["attention_mask"].sum(1).tolist())) == 4
+    assert torch.equal(batch["input_ids"][:2], kept["input_ids"][:2])
+    losses = model(**batch).per_sample_loss
+    for row, drop in enumerate(columns["dropped"]):
+        ids = unpadded(kept["input_ids"][row], kept["attention_mask"][row])
+        condition = kept["condition_pixel_values"][row] if task == "reconstruct" else None
+        if drop:  # what guidance subtracts when sampling: no text, no image
+            ids = [tokenizer.bos_token_id, *[tokenizer.pad_token_id] * (len(ids) - 2), tokenizer.boi_token_id]
+            condition = None
+        assert unpadded(batch["input_ids"][row], batch["attention_mask"][row]) == ids
+        expected = naive_image_loss(plain, ids, kept["pixel_values"][row], condition)
+        torch.testing.assert_close(losses[row], expected, rtol=1e-5, atol=1e-5)
+        alone = processor(**{name: values[row : row + 1] for name, values in columns.items()}, task=task)
+        assert (alone["attention_mask"] == 1).all()
+        torch.testing.assert_close(losses[row], model(**alone).loss, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_generate_loss_is_the_naive_one_for_prompts_of_different_length(model, plain, processor):
     batch = processor(images=pictures((16, 16), (16, 16)), text=["red", "a long blue thing"], task="generate")
     losses = torch.stack(
@@ -593,6 +621,80 @@ def test_a_caption_follows_the_prompt_that_inference_sees(processor):
     assert (batch["labels"][:, :length] == -100).all() and (batch["labels"][:, length] != -100).all()
 
 
+def turns(*contents):
+    return [
+        {"role": "assistant" if number % 2 else "user", "content": content} for number, content in enumerate(contents)
+    ]
+
+
+JANUS_PRO_TEMPLATE = (  # words the turns as Janus-Pro's own does
+    "{% set seps = ['\n\n', eos_token] %}{% for message in messages %}"
+    "{{ '<|User|>: ' if message.role == 'user' else '<|Assistant|>: ' }}"
+    "{% for part in message.content %}{{ '<image_placeholder>\n' if part.type == 'image' else part.text }}{% endfor %}"
+    "{% if not loop.last or add_generation_prompt %}{{ seps[0] if message.role == 'user' else seps[1] }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|Assistant|>:{% endif %}"
+)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("template", "user", "assistant"),
+    [(None, "\nquestion : ", "\nanswer :"), (JANUS_PRO_TEMPLATE, "<|User|>: ", "\n\n<|Assistant|>:")],
+    ids=["tiny", "janus-pro"],
+)
+def test_every_turn_of_a_conversation_is_learned(model, plain, template, user, assistant):
+    processor = janus.Processor.tiny(janus.Config.tiny(image_size=16))
+    processor.chat_template = template or processor.chat_template
+    conversation = turns("What is this?", "A boat.", "And\n<image>", " Lanterns. ", "How many?", "Three.")
+    batch = processor(images=pictures((16, 16), (50, 40)), text=[conversation, turns("Why?", "So.")], task="caption")
+    ids, labels = unpadded(batch["input_ids"][0], batch["attention_mask"][0]), batch["labels"][0]
+    eos = processor.tokenizer.eos_token
+    image = f"{processor.image_start_token}{processor.image_token * 16}{processor.image_end_token}\n"
+    expected = (
+        f"{user.lstrip()}{image}What is this?{assistant} A boat.{eos}"
+        f"{user}And{assistant} Lanterns.{eos}{user}How many?{assistant} Three.{eos}"
+    )
+    assert processor.tokenizer.decode(ids) == processor.tokenizer.bos_token + expected
+    assert processor.tokenizer.decode(labels[labels != -100]) == f" A boat.{eos} Lanterns.{eos} Three.{eos}"
+    assert torch.equal(labels[labels != -100], batch["input_ids"][0][labels != -100])
+
+    embeds, total, places = naive_prompt(plain, ids, batch["condition_pixel_values"][0]), 0.0, []
+    for place, label in enumerate(labels.tolist()):
+        if label != -100:
+            total -= naive_next(plain, embeds[:place], plain.lm_head).log_softmax(-1)[label]
+            places.append(place)
+    torch.testing.assert_close(model(**batch).per_sample_loss[0], total / len(places), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("conversation", "problem"),
+    [
+        (turns("<image>Why?", "So."), None),
+        (turns("Why?"), "no answer"),
+        (turns("Why?", "So.", "Really?"), "not questions and answers in turn"),
+        (turns("Why?", "So.")[::-1], "not questions and answers in turn"),
+        ([{"role": "system", "content": "Be short."}, *turns("Why?", "So.")], "not questions and answers in turn"),
+        (turns("Why?", " \n", "Well?", "So."), "an empty answer"),
+        (turns("<image>Why?", "So.", "And <image>?", "So too."), "more than one picture"),
+    ],
+)
+def test_conversations_that_cannot_be_learned(conversation, problem, processor):
+    assert processor.conversation_problem(conversation) == problem
+    if problem:
+        with pytest.raises(ValueError, match=f"conversation with {problem}"):
+            processor(images=pictures((16, 16)), text=[conversation], task="caption")
+
+
+@pytest.mark.parametrize(("place", "left"), [(None, 10), (0.0, 0), (0.99, 20)])
+def test_a_target_is_a_square_of_the_longer_side(processor, place, left):
+    image = Image.new("RGB", (70, 50), "black")
+    image.paste("white", (left, 0, left + 50, 50))
+    for picture in (image, image.transpose(Image.Transpose.TRANSPOSE)):
+        batch = processor(images=[picture], crop=[place])
+        assert batch["pixel_values"].shape == (1, 3, *processor.fixed_size)
+        assert (batch["pixel_values"] == 1).all() and (batch["condition_pixel_values"] == 1).all()
+
+
 @pytest.mark.parametrize("token", ["<image_placeholder>", "<begin_of_image>", "<end_of_image>"])
 def test_text_cannot_pretend_to_be_an_image(processor, token):
     for arguments in (
@@ -613,6 +715,10 @@ def test_text_cannot_pretend_to_be_an_image(processor, token):
         ({"task": "caption", "images": pictures((16, 16))}, "'caption' needs text"),
         ({"task": "caption", "images": pictures((16, 16)), "text": ["a", "b"]}, "1 images and 2 texts"),
         ({"images": pictures((16, 16)), "size": (64, 64)}, r"size=\(64, 64\)"),
+        ({"images": pictures((16, 16)), "instruction": ["a", "b"]}, "2 entries for a batch of 1"),
+        ({"images": pictures((16, 16)), "crop": []}, "0 entries for a batch of 1"),
+        ({"task": "generate", "text": ["a"], "dropped": [True, False]}, "2 entries for a batch of 1"),
+        ({"task": "caption", "images": pictures((16, 16)), "text": ["a"], "dropped": [True]}, "cannot be dropped"),
     ],
 )
 def test_the_processor_says_what_is_wrong(processor, arguments, message):

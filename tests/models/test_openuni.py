@@ -172,16 +172,40 @@ def test_a_samples_draws_do_not_depend_on_its_batch(model, batch):
         model.sample_corruption(batch, generators[:1])
 
 
-def test_padding_changes_nothing(model, processor):
-    instructions = ["Look.", "Describe every object, its colour, its shape and its place."]
-    padded = processor(images=pictures(2), instruction=instructions, task="reconstruct")
-    alone = processor(images=pictures(2)[:1], instruction=instructions[0], task="reconstruct")
-    assert padded["input_ids"].shape[1] > alone["input_ids"].shape[1]
-    corruption = draws(model, padded)
-    both = model(**padded, corruption=corruption)
-    one = model(**alone, corruption={key: value[:1] for key, value in corruption.items()})
-    torch.testing.assert_close(both.prediction[:1], one.prediction, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(both.per_sample_loss[:1], one.per_sample_loss)
+@pytest.mark.parametrize("task", ["reconstruct", "generate", "caption"])
+def test_a_padded_batch_has_the_losses_of_its_samples(model, processor, task):
+    columns = {
+        "images": pictures(3),
+        "instruction" if task == "reconstruct" else "text": ["Look.", "Describe every object.", "Name three things."],
+    }
+    if task != "caption":
+        columns |= {"crop": [None, 0.9, 0.0], "dropped": [False, False, True]}
+    together = processor(**columns, task=task)
+    mask = together["attention_mask"]
+    assert len(set(mask.sum(1).tolist())) == 3
+    assert (together["input_ids"][mask == 0] == 0).all()
+    assert mask[:, 0].all() == (task == "generate") and mask[:, -1].all() == (task != "generate")
+    corruption = draws(model, together)
+    losses = model(**together, corruption=corruption).per_sample_loss
+    for row in range(3):
+        alone = processor(**{name: values[row : row + 1] for name, values in columns.items()}, task=task)
+        assert (alone["attention_mask"] == 1).all()
+        part = {key: value[row : row + 1] for key, value in corruption.items()}
+        torch.testing.assert_close(losses[row], model(**alone, corruption=part).loss, atol=1e-5, rtol=1e-4)
+
+
+def test_without_images_there_is_one_prompt_per_instruction(model, processor, batch):
+    instructions = ["Look.", "Describe every object."]
+    whole = processor(images=pictures(2), instruction=instructions)
+    prompts = processor(instruction=instructions)
+    assert prompts.keys() == {"task", "input_ids", "attention_mask"}
+    assert torch.equal(prompts["input_ids"], whole["input_ids"])
+    assert processor(instruction="Look.")["input_ids"].shape[0] == 1
+    corruption = draws(model, whole)
+    cached = model.encode_batch(whole)
+    assert torch.equal(
+        model(**prompts, **cached, corruption=corruption).loss, model(**whole, corruption=corruption).loss
+    )
 
 
 def test_the_condition_reaches_the_prediction(model, processor, batch):
@@ -282,6 +306,63 @@ def test_caption_supervises_the_answer_and_its_end(model, processor):
     torch.testing.assert_close(output.per_sample_loss[:1], model(**alone).loss[None], atol=1e-5, rtol=1e-4)
 
 
+def turns(*contents):
+    return [
+        {"role": "assistant" if number % 2 else "user", "content": content} for number, content in enumerate(contents)
+    ]
+
+
+def test_every_turn_of_a_conversation_is_learned(model, processor):
+    conversation = turns("What is this?", "A boat.", "And\n<image>", "Lanterns.", "How many?", "Three.")
+    batch = processor(images=pictures(1), text=[conversation], task="caption")
+    (labels,), (ids,) = batch["labels"], batch["input_ids"]
+    text = processor.tokenizer.decode(ids).replace("<IMG_CONTEXT>", "")
+    assert text == (
+        "<|im_start|>user\n<img></img>\nWhat is this?<|im_end|>\n<|im_start|>assistant\nA boat.<|im_end|>"
+        "\n<|im_start|>user\nAnd<|im_end|>\n<|im_start|>assistant\nLanterns.<|im_end|>"
+        "\n<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\nThree.<|im_end|>"
+    )
+    assert (ids == processor.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")).sum() == processor.num_image_tokens
+    assert torch.equal(labels[labels != -100], ids[labels != -100])
+    assert processor.tokenizer.decode(labels[labels != -100]) == "A boat.<|im_end|>Lanterns.<|im_end|>Three.<|im_end|>"
+    assert model(**batch).loss.isfinite()
+    caption = processor(images=pictures(1), text=["A boat."], instruction="What is this?", task="caption")
+    assert torch.equal(batch["input_ids"][0, : caption["input_ids"].shape[1]], caption["input_ids"][0])
+
+
+@pytest.mark.parametrize(
+    ("conversation", "problem"),
+    [
+        (turns("<image>Why?", "So."), None),
+        (turns("Why?", "So."), None),
+        (turns("Why?"), "no answer"),
+        (turns("Why?", "So.", "Really?"), "not questions and answers in turn"),
+        (turns("Why?", "So.")[::-1], "not questions and answers in turn"),
+        ([{"role": "system", "content": "Be short."}, *turns("Why?", "So.")], "not questions and answers in turn"),
+        (turns("Why?", " \n", "Well?", "So."), "an empty answer"),
+        (turns("<image>Why?", "So.", "And <image>?", "So too."), "more than one picture"),
+    ],
+)
+def test_conversations_that_cannot_be_learned(conversation, problem, processor):
+    assert processor.conversation_problem(conversation) == problem
+    if problem:
+        with pytest.raises(ValueError, match=f"conversation with {problem}"):
+            processor(images=pictures(1), text=[conversation], task="caption")
+
+
+@pytest.mark.parametrize("place", [None, 0.0, 0.99])
+def test_a_target_is_a_square_of_the_longer_side(processor, place):
+    left = {None: 10, 0.0: 0, 0.99: 20}[place]
+    for turn in (False, True):
+        image = Image.new("RGB", (70, 50), "black")
+        image.paste("white", (left, 0, left + 50, 50))
+        batch = processor(images=[image.transpose(Image.Transpose.TRANSPOSE) if turn else image], crop=[place])
+        assert batch["pixel_values"].shape == (1, 3, *processor.fixed_size)
+        assert (batch["pixel_values"] == 1).all()
+    wide = processor(images=[image], size=(64, 128), crop=[place])
+    assert wide["pixel_values"].shape == (1, 3, 64, 128)
+
+
 def test_generated_images_depend_on_their_own_generator_only(model, processor):
     model.train()
     prompts = ["a small boat", "a red lantern on a table"]
@@ -335,7 +416,11 @@ def test_prompts_are_cut_in_training_only(processor):
     training = processor(images=pictures(1), text=[caption], task="generate")
     sampling = processor(text=[caption], task="generate")
     assert training["input_ids"].shape[1] == processor.max_caption_length < sampling["input_ids"].shape[1]
-    assert processor.tokenizer.decode(sampling["input_ids"][0]).endswith("assistant\n<img>")
+    for prompt in (training, sampling):
+        assert processor.tokenizer.decode(prompt["input_ids"][0]).endswith("<|im_end|>\n<|im_start|>assistant\n<img>")
+    end = processor.tokenizer("<|im_end|>\n<|im_start|>assistant\n<img>")["input_ids"]
+    kept = processor.max_caption_length - len(end)
+    assert torch.equal(training["input_ids"][:, :kept], sampling["input_ids"][:, :kept])
 
 
 def test_tokenizer_without_its_json_file_gives_the_same_ids(processor, batch, tmp_path):
@@ -351,9 +436,9 @@ def test_tiny_model_trains_and_generates():
     config = openuni.Config.tiny(len(tokenizer) + 3)
     model = openuni.Model(config)
     assert sum(parameter.numel() for parameter in model.parameters()) < 2e6
-    own = openuni.Processor.tiny(config, tokenizer)
-    assert len(tokenizer) + 3 == len(own.tokenizer)
-    batch = own(images=pictures(4), instruction=INSTRUCTION, task="reconstruct")
+    processor = openuni.Processor.tiny(config, tokenizer)
+    assert len(tokenizer) + 3 == len(processor.tokenizer)
+    batch = processor(images=pictures(4), instruction=INSTRUCTION, task="reconstruct")
     assert batch["pixel_values"].shape == (4, 3, 32, 32)
     model.freeze_understanding()
     corruption = draws(model, batch)
@@ -366,7 +451,7 @@ def test_tiny_model_trains_and_generates():
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
-    images = model.generate_images(own, images=pictures(1), task="reconstruct", num_inference_steps=2)
+    images = model.generate_images(processor, images=pictures(1), task="reconstruct", num_inference_steps=2)
     assert images[0].size == (32, 32)
     with pytest.raises(ValueError, match="the config expects"):
         openuni.Processor.tiny(openuni.Config.tiny(99), tokenizer)
@@ -375,7 +460,13 @@ def test_tiny_model_trains_and_generates():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"images": pictures(2), "instruction": ["one"]}, "as many texts as images"),
+        ({"images": pictures(2), "instruction": ["one"]}, "1 entries for a batch of 2"),
+        ({"images": pictures(2), "crop": [0.5]}, "1 entries for a batch of 2"),
+        ({"images": pictures(2), "dropped": [True]}, "1 entries for a batch of 2"),
+        ({"images": pictures(1), "text": ["one"], "task": "caption", "dropped": [True]}, "cannot be dropped"),
+        ({"task": "generate"}, "'generate' needs text"),
+        ({"text": ["one"], "task": "caption"}, "'caption' needs images"),
+        ({"images": pictures(1), "text": [[{"role": "user", "content": "Why?"}]], "task": "caption"}, "no answer"),
         ({"images": pictures(2), "text": ["one"], "task": "generate"}, "as many texts as images"),
         ({"images": pictures(2), "text": ["one"], "task": "caption"}, "as many texts as images"),
         ({"images": pictures(1), "task": "translate"}, "no task 'translate'"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -119,7 +120,6 @@ def test_hidden_pixels_do_not_reach_the_prediction_but_the_condition_does(model,
     batch = make_batch(processor, pictures, task)
     corruption = model.sample_corruption(batch, generators())
     corruption["mask"][:] = True
-    corruption.pop("drop_text", None)
     with torch.no_grad():
         one = model(corruption=corruption, **batch)
         other = model(corruption=corruption, **{**batch, "pixel_values": batch["pixel_values"].flip(0)})
@@ -321,12 +321,15 @@ def test_text_cannot_spell_special_tokens(processor, pictures):
         assert (ids == index).sum() == (plain == index).sum()
 
 
-def test_long_captions_keep_their_end_and_long_instructions_are_refused(processor, pictures):
+def test_long_captions_keep_their_end_and_long_instructions_the_assistants_header(model, processor, pictures, variant):
     processor.max_text_length = 20
     (ids,) = processor(text=["a dog and " * 50], task="generate")["input_ids"]
     assert len(ids) == processor.max_length and ids[processor.max_text_length] == processor.eos_id
-    with pytest.raises(ValueError, match="at most"):
-        processor(images=pictures, instruction="describe " * 200, task="reconstruct")
+    batch = processor(images=pictures, instruction=["describe " * 200, "?", None], task="reconstruct")
+    prompt = batch["input_ids"][0, : -processor.num_image_tokens - 2].tolist()
+    assert len(prompt) - prompt.count(-100) == (processor.recon_text_length if variant == "clip" else 3 + 20)
+    assert processor.tokenizer.decode(prompt[-4:]).endswith("ASSISTANT:<|endoftext|>")
+    assert torch.isfinite(model(**batch).per_sample_loss).all()
 
 
 def test_an_empty_instruction_is_dropped(model, processor, pictures):
@@ -335,6 +338,26 @@ def test_an_empty_instruction_is_dropped(model, processor, pictures):
     text = text[(text >= 0) & (text < model.config.llm_vocab_size)].tolist()
     assert text == [processor.eos_id] * 2
     assert torch.isfinite(model(**batch).loss)
+    dropped = processor(images=pictures, instruction="Describe it.", task="reconstruct", dropped=[True] * 3)
+    assert torch.equal(dropped["input_ids"], batch["input_ids"])
+
+
+@pytest.mark.parametrize("task", ["reconstruct", "generate"])
+def test_texts_of_any_length_and_dropped_ones_leave_the_other_samples_alone(model, processor, pictures, task):
+    texts = ["?", "a white dog on the left of a red boat, in the last light of the day", "a dog"]
+    name = "instruction" if task == "reconstruct" else "text"
+    dropped = [False, False, True]
+    batch = processor(images=pictures, task=task, dropped=dropped, **{name: texts})
+    corruption = model.sample_corruption(batch, generators())
+    alone = []
+    with torch.no_grad():
+        together = model(corruption=corruption, **batch).per_sample_loss
+        for place, (picture, text, drop) in enumerate(zip(pictures, texts, dropped, strict=True)):
+            single = processor(images=[picture], task=task, dropped=[drop], **{name: [text]})
+            alone.append(model(corruption={"mask": corruption["mask"][place : place + 1]}, **single).loss)
+            kept = processor(images=[picture], task=task, **{name: [text]})
+            assert drop != torch.equal(single["input_ids"], kept["input_ids"])
+    torch.testing.assert_close(together, torch.stack(alone), atol=1e-5, rtol=1e-5)
 
 
 def test_conversations_supervise_every_answer(processor, pictures):
@@ -347,8 +370,42 @@ def test_conversations_supervise_every_answer(processor, pictures):
     batch = processor(images=pictures[:1], text=[messages], task="caption")
     labels = batch["labels"][0]
     assert processor.tokenizer.decode(labels[labels != -100]) == " a dog<|endoftext|> white<|endoftext|>"
-    with pytest.raises(ValueError, match="message 0"):
-        processor(images=pictures[:1], text=[messages[1:]], task="caption")
+    batch = processor(images=pictures[:1], text=[messages[1:]], task="caption")
+    labels = batch["labels"][0]
+    assert processor.tokenizer.decode(labels[labels != -100]) == " white<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("turns", "problem"),
+    [
+        (["user:<image>\nWhy?", "assistant:So."], None),
+        (["assistant:Hello.", "user:Why?", "assistant:", "user:Why now?", "assistant: "], None),
+        (["assistant:Hello."], "no answer"),
+        (["user:<image>", "assistant:So."], "empty question"),
+        (["user:Why?", "assistant:<image>"], "no answer to the last"),
+        (["user:Why?", "assistant:So.", "user:Why now?"], "no answer to the last"),
+        (["user:Why?", "user:Why now?", "assistant:So."], "two messages of user"),
+        (["assistant:Hello.", "assistant:So.", "user:Why?", "assistant:So."], "two messages of assistant"),
+        (["system:Be kind.", "user:Why?", "assistant:So."], "message of system"),
+        (["user:" + "Why? " * 500, "assistant:So."], "first .* tokens"),
+    ],
+)
+def test_conversations_without_a_lesson_are_named(processor, pictures, turns, problem):
+    names = ("role", "content")
+    conversation = [dict(zip(names, turn.split(":", 1), strict=True)) for turn in turns]
+    stated = processor.conversation_problem(conversation)
+    assert stated is None if problem is None else re.search(problem, stated)
+    if problem is None:
+        assert (processor(images=pictures[:1], text=[conversation], task="caption")["labels"] != -100).any()
+    elif "tokens" not in problem:
+        with pytest.raises(ValueError, match=problem):
+            processor(images=pictures[:1], text=[conversation], task="caption")
+
+
+def test_conversations_may_have_as_many_tokens_as_in_the_official_runs():
+    sizes = {"clip": {}, "clip of 256 pixels": {"image_size": 256}, "plain": {"clip_image_size": None}}
+    lengths = {name: show_o.Processor(tokenizer(), **size).max_conversation_length for name, size in sizes.items()}
+    assert lengths == {"clip": 996, "clip of 256 pixels": 228, "plain": 381}
 
 
 def test_each_sample_may_have_its_own_question(processor, pictures):
@@ -376,10 +433,28 @@ def test_strips_do_not_become_gigabytes(processor, size):
 
 
 def test_other_sizes_are_refused(processor, pictures):
-    (size,) = processor.target_sizes()
-    processor(images=pictures, instruction="a", size=size)
+    assert processor.target_size(300, 200) == processor.fixed_size == (32, 32)
+    processor(images=pictures, instruction="a", size=processor.fixed_size)
     with pytest.raises(ValueError, match="pixels only"):
         processor(images=pictures, instruction="a", size=(64, 48))
+    with pytest.raises(ValueError, match="max_image_size"):
+        processor.target_size(300, 200, max_image_size=64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"task": "draw"}, "'draw'"),
+        ({"task": "reconstruct"}, "needs images"),
+        ({"task": "generate"}, "needs text"),
+        ({"task": "generate", "text": ["a"], "dropped": [True, False]}, "2 entries"),
+        ({"task": "caption", "text": ["a"], "dropped": [True]}, "cannot be dropped"),
+        ({"task": "generate", "text": ["a", "b"], "images": [Image.new("RGB", (8, 8))]}, "2 and 1"),
+    ],
+)
+def test_arguments_that_do_not_belong_together_are_refused(processor, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        processor(**arguments)
 
 
 # sampling

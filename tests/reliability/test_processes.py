@@ -98,7 +98,12 @@ def test_our_launch_configurations_equal_one_process(tmp_path, layout, record_pr
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        launch = ["--config_file", ROOT / "src" / "reca_trainer" / "recipes" / "accelerate" / f"{layout}.yaml", "--num_processes", 2]
+        launch = [
+            "--config_file",
+            ROOT / "src" / "reca_trainer" / "recipes" / "accelerate" / f"{layout}.yaml",
+            "--num_processes",
+            2,
+        ]
         script = ["-m", "tests.reliability.run", tmp_path / "two"]
         arguments = json.dumps({**options, **saving, "max_steps": steps, "resume": steps == 4})
         command = ["-m", "accelerate.commands.launch", *launch, "--main_process_port", port, *script, arguments]

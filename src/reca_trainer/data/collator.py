@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from reca_trainer.models.contract import UnifiedProcessor
@@ -57,11 +58,21 @@ class UnifiedCollator:
             crop=[draw.crop for draw in draws],
             dropped=[draw.dropped for draw in draws],
         )
-        for name in encoded[0] if encoded else ():
-            batch[name] = pad_sequence([tensors[name] for tensors in encoded], batch_first=True)
+        if encoded:
+            batch.update(pad_encoded(encoded))
         return {
             **batch,
             "seeds": [row["draw"].seed for row in rows],
             "sources": [row["source"] for row in rows],
             "skipped": [problem for row in rows for problem in row["skipped"]],
         }
+
+
+def pad_encoded(encoded: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Stack what `UnifiedModel.encode_batch` gave of single images; embeddings `condition_embeds` `[S, D]` of different
+    lengths are padded with zeros, and `condition_attention_mask` `[B, S]` bool says which are real."""
+    batch = {name: pad_sequence([tensors[name] for tensors in encoded], batch_first=True) for name in encoded[0]}
+    lengths = [len(tensors["condition_embeds"]) for tensors in encoded if "condition_embeds" in tensors]
+    if len(set(lengths)) > 1:
+        batch["condition_attention_mask"] = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return batch

@@ -25,6 +25,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from PIL import Image
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.rnn import pad_sequence
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -402,44 +403,51 @@ class BagelModel(UnifiedModel):
         self,
         corruption: dict[str, torch.Tensor],
         pixel_values: torch.Tensor | None = None,
-        condition_pixel_values: torch.Tensor | None = None,
+        condition_pixel_values: torch.Tensor | list[torch.Tensor] | None = None,
         input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
         posterior: torch.Tensor | None = None,
         condition_embeds: torch.Tensor | None = None,
+        condition_attention_mask: torch.Tensor | None = None,
         timesteps_per_image: int = 1,
     ) -> UnifiedOutput:
         """RecA: read the image's own embeddings and the instruction, then denoise the same image.
 
         Args:
-            input_ids: the instruction `[1, T]` or `[B, T]`, unpadded; `None` leaves it out.
+            input_ids: the instructions `[B, T]`, or one for all `[1, T]`; `None` leaves them out.
+            attention_mask: `[B, T]`, 0 at padding; a row of zeros leaves its instruction out.
             latents, posterior: instead of `pixel_values`, see `_target_latents`.
-            condition_embeds: instead of `condition_pixel_values`, what `encode_batch` gives: `[B, h, w, D]`.
+            condition_embeds, condition_attention_mask: instead of `condition_pixel_values`, what `encode_batch` gives;
+                the output's `understanding_embeds` are then these.
             timesteps_per_image: only `sample_corruption` reads it; here `corruption` has the number already.
         """
         latents = self._target_latents(corruption, pixel_values, latents, posterior)
+        understanding_embeds = condition_embeds
         if condition_embeds is None:
-            condition_embeds = self._condition_grid(condition_pixel_values)
-        grid, embeds = condition_embeds.shape[1:3], condition_embeds.flatten(1, 2)  # [B, S, D]
-        size = tuple(side * self.config.vision_config.patch_size for side in grid)
-        context = self.read_image(self.new_context(len(embeds)), embeds, size)
+            understanding_embeds = self.encode_condition(condition_pixel_values)
+            condition_embeds, condition_attention_mask = self._place(understanding_embeds, condition_pixel_values)
+        batch_size = len(condition_embeds)
+        context = self._read_condition(self.new_context(batch_size), condition_embeds, condition_attention_mask)
         if input_ids is not None:
-            context = self.read_text(context, input_ids.expand(len(embeds), -1))
-        return self._flow_matching(context, latents, corruption, understanding_embeds=embeds)
+            context = self.read_text(context, input_ids.expand(batch_size, -1), attention_mask)
+        return self._flow_matching(context, latents, corruption, understanding_embeds=understanding_embeds)
 
     def _generate(
         self,
         corruption: dict[str, torch.Tensor],
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
         posterior: torch.Tensor | None = None,
         timesteps_per_image: int = 1,
     ) -> UnifiedOutput:
-        """Text-to-image. `latents`, `posterior` and `timesteps_per_image` are as in `_reconstruct`."""
+        """Text-to-image; the arguments are as in `_reconstruct`."""
         latents = self._target_latents(corruption, pixel_values, latents, posterior)
-        context = self.read_text(self.new_context(len(input_ids)), input_ids, attention_mask)
+        context = self.new_context(len(latents))
+        if input_ids is not None:
+            context = self.read_text(context, input_ids, attention_mask)
         return self._flow_matching(context, latents, corruption)
 
     def _edit(
@@ -467,17 +475,32 @@ class BagelModel(UnifiedModel):
     def _caption(
         self,
         corruption: dict[str, torch.Tensor],
-        condition_pixel_values: torch.Tensor,
         input_ids: torch.Tensor,
         labels: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        condition_pixel_values: torch.Tensor | list[torch.Tensor] | None = None,
+        image_position: torch.Tensor | None = None,
         timesteps_per_image: int = 1,
     ) -> UnifiedOutput:
-        """Image-to-text: next-token cross-entropy over the supervised tokens of question and answer.
-        `timesteps_per_image`, which the trainer sets for all tasks alike, changes nothing."""
-        embeds = self.encode_condition(condition_pixel_values)
-        context = self.read_image(self.new_context(len(embeds)), embeds, condition_pixel_values.shape[-2:])
-        hidden, _, _ = self._read(context, self.embed(input_ids), causal=True, mask=attention_mask, keep=False)
+        """Text about an image: next-token cross-entropy over the supervised tokens of a conversation.
+
+        Args:
+            condition_pixel_values: `None` where no conversation shows an image.
+            image_position: `[B]` int64, how many tokens come before the image, -1 where the conversation shows none;
+                `None` where all images come first.
+            timesteps_per_image: the trainer sets it for all tasks alike; here it changes nothing.
+        """
+        text, embeds, image = self.embed(input_ids), None, None
+        if condition_pixel_values is not None:
+            embeds = self.encode_condition(condition_pixel_values)
+            image, image_mask = self._place(embeds, condition_pixel_values)
+        if image is not None and image_position is not None:
+            hidden = self._read_around(image, image_mask, text, attention_mask, image_position)
+        else:
+            context = self.new_context(len(text))
+            if image is not None:
+                context = self._read_condition(context, image, image_mask)
+            hidden, _, _ = self._read(context, text, causal=True, mask=attention_mask, keep=False)
         hidden = self.language_model.model.norm(hidden[:, :-1])
         return token_cross_entropy(self.language_model.lm_head, hidden, labels[:, 1:], embeds)
 
@@ -516,24 +539,49 @@ class BagelModel(UnifiedModel):
             understanding_embeds=understanding_embeds,
         )
 
-    def encode_condition(self, condition_pixel_values: torch.Tensor) -> torch.Tensor:
-        """Understanding embeddings, RecA's dense prompt: `[B, 3, h, w]` -> `[B, S, D]`, before positions are added."""
+    def encode_condition(self, condition_pixel_values: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+        """Understanding embeddings, RecA's dense prompt, before positions are added: images `[B, 3, h, w]`, or a list of
+        `[3, h, w]`, to `[B, S, D]`, of shorter rows padded with zeros."""
         frozen = not any(p.requires_grad for m in (self.vit_model, self.connector) for p in m.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            return self.connector(self.vit_model(condition_pixel_values))
+            if torch.is_tensor(condition_pixel_values):
+                return self.connector(self.vit_model(condition_pixel_values))
+            by_size: dict[torch.Size, list[int]] = {}
+            for index, image in enumerate(condition_pixel_values):
+                by_size.setdefault(image.shape, []).append(index)
+            embeds: dict[int, torch.Tensor] = {}
+            for indices in by_size.values():
+                images = torch.stack([condition_pixel_values[index] for index in indices])
+                embeds.update(zip(indices, self.connector(self.vit_model(images)), strict=True))
+            return pad_sequence([embeds[index] for index in range(len(embeds))], batch_first=True)
 
-    def _condition_grid(self, condition_pixel_values: torch.Tensor) -> torch.Tensor:
-        """`encode_condition` as a grid: `[B, 3, h · p, w · p]` -> `[B, h, w, D]`."""
-        height, width = (side // self.config.vision_config.patch_size for side in condition_pixel_values.shape[-2:])
-        return self.encode_condition(condition_pixel_values).unflatten(1, (height, width))
+    def _place(
+        self, embeds: torch.Tensor, condition_pixel_values: torch.Tensor | list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Add the positions to the embeddings `[B, S, D]` of images: `[B, S, D]`, and which of them are no padding,
+        `[B, S]` bool or `None` where all are."""
+        patch = self.config.vision_config.patch_size
+
+        def table(image: torch.Tensor) -> torch.Tensor:
+            height, width = image.shape[-2:]
+            return self.vit_pos_embed(height // patch, width // patch)
+
+        if torch.is_tensor(condition_pixel_values):
+            return embeds + table(condition_pixel_values).to(embeds), None
+        tables = [table(image) for image in condition_pixel_values]
+        lengths = torch.tensor([len(positions) for positions in tables])
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        positions = pad_sequence(tables, batch_first=True).to(embeds)
+        return embeds + positions, None if mask.all() else mask.to(embeds.device)
 
     @torch.no_grad()
     def encode_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """See `UnifiedModel.encode_batch`: `condition_embeds` `[B, h, w, D]` and the VAE's `posterior`."""
-        return {
-            "condition_embeds": self._condition_grid(batch["condition_pixel_values"]),
-            "posterior": self.encode_posterior(batch["pixel_values"]),
-        }
+        """See `UnifiedModel.encode_batch`: `condition_embeds` `[B, S, D]`, positions added, with
+        `condition_attention_mask` `[B, S]` where they are padded, and the VAE's `posterior`."""
+        images = batch["condition_pixel_values"]
+        condition_embeds, mask = self._place(self.encode_condition(images), images)
+        encoded = {"condition_embeds": condition_embeds, "posterior": self.encode_posterior(batch["pixel_values"])}
+        return encoded if mask is None else {**encoded, "condition_attention_mask": mask}
 
     @torch.no_grad()
     def encode_posterior(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -568,15 +616,66 @@ class BagelModel(UnifiedModel):
     def new_context(self, batch_size: int) -> Context:
         return Context(None, torch.zeros(batch_size, dtype=torch.long, device=self.device))
 
-    def read_text(self, context: Context, input_ids: torch.Tensor, mask: torch.Tensor | None = None) -> Context:
-        """Read a text split `[B, T]`, markers included, causally."""
-        return self._read(context, self.embed(input_ids), causal=True, mask=mask)[2]
+    def read_text(
+        self, context: Context, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> Context:
+        """Read a text split `[B, T]`, markers included, causally. Rows whose mask is 0 throughout read nothing."""
+        if not input_ids.shape[1]:
+            return context
+        return self._read(context, self.embed(input_ids), causal=True, mask=attention_mask)[2]
 
     def read_image(self, context: Context, embeds: torch.Tensor, size: tuple[int, int]) -> Context:
         """Read understanding embeddings `[B, S, D]` of an image of `size` pixels `(height, width)`."""
         patch = self.config.vision_config.patch_size
         positions = self.vit_pos_embed(size[0] // patch, size[1] // patch).to(embeds)
-        return self._read(context, torch.cat([self._markers(len(embeds)), embeds + positions], dim=1))[2]
+        return self._read_condition(context, embeds + positions)
+
+    def _read_condition(self, context: Context, embeds: torch.Tensor, mask: torch.Tensor | None = None) -> Context:
+        """Read understanding embeddings `[B, S, D]` with their positions, right-padded where `mask` `[B, S]` is 0."""
+        if mask is not None:
+            mask = F.pad(mask.bool(), (2, 0), value=True)  # the markers
+        return self._read(context, torch.cat([self._markers(len(embeds)), embeds], dim=1), mask=mask)[2]
+
+    def _read_around(
+        self,
+        image: torch.Tensor,
+        image_mask: torch.Tensor | None,
+        text: torch.Tensor,
+        text_mask: torch.Tensor | None,
+        image_position: torch.Tensor,
+    ) -> torch.Tensor:
+        """Read embedded texts `[B, T, D]`, each with an image `[B, S, D]` in front of its token number `image_position`
+        `[B]`, or with none where that is negative: the texts' hidden states `[B, T, D]`.
+
+        All images lie before all texts in memory; positions and the mask say what comes first. Rows of any order then
+        make one rectangle.
+        """
+        image = torch.cat([self._markers(len(image)), image], dim=1)
+        (batch_size, images), texts, device = image.shape[:2], text.shape[1], text.device
+        everything = torch.ones(batch_size, images, dtype=torch.bool, device=device)
+        seen_image = everything if image_mask is None else F.pad(image_mask.bool(), (2, 0), value=True)
+        here = torch.ones(batch_size, texts, dtype=torch.bool, device=device)
+        seen_text = here if text_mask is None else text_mask.bool()
+
+        order, at = torch.arange(texts, device=device), image_position[:, None]
+        behind = (at >= 0) & (order >= at)  # [B, T]: the text tokens that have read the image
+        position_ids = torch.cat([at.clamp(min=0).expand(-1, images), order + behind.long()], dim=1)
+        attention_mask = torch.cat(
+            [
+                torch.cat([everything, behind], dim=1)[:, :, None] & seen_image[:, None],  # [B, S + T, S]
+                torch.cat(
+                    [
+                        (seen_text & ~behind)[:, None].expand(-1, images, -1),
+                        seen_text[:, None] & here.new_ones(texts, texts).tril(),
+                    ],
+                    dim=1,
+                ),  # [B, S + T, T]
+            ],
+            dim=2,
+        )
+        sequence = torch.cat([image, text], dim=1)
+        hidden, _, _ = self._run(sequence, None, position_ids, None, attention_mask[:, None], False)
+        return hidden[:, images:]
 
     def read_latents(self, context: Context, latents: torch.Tensor) -> Context:
         """Read a clean image given as scaled latents `[B, C, h, w]`, which is what editing starts from."""
@@ -615,10 +714,10 @@ class BagelModel(UnifiedModel):
         mask: torch.Tensor | None = None,
         keep: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor | None, Context]:
-        """Run one split behind `context`. A causal split (text, right-padded where `mask` `[B, T]` is 0) has counting
+        """Run one split behind `context`, right-padded where `mask` `[B, T]` is 0. A causal split (text) has counting
         positions; every other (an image with its markers) has one position and full attention. What is not kept
         (a noisy image) is invisible to the splits behind it."""
-        decoder, device = self.language_model.model, understanding.device
+        device = understanding.device
         batch_size, texts = understanding.shape[:2]
         length = texts + (0 if generation is None else generation.shape[1])
         split_mask = None if mask is None or bool(mask.all()) else mask.bool()
@@ -643,19 +742,41 @@ class BagelModel(UnifiedModel):
             attention_mask = attention_mask.tril(context.length)[None, None]
         if padding is not None:
             visible = padding[:, None, None]
-            attention_mask = visible if attention_mask is None else attention_mask & visible
+            if attention_mask is None:
+                attention_mask = visible
+            else:
+                # Padding sees itself: of a text that is all padding it would see nothing, and become NaN.
+                attention_mask = attention_mask & visible | attention_mask.triu(context.length)
 
+        understanding, generation, past = self._run(
+            understanding, generation, position_ids, context.past, attention_mask, is_causal, keep
+        )
+        return understanding, generation, Context(past, position, padding) if keep else context
+
+    def _run(
+        self,
+        understanding: torch.Tensor,
+        generation: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        past: list[tuple[torch.Tensor, torch.Tensor]] | None,
+        attention_mask: torch.Tensor | None,
+        is_causal: bool,
+        keep: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """All layers over one split, see `BagelDecoderLayer.forward`: both experts' tokens and, if they are to be kept,
+        every layer's keys and values."""
+        decoder = self.language_model.model
         frozen = torch.is_grad_enabled() and self.understanding_is_frozen  # asks every weight; moot without gradients
         rotary = decoder.rotary_emb(understanding, position_ids)
-        past = []
+        kept = []
         for index, layer in enumerate(decoder.layers):
-            before = None if context.past is None else context.past[index]
+            before = None if past is None else past[index]
             understanding, generation, key, value = layer(
                 understanding, generation, rotary, before, attention_mask, is_causal, frozen
             )
             if keep:
-                past.append((key, value))
-        return understanding, generation, Context(past, position, padding) if keep else context
+                kept.append((key, value))
+        return understanding, generation, kept
 
     def sample_corruption(self, batch: dict[str, Any], generator: Generators = None) -> dict[str, torch.Tensor]:
         """Draws per image: the VAE posterior's noise `[C, h, w]`; and `batch["timesteps_per_image"]` times (default 1)
@@ -744,9 +865,7 @@ class BagelModel(UnifiedModel):
         tokens = None if text is None else {k: v.to(self.device) for k, v in processor.tokenize(text).items()}
 
         def read_prompt(context: Context) -> Context:
-            return (
-                context if tokens is None else self.read_text(context, tokens["input_ids"], tokens["attention_mask"])
-            )
+            return context if tokens is None else self.read_text(context, **tokens)
 
         pictures = self.new_context(count)  # what remains without the text
         if task in ("edit", "reconstruct"):
@@ -825,7 +944,7 @@ class BagelModel(UnifiedModel):
             pixels = processor.to_pixels(resized, processor.understanding_size).to(self.device)
             context = self.read_image(context, self.encode_condition(pixels), pixels.shape[-2:])
         tokens = {name: tensor.to(self.device) for name, tensor in processor.tokenize(text).items()}
-        context = self.read_text(context, tokens["input_ids"], tokens["attention_mask"])
+        context = self.read_text(context, **tokens)
         ids = torch.full((len(text), 1), self.config.bos_token_id, device=self.device)
         done = torch.zeros(len(text), dtype=torch.bool, device=self.device)
         generated = []

@@ -8,8 +8,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from reca_trainer.images import aspect_buckets
-from reca_trainer.models.contract import UnifiedProcessor
+from reca_trainer.models.contract import (
+    IMAGE_MARK,
+    Conversation,
+    UnifiedProcessor,
+    conversations_of,
+    one_per_sample,
+)
 
 
 def resized_size(
@@ -17,7 +22,7 @@ def resized_size(
 ) -> tuple[int, int]:
     """`(width, height)` after BAGEL's resize: the long side at most `max_size`, the short side at least `min_size` where
     both are possible, multiples of `stride`. The pixel cap multiplies both sides by the ratio of areas, as the original
-    does (it over-shrinks; the cap is not reached at the resolutions used here)."""
+    does (it over-shrinks)."""
 
     def snap(sides: tuple[int, int], scale: float) -> tuple[int, int]:
         # Two roundings, half to even, as the original: to a pixel, then to a multiple of the stride.
@@ -62,66 +67,147 @@ class BagelProcessor(UnifiedProcessor):
     def __call__(
         self,
         images: list[Image.Image] | None = None,
-        text: list[str] | None = None,
+        text: list[str] | list[Conversation] | None = None,
         instruction: str | list[str] | None = None,
         task: str = "reconstruct",
         size: tuple[int, int] | None = None,
+        *,
+        crop: list[float | None] | None = None,
+        dropped: list[bool] | None = None,
     ) -> dict[str, Any]:
-        """See `UnifiedProcessor.__call__`. `task="edit"` additionally takes `images` as pairs `(source, target)`; a
-        reconstruction without images is its instruction `[1, T]`.
+        """See `UnifiedProcessor.__call__`. Nothing is cut off a picture, so `crop` says nothing here. `task="edit"`
+        additionally takes `images` as pairs `(source, target)`.
+
+        A dropped text, like an instruction of `""` or `None`, leaves no tokens: its row of `attention_mask` is zero, and
+        without any text there are no `input_ids`. A missing caption (`None`) is a space. Conversations may do without
+        pictures: `images` is then `None`, or a picture of one patch stands in for a row's.
+
+        Returns:
+            Besides the keys of every family: `image_position` `[B]` int64 of captions, the number of tokens before the
+            image, -1 for rows that show none; absent where all images come first. `attention_mask` is absent where
+            nothing is padded, `condition_pixel_values` where no row shows an image.
 
         Raises:
-            ValueError: the images of one batch do not come out at one size.
+            ValueError: the targets of one batch do not come out at one size, a text is dropped that is to be learned, a
+                conversation has no answer or shows its image in two messages.
         """
+        if any(dropped or []) and task not in ("reconstruct", "generate"):
+            raise ValueError(f"Only reconstruct and generate drop texts, {task} does not.")
         batch: dict[str, Any] = {"task": task}
+        if task == "caption":
+            return {**batch, **self._caption_batch(images, text, instruction)}
         if task == "edit":
             sources, images = zip(*images, strict=True)
             batch["source_pixel_values"] = self.to_pixels(sources, self.generation_size, size)
             batch["condition_pixel_values"] = self.to_pixels(sources, self.understanding_size)
         if task == "reconstruct" and images is not None:
-            batch["condition_pixel_values"] = self.to_pixels(images, self.condition_size)
-        if task == "caption":
-            batch["condition_pixel_values"] = self.to_pixels(images, self.understanding_size)
-        elif images is not None:
+            batch["condition_pixel_values"] = self.to_conditions(images, self.condition_size)
+        if images is not None:
             batch["pixel_values"] = self.to_pixels(images, self.generation_size, size)
+        if task == "edit":
+            return {**batch, **self.tokenize(text)}
 
+        texts = instruction if task == "reconstruct" else text
+        samples = next((values for values in (images, texts, dropped) if isinstance(values, (list, tuple))), [None])
+        texts = one_per_sample(texts, len(samples))
         if task == "reconstruct":
-            if instruction:
-                batch["input_ids"] = self.tokenize([instruction])["input_ids"]
-        elif task == "caption":
-            questions = [instruction] * len(text) if isinstance(instruction, str) else instruction
-            batch.update(self.tokenize(questions, answers=text))
+            rows = [self._split(words) if words else [] for words in texts]
         else:
-            batch.update(self.tokenize(text))
+            rows = [self._split(" " if words is None else words) for words in texts]
+        dropped = one_per_sample(dropped, len(samples), False)
+        rows = [[] if drop else row for row, drop in zip(rows, dropped, strict=True)]
+        return {**batch, **self._pad(rows)} if any(rows) else batch
+
+    def target_size(
+        self, width: int, height: int, max_image_size: int | None = None, min_image_size: int | None = None
+    ) -> tuple[int, int]:
+        """See `UnifiedProcessor.target_size`. A `max_image_size` below the family's own minimum lowers that too.
+
+        Raises:
+            ValueError: a bound below the stride, or a minimum above the maximum.
+        """
+        max_size, min_size, stride = self.generation_size
+        if max_image_size is not None:
+            max_size, min_size = max_image_size, min(min_size, max_image_size)
+        if min_image_size is not None:
+            min_size = min_image_size
+        if not stride <= min_size <= max_size:
+            raise ValueError(
+                f"The sides of a target are at least {stride} pixels and the minimum is not above the maximum, got "
+                f"min_image_size {min_size} and max_image_size {max_size}."
+            )
+        return resized_size(width, height, max_size, min_size, stride)[::-1]
+
+    def conversation_problem(self, conversation: Conversation) -> str | None:
+        """See `UnifiedProcessor.conversation_problem`: no words to learn, or two messages that show the one image."""
+        if not any(message["role"] == "assistant" and message["content"] for message in conversation):
+            return "no answer"
+        if sum(message["role"] == "user" and IMAGE_MARK in message["content"] for message in conversation) > 1:
+            return "the image in more than one message"
+        return None
+
+    def tokenize(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        """Text splits `BOS, ids, EOS`: `input_ids` `[B, T]`, and `attention_mask` where it is padded, on the right. A text
+        of `""` or `None` leaves its split out."""
+        return self._pad([self._split(text) if text else [] for text in texts])
+
+    def _caption_batch(
+        self,
+        images: list[Image.Image | None] | None,
+        text: list[str] | list[Conversation],
+        instruction: str | list[str] | None,
+    ) -> dict[str, Any]:
+        conversations = conversations_of(text, instruction, with_images=images is not None)
+        images = one_per_sample(images, len(conversations))
+        pairs = zip(conversations, images, strict=True)
+        rows, labels, positions = zip(*[self._word(words, image is not None) for words, image in pairs], strict=True)
+        batch: dict[str, Any] = self._pad(list(rows), list(labels))
+        if any(position >= 0 for position in positions):
+            shown = [image if position >= 0 else None for image, position in zip(images, positions, strict=True)]
+            batch["condition_pixel_values"] = self.to_conditions(shown, self.understanding_size)
+            if any(positions):
+                batch["image_position"] = torch.tensor(positions)
         return batch
 
-    def target_sizes(self) -> list[tuple[int, int]]:
-        max_size, min_size, stride = self.generation_size
-        return aspect_buckets(min_size, max_size, stride)
+    def _word(self, conversation: Conversation, with_image: bool) -> tuple[list[int], list[int], int]:
+        """A conversation as ids, labels and the number of ids before its image, -1 where it shows none.
 
-    def tokenize(self, texts: list[str], answers: list[str] | None = None) -> dict[str, torch.Tensor]:
-        """Text splits `BOS, ids, EOS`, right-padded: `input_ids` and `attention_mask` `[B, T]`.
-
-        With `answers`, each is a second split behind its text and `labels` supervise its ids and EOS. A text of `""` or
-        `None` leaves its split out.
+        Every message is a split, every answer supervised, its EOS included; roles leave no trace, and messages of others
+        than the two count for nothing. An image splits its message, and white space around it goes; all other stays.
         """
-        rows, labels = [], []
-        for index, text in enumerate(texts):
-            row = self._split(text) if text else []
-            label = [-100] * len(row)
-            if answers is not None:
-                answer = self._split(answers[index])
-                row, label = row + answer, [*label, -100, *answer[1:]]
-            rows.append(row)
-            labels.append(label)
+        if problem := self.conversation_problem(conversation):
+            raise ValueError(f"A conversation cannot be learned from: {problem}.")
+        ids: list[int] = []
+        labels: list[int] = []
+        image_position = -1
+        for message in conversation:
+            role, content = message["role"], message["content"]
+            if role == "assistant" and content:
+                split = self._split(content)
+                ids, labels = ids + split, [*labels, -100, *split[1:]]
+            if role != "user":
+                continue
+            marked = IMAGE_MARK in content
+            for index, part in enumerate(content.split(IMAGE_MARK)):
+                if index == 1 and with_image:  # one picture: further marks of the message only divide it
+                    image_position = len(ids)
+                if part := part.strip() if marked else part:
+                    split = self._split(part)
+                    ids, labels = ids + split, labels + [-100] * len(split)
+        return ids, labels, image_position
+
+    def _pad(self, rows: list[list[int]], labels: list[list[int]] | None = None) -> dict[str, torch.Tensor]:
         length = max(map(len, rows))
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eos_token_id
-        batch = {
-            "input_ids": torch.tensor([row + [pad] * (length - len(row)) for row in rows]),
-            "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
-        }
-        if answers is not None:
-            batch["labels"] = torch.tensor([label + [-100] * (length - len(label)) for label in labels])
+
+        def rectangle(lists: list[list[int]], value: int) -> torch.Tensor:
+            return torch.tensor([row + [value] * (length - len(row)) for row in lists], dtype=torch.long)
+
+        batch = {"input_ids": rectangle(rows, pad)}
+        if any(len(row) < length for row in rows):
+            batch["attention_mask"] = rectangle([[1] * len(row) for row in rows], 0)
+        if labels is not None:
+            batch["labels"] = rectangle(labels, -100)
         return batch
 
     def _split(self, text: str) -> list[int]:
@@ -149,3 +235,14 @@ class BagelProcessor(UnifiedProcessor):
             )
         pixels = np.stack([np.asarray(image.convert("RGB")) for image in images]).astype(np.float32) / 255.0
         return torch.from_numpy((pixels - 0.5) / 0.5).permute(0, 3, 1, 2).contiguous()
+
+    def to_conditions(
+        self, images: list[Image.Image | None], rule: tuple[int, int, int]
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Each image resized by `rule`: `[B, 3, h, w]` float32 in [-1, 1], or a list of `[3, h, w]` where sizes differ.
+        Where there is no image, one patch of zeros."""
+        patch = rule[2]
+        pixels = [
+            torch.zeros(3, patch, patch) if image is None else self.to_pixels([image], rule)[0] for image in images
+        ]
+        return torch.stack(pixels) if len({tensor.shape for tensor in pixels}) == 1 else pixels

@@ -704,6 +704,9 @@ class HarmonModel(UnifiedModel):
             ),
         }
 
+    def decays(self, name: str, shape: torch.Size) -> bool:
+        return len(shape) != 1 and "diffloss" not in name
+
     def count_supervised(self, batch: dict[str, Any], corruption: dict[str, Tensor]) -> int:
         """Supervised tokens of a caption, else the hidden image tokens."""
         if "labels" in batch:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -18,6 +18,7 @@ from reca_trainer.tasks import TASKS
 
 USER, ANSWER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 UNCONDITIONAL = "Generate an image."
+MAX_SIDE = 8192  # pixels of a picture's square: that of a strip of 20,000 x 3 would take gigabytes
 IMAGE_POSITION = 3  # after <|im_start|>, "user" and the line break
 
 
@@ -238,7 +239,7 @@ class HarmonProcessor(UnifiedProcessor):
     def squeeze(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
         """Resize to `(height, width)` whatever the aspect ratio, by way of a square of the longer side as in the
         original recipe."""
-        longer = max(image.size)
+        longer = min(max(image.size), MAX_SIDE)
         return image.resize((longer, longer)).resize((size[1], size[0]))
 
     def cut(self, image: Image.Image, size: tuple[int, int], place: float | None = None) -> Image.Image:
@@ -257,6 +258,8 @@ class HarmonProcessor(UnifiedProcessor):
 
     def pad_to_square(self, image: Image.Image) -> Image.Image:
         """Paste into the middle of a grey square and resize to `image_size`."""
+        if max(image.size) > MAX_SIDE:
+            image = ImageOps.contain(image, (MAX_SIDE, MAX_SIDE))
         longer = max(image.size)
         square = Image.new("RGB", (longer, longer), (127, 127, 127))
         square.paste(image, ((longer - image.width) // 2, (longer - image.height) // 2))

@@ -94,10 +94,12 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
         input_ids: torch.Tensor,
         condition_pixel_values: torch.Tensor,
         pixel_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
     ) -> UnifiedOutput:
         understanding_embeds = self.encode_condition(condition_pixel_values)  # [B, S, D]
-        prompt = self.embed_prompt(input_ids, understanding_embeds)  # [B, T, D]
-        output = self._image_loss(prompt, self.encode_target(pixel_values))
+        shown = (input_ids == self.config.image_token_id).any(dim=1)  # not where the prompt is dropped
+        prompt = self.embed_prompt(input_ids, understanding_embeds[shown])  # [B, T, D]
+        output = self._image_loss(prompt, self.encode_target(pixel_values), attention_mask)
         output.understanding_embeds = understanding_embeds
         return output
 
@@ -233,26 +235,24 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
         Raises:
             ValueError: the task is unknown, its inputs are missing, or the model cannot do what is asked.
         """
-        fixed = {"height": processor.target_sizes()[0][0], "width": processor.target_sizes()[0][1]}
+        fixed = dict(zip(("height", "width"), processor.fixed_size, strict=True))
         fixed["num_inference_steps"] = self.config.vq_config.num_patches**2
         asked = {"height": height, "width": width, "num_inference_steps": num_inference_steps}
         for name, value in asked.items():
             if value not in (None, fixed[name]):
                 raise ValueError(f"{name}={value}, but this Janus always has {name}={fixed[name]}.")
         if task == "reconstruct" and images:
-            images = processor.crop(images)
+            images = processor.squares(images)
             inputs = processor.prompts(text or [""] * len(images), images, generation_mode="image").to(self.device)
         elif task == "generate" and text:
             inputs = processor.prompts(text, generation_mode="image").to(self.device)
         else:
             raise ValueError(f"task={task!r}: Janus generates from text, or reconstructs images; pass text or images.")
-        tokenizer, input_ids, mask = processor.tokenizer, inputs["input_ids"], inputs["attention_mask"]
+        input_ids, mask = inputs["input_ids"], inputs["attention_mask"]
         understanding = self.encode_condition(inputs["pixel_values"]) if task == "reconstruct" else None
         prompt = self.embed_prompt(input_ids, understanding)
         if guidance_scale != 1:
-            keep = input_ids == tokenizer.bos_token_id
-            keep[:, -1] = True
-            blank = self.embed_prompt(input_ids.where(keep, tokenizer.pad_token_id))
+            blank = self.embed_prompt(processor.unconditional(input_ids))
             prompt, mask = torch.cat([prompt, blank]), mask.repeat(2, 1)
         tokens = self._sample_tokens(
             prompt,

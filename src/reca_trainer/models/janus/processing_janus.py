@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from PIL import Image, ImageOps
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import BatchFeature, PreTrainedTokenizerFast
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
-from reca_trainer.models.contract import UnifiedProcessor
+from reca_trainer.models.contract import IMAGE_MARK, Conversation, UnifiedProcessor, conversations_of, one_per_sample
 from reca_trainer.models.janus.configuration_janus import TINY_SPECIAL_TOKENS, JanusConfig
 from reca_trainer.tasks import TASKS
 
@@ -30,9 +30,12 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
     Sequences, in the words of the chat template (`boi` begins an image, N = 576 image tokens):
 
     - reconstruct: `bos, user turn: [boi, N placeholders, eoi, instruction], assistant turn: boi`
-    - generate: `bos, user turn: prompt, assistant turn: boi`, padded on the left so that `boi` is last
-    - caption: `bos, system prompt, user turn: [boi, N placeholders, eoi, question], assistant turn: caption, eos`,
+    - generate: `bos, user turn: prompt, assistant turn: boi`
+    - caption: `bos, system prompt, user turn: [boi, N placeholders, eoi, question], assistant turn: answer, eos, …`,
       padded on the right
+
+    The first two are padded on the left, so that `boi` is last. Where their text is dropped, padding tokens, which are
+    attended to, stand for everything between `bos` and the last `boi`, the image included.
 
     It saves and loads as transformers' own, whose call with free-form text is `transformers.JanusProcessor.__call__`.
     """
@@ -77,28 +80,34 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
             num_image_tokens=config.vision_config.num_image_tokens,
         )
 
+    @property
+    def fixed_size(self) -> tuple[int, int]:
+        return self.image_processor.size["height"], self.image_processor.size["width"]
+
     def __call__(
         self,
         images: list[Image.Image] | None = None,
-        text: list[str] | None = None,
+        text: list[str] | list[Conversation] | None = None,
         instruction: str | list[str] | None = None,
         task: str = "reconstruct",
         size: tuple[int, int] | None = None,
+        *,
+        crop: list[float | None] | None = None,
+        dropped: list[bool] | None = None,
     ) -> dict[str, Any]:
-        """Build the batch of one task; keys, shapes and arguments as in `UnifiedProcessor.__call__`. For captions
-        `instruction` may be a list, one question per image.
+        """Build the batch of one task; keys, shapes and arguments as in `UnifiedProcessor.__call__`.
 
-        Reconstruction crops images to their central square first, so that condition and target show the same: Janus
+        Targets are squares cut out of the images, and a reconstruction's condition shows the same square: Janus
         generates squares without borders. Captioned images are padded to a square, as Janus was trained to see them.
 
         Raises:
-            ValueError: the task or the size is unknown, images or texts are missing or differ in number, or a text
-                contains one of the tokens that stand for images.
+            ValueError: the task or the size is unknown, images or texts are missing or differ in number, a text contains
+                one of the tokens that stand for images, or `conversation_problem` refuses a conversation.
         """
         if task not in TASKS:
             raise ValueError(f"task is {task!r}; Janus knows {', '.join(TASKS)}.")
-        if size is not None and tuple(size) not in self.target_sizes():
-            raise ValueError(f"Janus generates {self.target_sizes()[0]} images (height, width) only, got size={size}.")
+        if size is not None and tuple(size) != self.fixed_size:
+            raise ValueError(f"Janus generates {self.fixed_size} images (height, width) only, got size={size}.")
         needs = {"reconstruct": ("images",), "generate": ("text",), "caption": ("images", "text")}[task]
         for name, value in {"images": images, "text": text}.items():
             if name in needs and not value:
@@ -107,21 +116,41 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
             raise ValueError(f"Got {len(images)} images and {len(text)} texts; pass one text per image.")
 
         if task == "caption":
-            questions = instruction if isinstance(instruction, list) else [instruction or ""] * len(images)
-            return {"task": task, **self._captions(images, questions, text)}
+            if any(dropped or []):
+                raise ValueError("A caption is what is learned: it cannot be dropped.")
+            questions = one_per_sample(instruction, len(text), "")
+            return {"task": task, **self._captions(images, conversations_of(text, questions))}
         batch = {"task": task}
         if images:
-            images = self.crop(images)
+            images = self.squares(images, crop)
             batch["pixel_values"] = torch.stack([_to_tensor(image) for image in images])
         if task == "reconstruct":
-            inputs = self.prompts([instruction or ""] * len(images), images, generation_mode="image")
-            # one instruction for all: nothing is padded, so no mask
-            return {**batch, "condition_pixel_values": inputs["pixel_values"], "input_ids": inputs["input_ids"]}
-        inputs = self.prompts(text, generation_mode="image")
-        return {**batch, "input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+            requests = one_per_sample(instruction, len(images), "")
+            inputs = self.prompts([request or "" for request in requests], images, generation_mode="image")
+            batch["condition_pixel_values"] = inputs["pixel_values"]
+        else:
+            inputs = self.prompts(text, generation_mode="image")
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        is_dropped = torch.tensor(one_per_sample(dropped, len(ids), False))
+        return {
+            **batch,
+            "input_ids": torch.where(is_dropped[:, None], self.unconditional(ids), ids),
+            "attention_mask": mask,
+        }
 
-    def target_sizes(self) -> list[tuple[int, int]]:
-        return [(self.image_processor.size["height"], self.image_processor.size["width"])]
+    def conversation_problem(self, conversation: Conversation) -> str | None:
+        """See `UnifiedProcessor.conversation_problem`. Questions and answers alternate, and every answer is supervised;
+        the image stands before the first question, wherever its mark is."""
+        if problem := super().conversation_problem(conversation):
+            return problem
+        roles = [message["role"] for message in conversation]
+        if roles != ["user", "assistant"] * (len(roles) // 2):
+            return "not questions and answers in turn"
+        if not all(_without_mark(message) for message in conversation[1::2]):
+            return "an empty answer"
+        if sum(message["content"].count(IMAGE_MARK) for message in conversation) > 1:
+            return "more than one picture"
+        return None
 
     def prompts(
         self, text: list[str], images: list[Image.Image] | None = None, generation_mode: str = "text"
@@ -134,11 +163,9 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
             `[B, 3, h, w]` float32 for the understanding encoder.
         """
         turns = []
-        for one in text:
-            self._refuse_image_tokens(one)
-            content = [{"type": "image"}] if images else []
-            content += [{"type": "text", "text": one}] if one else []
-            turns.append([{"role": "user", "content": content}])
+        for request in text:
+            self._refuse_image_tokens(request)
+            turns.append([_message("user", request, with_image=bool(images))])
         return transformers.JanusProcessor.__call__(
             self,
             text=self.apply_chat_template(turns, add_generation_prompt=True, tokenize=False),
@@ -149,24 +176,46 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
             return_tensors="pt",
         )
 
-    def crop(self, images: list[Image.Image]) -> list[Image.Image]:
-        """The central square of each image, at the size that the model generates."""
-        height, width = self.target_sizes()[0]
-        return [ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC) for image in images]
+    def squares(self, images: list[Image.Image], crop: list[float | None] | None = None) -> list[Image.Image]:
+        """The largest square of each image, at its `crop` along the longer side, at the size that the model generates."""
+        height, width = self.fixed_size
+        squares = []
+        for image, place in zip(images, one_per_sample(crop, len(images)), strict=True):
+            side = min(image.size)
+            left, top = (
+                free // 2 if place is None else int(place * (free + 1))
+                for free in (image.width - side, image.height - side)
+            )
+            square = image.crop((left, top, left + side, top + side)).convert("RGB")
+            squares.append(square.resize((width, height), Image.Resampling.BICUBIC))
+        return squares
 
-    def _captions(
-        self, images: list[Image.Image], questions: list[str], captions: list[str]
-    ) -> dict[str, torch.Tensor]:
-        inputs = self.prompts(questions, [image.convert("RGB") for image in images])
+    def unconditional(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Prompts `[B, T]` for images without their content, as Janus' guidance makes them: padding in place of
+        everything but `bos` and the last token."""
+        kept = input_ids == self.tokenizer.bos_token_id
+        kept[:, -1] = True
+        return input_ids.where(kept, self.tokenizer.pad_token_id)
+
+    def _captions(self, images: list[Image.Image], conversations: list[Conversation]) -> dict[str, torch.Tensor]:
+        for conversation in conversations:
+            if problem := self.conversation_problem(conversation):
+                raise ValueError(f"Janus cannot learn from a conversation with {problem}.")
+        contents = [[_without_mark(message) for message in conversation] for conversation in conversations]
+        inputs = self.prompts([question for question, *_ in contents], [image.convert("RGB") for image in images])
         sequences, targets = [], []
-        for ids, mask, caption in zip(inputs["input_ids"], inputs["attention_mask"], captions, strict=True):
-            prompt = ids[mask.bool()].tolist()
-            self._refuse_image_tokens(caption)
-            # tokenised apart from the prompt: at inference the prompt is tokenised alone, too
-            answer = self.tokenizer(f" {caption.strip()}", add_special_tokens=False)["input_ids"]
-            answer = [*answer, self.tokenizer.eos_token_id]
-            sequences.append(prompt + answer)
-            targets.append([-100] * len(prompt) + answer)
+        for ids, mask, texts in zip(inputs["input_ids"], inputs["attention_mask"], contents, strict=True):
+            sequence, target = [], []
+            prompts = [ids[mask.bool()].tolist(), *self._later_prompts(texts)]
+            for prompt, answer in zip(prompts, texts[1::2], strict=True):
+                self._refuse_image_tokens(answer)
+                # tokenised apart from the prompt: at inference the prompt is tokenised alone, too
+                answer_ids = self.tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
+                answer_ids.append(self.tokenizer.eos_token_id)
+                sequence += prompt + answer_ids
+                target += [-100] * len(prompt) + answer_ids
+            sequences.append(sequence)
+            targets.append(target)
         padded = self.tokenizer.pad({"input_ids": sequences}, padding_side="right", return_tensors="pt")
         longest = padded["input_ids"].shape[1]
         return {
@@ -175,6 +224,23 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
             "attention_mask": padded["attention_mask"],
             "labels": torch.tensor([target + [-100] * (longest - len(target)) for target in targets]),
         }
+
+    def _later_prompts(self, texts: list[str]) -> list[list[int]]:
+        """What stands between the `eos` of an answer and the next answer, for questions and answers in turn."""
+        prompts = []
+        for start in range(2, len(texts), 2):
+            question, answer, later = texts[start - 2 : start + 1]
+            self._refuse_image_tokens(later)
+            turns = [_message("user", question), _message("assistant", answer), _message("user", later)]
+            both = self.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            before = self.apply_chat_template(turns[:1], add_generation_prompt=True, tokenize=False)
+            between = both.removeprefix(f"{before} {answer}").removeprefix(self.tokenizer.eos_token)
+            if between == both:
+                raise ValueError(
+                    f"The chat template words the start of a conversation otherwise: {both!r}, {before!r}."
+                )
+            prompts.append(self.tokenizer(between, add_special_tokens=False)["input_ids"])
+        return prompts
 
     def _refuse_image_tokens(self, text: str) -> None:
         for token in (self.image_token, self.image_start_token, self.image_end_token):
@@ -185,3 +251,12 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
 def _to_tensor(image: Image.Image) -> torch.Tensor:
     """`[3, H, W]` float32 in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _message(role: str, text: str, with_image: bool = False) -> dict[str, Any]:
+    content = [{"type": "image"}] if with_image else []
+    return {"role": role, "content": [*content, {"type": "text", "text": text}] if text else content}
+
+
+def _without_mark(message: dict[str, str]) -> str:
+    return message["content"].replace(IMAGE_MARK, "").strip()

@@ -303,11 +303,14 @@ class OpenUniModel(UnifiedModel):
             guidance_scale = 1.0 if negative_text is None else guidance_scale
         elif task != "generate":
             raise ValueError(f"OpenUni cannot {task!r} images; it has the tasks generate and reconstruct.")
-        batch_size = len(text)
+        batch_size, dropped = len(text), None
         if guidance_scale > 1:
-            text = [*text, *[negative_text] * batch_size]
+            text = [*text, *[negative_text or ""] * batch_size]
+            dropped = [False] * batch_size + [negative_text is None] * batch_size
             images = images and [*images, *images]
-        requests = {"text": text} if task == "generate" else {"images": images, "instruction": text}
+        requests = {"images": images, "instruction": text}
+        if task == "generate":
+            requests = {"text": text, "dropped": dropped}
         batch = processor(**requests, task=task, size=(height, width))
         prompt_embeds = self._encode_batch(batch)
         if latents is None:

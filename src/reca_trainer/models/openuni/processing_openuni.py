@@ -11,23 +11,29 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from reca_trainer.images import fit_to_size
-from reca_trainer.models.contract import UnifiedProcessor
+from reca_trainer.models.contract import IMAGE_MARK, Conversation, UnifiedProcessor, conversations_of, one_per_sample
 from reca_trainer.models.openuni.configuration_openuni import OpenUniConfig
+from reca_trainer.tasks import TASKS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+TURN_END = "<|im_end|>\n<|im_start|>assistant\n"  # closes the user's turn and opens the answer
+TRAINING_PAD = 0  # the id that OpenUni pads its training batches with, whatever the tokenizer's own
 
 
 class OpenUniProcessor(UnifiedProcessor):
-    """Builds batches for `OpenUniModel`. Every sequence is padded on the left.
+    """Builds batches for `OpenUniModel`.
+
+    - reconstruct: `user turn: <img>, N context tokens, </img>, instruction, assistant header, <img>`, padded on the left
+    - generate: `user turn: request and caption, assistant header, <img>`, padded on the right
+    - caption: `user turn: <img>, N context tokens, </img>, question, assistant turn: answer, …`, padded on the left
 
     Args:
         tokenizer: InternVL3's tokenizer.
         image_size: height and width, in pixels, of the images to generate.
         condition_size: the same of the understanding encoder's input, which every image is resized to.
         num_image_tokens: understanding embeddings of an image.
-        max_caption_length: tokens kept of a text-to-image prompt in training.
+        max_caption_length: tokens of a text-to-image prompt in training; longer captions are cut.
     """
 
     def __init__(
@@ -73,57 +79,84 @@ class OpenUniProcessor(UnifiedProcessor):
             )
         return cls.from_config(config, tokenizer)
 
+    @property
+    def fixed_size(self) -> tuple[int, int]:
+        return self.image_size, self.image_size
+
     def __call__(
         self,
         images: list[Image.Image] | None = None,
-        text: list[str | None] | None = None,
+        text: list[str] | list[Conversation] | None = None,
         instruction: str | list[str] | None = None,
         task: str = "reconstruct",
         size: tuple[int, int] | None = None,
+        *,
+        crop: list[float | None] | None = None,
+        dropped: list[bool] | None = None,
     ) -> dict[str, Any]:
         """See `UnifiedProcessor.__call__`.
 
         Args:
-            images: one per sample; `generate` does without them where there is no target, `reconstruct` is then its prompt.
-            text: captions (`generate`, `caption`); `None` instead of one stands for the unconditional prompt of
-                classifier-free guidance.
-            instruction: what is asked for (`reconstruct`), or the question (`caption`): one for all images, or a list.
-            size: `(height, width)` of the target, which is cropped centrally to that shape; by default square.
+            images: `generate` does without them where there is no target. `reconstruct` without them gives its prompts,
+                one per instruction.
+            size: `(height, width)` of the target, whose shape is cut out of the image; by default square.
+            dropped: for `generate` the request without a caption, for `reconstruct` an empty instruction.
 
         Raises:
-            ValueError: an unknown task, or numbers of images and texts that differ.
+            ValueError: an unknown task, numbers of samples that differ, a task without what it needs, or a conversation
+                that `conversation_problem` refuses.
         """
-        if task == "generate":
-            prompts = [self._generation_turn(caption) for caption in text]
-        elif task in ("reconstruct", "caption"):
-            count = 1 if images is None else len(images)
-            requests = instruction if isinstance(instruction, list) else [instruction or ""] * count
-            prompts = [self._image_turn(request) for request in requests]
-        else:
+        if task not in TASKS:
             raise ValueError(f"OpenUni has no task {task!r}; it has reconstruct, generate and caption.")
-        counts = {len(part) for part in (prompts, images, text) if part}
-        if len(counts) > 1:
-            raise ValueError(f"A batch takes as many texts as images, but here are {sorted(counts)}.")
+        needs = {"reconstruct": {}, "generate": {"text": text}, "caption": {"images": images, "text": text}}[task]
+        for name, value in needs.items():
+            if not value:
+                raise ValueError(f"The task {task!r} needs {name}, one per sample.")
+        if images and text and len(images) != len(text):
+            raise ValueError(f"A batch takes as many texts as images, but here are {len(text)} and {len(images)}.")
         if task == "caption":
-            return {"task": task, **self._tokenize(prompts, text), **self._condition(images)}
+            if any(dropped or []):
+                raise ValueError("A caption is what is learned: it cannot be dropped.")
+            questions = one_per_sample(instruction, len(text), "")
+            return {"task": task, **self._captions(conversations_of(text, questions)), **self._condition(images)}
 
-        # A long caption loses the end of its prompt, the token that opens the image included: so OpenUni was trained.
-        max_length = self.max_caption_length if task == "generate" and images else None
-        batch = {"task": task, **self._tokenize([prompt + "<img>" for prompt in prompts], max_length=max_length)}
+        if task == "generate":
+            prompts = self._generation_prompts(text, dropped)
+            # With a target this is training, where OpenUni cuts captions and pads otherwise than when sampling.
+            batch = self._pad(self._cut(prompts), "right", TRAINING_PAD) if images else self._pad(prompts, "right")
+        else:
+            count = len(images) if images else len(instruction) if isinstance(instruction, list) else 1
+            requests, drops = one_per_sample(instruction, count), one_per_sample(dropped, count)
+            turns = [
+                self._image_turn("" if drop else request or "") for request, drop in zip(requests, drops, strict=True)
+            ]
+            prompts = self._tokenize([turn + "<img>" for turn in turns])
+            batch = self._pad(prompts, "left", TRAINING_PAD)
         if images:
-            batch["pixel_values"] = self._to_pixels(images, size or self.target_sizes()[0])
+            batch["pixel_values"] = self._target(images, size or self.fixed_size, crop)
         if task == "reconstruct" and images:
             batch["condition_pixel_values"] = self._to_condition(batch["pixel_values"])
-        return batch
+        return {"task": task, **batch}
 
-    def target_sizes(self) -> list[tuple[int, int]]:
-        return [(self.image_size, self.image_size)]
+    def conversation_problem(self, conversation: Conversation) -> str | None:
+        """See `UnifiedProcessor.conversation_problem`. Questions and answers alternate, and every answer is supervised;
+        the image stands before the first question, wherever its mark is."""
+        if problem := super().conversation_problem(conversation):
+            return problem
+        roles = [message["role"] for message in conversation]
+        if roles != ["user", "assistant"] * (len(roles) // 2):
+            return "not questions and answers in turn"
+        if not all(_without_mark(message) for message in conversation[1::2]):
+            return "an empty answer"
+        if sum(message["content"].count(IMAGE_MARK) for message in conversation) > 1:
+            return "more than one picture"
+        return None
 
     def ask(self, questions: list[str], images: list[Image.Image] | None = None) -> dict[str, torch.Tensor]:
-        """Prompts that end where an answer begins, and the images they ask about."""
-        if not images:
-            return self._tokenize([self._turn(question) for question in questions])
-        return {**self._tokenize([self._image_turn(question) for question in questions]), **self._condition(images)}
+        """Prompts that end where an answer begins, padded on the left, and the images they ask about."""
+        turn = self._image_turn if images else self._turn
+        prompts = self._pad(self._tokenize([turn(question) for question in questions]), "left")
+        return {**prompts, **self._condition(images)} if images else prompts
 
     def to_images(self, pixels: torch.Tensor) -> list[Image.Image]:
         """`[B, 3, H, W]` in about [-1, 1] → PIL images, rounded to the nearest of 256 levels."""
@@ -131,43 +164,67 @@ class OpenUniProcessor(UnifiedProcessor):
         return [Image.fromarray(image) for image in levels.permute(0, 2, 3, 1).cpu().numpy()]
 
     def _turn(self, request: str) -> str:
-        return f"<|im_start|>user\n{request}<|im_end|>\n<|im_start|>assistant\n"
+        return f"<|im_start|>user\n{request}{TURN_END}"
 
     def _image_turn(self, request: str) -> str:
         return self._turn(f"<img>{'<IMG_CONTEXT>' * self.num_image_tokens}</img>\n{request}")
 
-    def _generation_turn(self, caption: str | None) -> str:
-        return self._turn("Generate an image." if caption is None else f"Generate an image: {caption.strip()}")
+    def _generation_prompts(self, captions: list[str], dropped: list[bool] | None) -> list[list[int]]:
+        turns = [
+            self._turn("Generate an image." if drop else f"Generate an image: {caption.strip()}") + "<img>"
+            for caption, drop in zip(captions, one_per_sample(dropped, len(captions), False), strict=True)
+        ]
+        return self._tokenize(turns)
 
-    def _tokenize(
-        self, prompts: list[str], answers: list[str] | None = None, max_length: int | None = None
-    ) -> dict[str, torch.Tensor]:
-        """`input_ids` and `attention_mask` `[B, T]`, and with `answers` behind the prompts `labels` that supervise
-        them and the end of their turn."""
-        rows = self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
-        labels = [[-100] * len(row) for row in rows]
-        if answers is not None:
-            answers = [answer.strip() + "<|im_end|>" for answer in answers]
-            answers = self.tokenizer(answers, add_special_tokens=False)["input_ids"]
-            rows, labels = ([a + b for a, b in zip(left, answers, strict=True)] for left in (rows, labels))
-        rows = [row[:max_length] for row in rows]
-        batch = self.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
-        batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        if answers is not None:
-            length = batch["input_ids"].shape[1]
-            batch["labels"] = torch.tensor([[-100] * (length - len(label)) + label for label in labels])
+    def _cut(self, prompts: list[list[int]]) -> list[list[int]]:
+        """Generation prompts of at most `max_caption_length` tokens: a caption loses its end, the turn keeps its own."""
+        (end,) = self._tokenize([TURN_END + "<img>"])
+        kept = self.max_caption_length - len(end)
+        return [prompt if len(prompt) <= self.max_caption_length else prompt[:kept] + end for prompt in prompts]
+
+    def _captions(self, conversations: list[Conversation]) -> dict[str, torch.Tensor]:
+        """Every answer is supervised, with the end of its turn."""
+        rows, labels = [], []
+        for conversation in conversations:
+            if problem := self.conversation_problem(conversation):
+                raise ValueError(f"OpenUni cannot learn from a conversation with {problem}.")
+            row, label = [], []
+            questions, answers = conversation[::2], conversation[1::2]
+            for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+                request = _without_mark(question)
+                turn = f"\n{self._turn(request)}" if number else self._image_turn(request)
+                prompt, target = self._tokenize([turn, _without_mark(answer) + "<|im_end|>"])
+                row += prompt + target
+                label += [-100] * len(prompt) + target
+            rows.append(row)
+            labels.append(label)
+        batch = self._pad(rows, "left", TRAINING_PAD)
+        length = batch["input_ids"].shape[1]
+        batch["labels"] = torch.tensor([[-100] * (length - len(label)) + label for label in labels])
         return batch
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def _pad(self, rows: list[list[int]], side: str, pad_id: int | None = None) -> dict[str, torch.Tensor]:
+        """`input_ids` and `attention_mask` `[B, T]`, padded with the tokenizer's own id by default."""
+        batch = self.tokenizer.pad({"input_ids": rows}, padding_side=side, return_tensors="pt")
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        return {"input_ids": ids if pad_id is None else ids.masked_fill(mask == 0, pad_id), "attention_mask": mask}
 
     def _condition(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
         """Whole images for questions about them."""
         size = (self.condition_size, self.condition_size)
-        images = [image.resize(size, Image.Resampling.BICUBIC) for image in images]
-        return {"condition_pixel_values": self._to_condition(self._to_pixels(images, size))}
+        return {"condition_pixel_values": self._to_condition(_to_pixels([_resized(image, size) for image in images]))}
 
-    def _to_pixels(self, images: list[Image.Image], size: tuple[int, int]) -> torch.Tensor:
-        """`[B, 3, H, W]` float32 in [-1, 1] at `size = (height, width)`."""
-        pixels = np.stack([np.asarray(fit_to_size(image.convert("RGB"), size)) for image in images])
-        return 2 * (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255) - 1
+    def _target(
+        self, images: list[Image.Image], size: tuple[int, int], crop: list[float | None] | None
+    ) -> torch.Tensor:
+        """`[B, 3, H, W]` float32 in [-1, 1] at `size = (height, width)`, of which each image loses what is too long."""
+        places = one_per_sample(crop, len(images))
+        return _to_pixels(
+            [_resized(_cut_to_shape(image, size, place), size) for image, place in zip(images, places, strict=True)]
+        )
 
     def _to_condition(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`[B, 3, H, W]` in [-1, 1] → the vision transformer's input `[B, 3, s, s]`: normalised, then resized
@@ -175,3 +232,30 @@ class OpenUniProcessor(UnifiedProcessor):
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         normalised = ((pixel_values + 1) / 2 - mean) / std
         return F.interpolate(normalised, size=(self.condition_size, self.condition_size), mode="bilinear")
+
+
+def _without_mark(message: dict[str, str]) -> str:
+    return message["content"].replace(IMAGE_MARK, "").strip()
+
+
+def _cut_to_shape(image: Image.Image, size: tuple[int, int], place: float | None) -> Image.Image:
+    """The largest part of an image with the shape of `size = (height, width)`, at `place` along the side that is too
+    long: of `n + 1` offsets, number `int(place * (n + 1))`, or the centre."""
+    height, width = size
+    scale = min(image.width / width, image.height / height)
+    part = max(round(width * scale), 1), max(round(height * scale), 1)
+    left, top = (
+        free // 2 if place is None else int(place * (free + 1))
+        for free in (image.width - part[0], image.height - part[1])
+    )
+    return image.crop((left, top, left + part[0], top + part[1]))
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image.convert("RGB").resize(size[::-1], Image.Resampling.BICUBIC)
+
+
+def _to_pixels(images: list[Image.Image]) -> torch.Tensor:
+    """`[B, 3, H, W]` float32 in [-1, 1] of RGB images of one size."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return 2 * (pixels.permute(0, 3, 1, 2).float() / 255) - 1

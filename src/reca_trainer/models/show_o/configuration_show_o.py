@@ -46,7 +46,6 @@ class ShowOConfig(PreTrainedConfig):
         w_clip_vit: the CLIP variant, which reads CLIP embeddings; the plain variant reads the tokens of `vq_config`.
         llm_vocab_size: length of the text tokenizer before `SPECIAL_TOKENS` are added.
         num_vq_tokens: image tokens of one generated image, a square.
-        cond_dropout_prob: probability that text-to-image training drops a caption, which classifier-free guidance needs.
     """
 
     model_type = "show_o"
@@ -61,7 +60,6 @@ class ShowOConfig(PreTrainedConfig):
     w_clip_vit: bool = True
     llm_vocab_size: int = 50295
     num_vq_tokens: int = 1024
-    cond_dropout_prob: float = 0.1
     bos_token_id: int = 50256
     eos_token_id: int = 50256
     initializer_range: float = 0.02

@@ -218,8 +218,6 @@ class ShowOModel(UnifiedModel):
         """Text-to-image: predict the masked tokens behind the caption, and the two markers around them."""
         tokens = self.encode_target(pixel_values)
         mask = corruption["mask"].to(tokens.device)
-        if "drop_text" in corruption:
-            input_ids, attention_mask = self.drop_text(input_ids, attention_mask, corruption["drop_text"])
         embeds, _ = self.embed(input_ids, target=tokens.masked_fill(mask, self.config.mask_token_id))
         hidden = self.attend(embeds, self.attention_mask("generate", input_ids, attention_mask))
         segment = tokens.shape[1] + 2
@@ -349,10 +347,8 @@ class ShowOModel(UnifiedModel):
         return torch.where(drop, empty, input_ids), torch.where(drop, valid, attention_mask)
 
     def sample_corruption(self, batch: dict[str, Any], generator: Generators = None) -> dict[str, torch.Tensor]:
-        """Draws per image: which of its tokens are masked, `mask` `[B, n]` bool, and for `generate` whether its caption is
-        left out, `drop_text` `[B]` bool."""
-        task = batch.get("task")
-        if task == "caption" or "labels" in batch:
+        """Draws per image which of its tokens are masked, `mask` `[B, n]` bool."""
+        if batch.get("task") == "caption" or "labels" in batch:
             return {}
         pixels = batch["pixel_values"]
         count = (pixels.shape[-2] // self.config.vq_scale_factor) * (pixels.shape[-1] // self.config.vq_scale_factor)
@@ -362,20 +358,17 @@ class ShowOModel(UnifiedModel):
             noise = torch.rand(1, count, generator=sample_generator)
             return mask_tokens(time, noise)[0]
 
-        corruption = {"mask": per_sample(draw, len(pixels), generator)}
-        if task != "reconstruct" and "condition_pixel_values" not in batch:
-            uniform = per_sample(
-                lambda sample_generator: torch.rand((), generator=sample_generator), len(pixels), generator
-            )
-            corruption["drop_text"] = uniform < self.config.cond_dropout_prob
-        return corruption
+        return {"mask": per_sample(draw, len(pixels), generator)}
+
+    def decays(self, name: str, shape: torch.Size) -> bool:
+        return not name.endswith("bias")  # norms decay, too
 
     def count_supervised(self, batch: dict[str, Any], corruption: dict[str, torch.Tensor]) -> int:
         """The answers' tokens, or the masked image tokens, in `generate` with the two markers around them."""
         if "labels" in batch:
             return count_answer_tokens(batch["labels"])
         count = int(corruption["mask"].sum())
-        return count + 2 * len(corruption["mask"]) if "drop_text" in corruption else count
+        return count if "condition_pixel_values" in batch else count + 2 * len(corruption["mask"])
 
     @evaluating
     def generate_images(

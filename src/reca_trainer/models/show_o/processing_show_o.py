@@ -8,6 +8,9 @@ target's tokens go. With `P` condition slots and `n` image tokens:
 | reconstruct | `mmu soi P eoi bos prompt eos PAD.. soi n eoi` | `PAD.. mmu soi P eoi bos prompt eos soi n eoi` |
 | generate | `PAD.. t2i bos caption eos soi n eoi` | the same |
 | caption | `mmu system soi P eoi text PAD..` | `mmu soi P eoi text PAD..` |
+
+Targets are the whole picture squeezed to a square. Only `caption` cuts: the centre of the picture, as its encoders were
+trained.
 """
 
 from __future__ import annotations
@@ -21,16 +24,15 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase
 
-from reca_trainer.models.contract import UnifiedProcessor
+from reca_trainer.models.contract import IMAGE_MARK, Conversation, UnifiedProcessor, conversations_of, one_per_sample
 from reca_trainer.models.show_o.configuration_show_o import CONDITION_TOKEN_ID, SPECIAL_TOKENS, ShowOConfig
+from reca_trainer.tasks import TASKS
 
 # The sentences that precede an image during the CLIP variant's visual instruction tuning, which are LLaVA's.
 SYSTEM_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-
-Conversation = list[dict[str, str]]
 
 
 class ShowOProcessor(UnifiedProcessor):
@@ -129,6 +131,10 @@ class ShowOProcessor(UnifiedProcessor):
     def num_image_tokens(self) -> int:
         return (self.image_size // self.vq_scale_factor) ** 2
 
+    @property
+    def fixed_size(self) -> tuple[int, int]:
+        return self.image_size, self.image_size
+
     def __call__(
         self,
         images: list[Image.Image] | None = None,
@@ -136,52 +142,74 @@ class ShowOProcessor(UnifiedProcessor):
         instruction: str | list[str] | None = None,
         task: str = "reconstruct",
         size: tuple[int, int] | None = None,
+        *,
+        crop: list[float | None] | None = None,
+        dropped: list[bool] | None = None,
         padding: bool | str = True,
     ) -> dict[str, Any]:
         """See `UnifiedProcessor.__call__`.
 
         Args:
-            text: captions. For `caption` also whole conversations, as messages `{"role": "user" | "assistant",
-                "content": str}`; without `images` this is language modelling.
-            instruction: for `caption` the question; without one the caption alone is read and supervised.
+            text: `caption` without `images` is language modelling.
+            instruction: for `caption` the question; without one the caption alone is read and supervised. One that is too
+                long for `reconstruct` is cut in front of the assistant's header.
+            crop: without effect, since nothing is cut at random.
+            dropped: the samples whose caption or instruction is empty.
             padding: `True` pads to the longest sequence of the batch, `"max_length"` to that of the official runs, which
                 gives the same losses.
 
         Raises:
-            ValueError: `size` is not the model's, or an instruction is too long.
+            ValueError: an unknown task, a task without what it needs, numbers of samples that differ, a `size` that is
+                not the model's, or a conversation that cannot be worded.
         """
-        if size is not None and tuple(size) != (self.image_size, self.image_size):
+        if task not in TASKS:
+            raise ValueError(f"Show-o has no task {task!r}; it has {', '.join(TASKS)}.")
+        if size is not None and tuple(size) != self.fixed_size:
             raise ValueError(
                 f"This Show-o generates images of {self.image_size} × {self.image_size} pixels only, not "
                 f"{size[0]} × {size[1]}."
             )
+        name, samples = ("images", images) if task == "reconstruct" else ("text", text)
+        if not samples:
+            raise ValueError(f"The task {task!r} needs {name}, one per sample.")
+        if images is not None and len(images) != len(samples):
+            raise ValueError(f"A batch takes as many texts as images, but here are {len(samples)} and {len(images)}.")
+        dropped = one_per_sample(dropped, len(samples), False)
         batch: dict[str, Any] = {"task": task}
         if task == "reconstruct":
-            instructions = [instruction] * len(images) if not isinstance(instruction, list) else instruction
-            batch["pixel_values"] = to_pixels(
-                [image.convert("RGB").resize((self.image_size,) * 2, Image.Resampling.BICUBIC) for image in images]
-            )
+            instructions = one_per_sample(instruction, len(samples))
+            batch["pixel_values"] = self.squeeze(images)
             batch["condition_pixel_values"] = self.shrink(batch["pixel_values"])
-            batch.update(self.reconstruction_prompts(instructions, padding))
+            batch.update(self.reconstruction_prompts(without_dropped(instructions, dropped), padding))
         elif task == "caption":
-            questions = [instruction] * len(text) if not isinstance(instruction, list) else instruction
+            if any(dropped):
+                raise ValueError("A caption is what is learned: it cannot be dropped.")
             if images is not None:
                 batch["condition_pixel_values"] = self.understanding_pixels(images)
+            questions = one_per_sample(instruction, len(samples))
             batch.update(self.conversations(text, questions, images is not None, padding))
         else:
             if images is not None:
-                batch["pixel_values"] = self.crop(images)
-            batch.update(self.prompts(text, padding))
+                batch["pixel_values"] = self.squeeze(images)
+            batch.update(self.prompts(without_dropped(text, dropped), padding))
         return batch
 
-    def target_sizes(self) -> list[tuple[int, int]]:
-        return [(self.image_size, self.image_size)]
+    def conversation_problem(self, conversation: Conversation) -> str | None:
+        """See `UnifiedProcessor.conversation_problem`. Besides what cannot be worded, an answer that begins behind what
+        is kept of a conversation cannot be learned."""
+        try:
+            question, _ = self._rounds(conversation)[0]
+        except ValueError as error:
+            return str(error)
+        if len(self._tokenize(question)) >= self.max_conversation_length:
+            return f"no answer within the first {self.max_conversation_length} tokens"
+        return None
 
     def prompts(self, text: list[str], padding: bool | str = True) -> dict[str, torch.Tensor]:
         """Text-to-image sequences; a caption that is too long is cut in front of its EOS."""
         rows = []
-        for one in text:
-            row = [self.t2i_id, self.eos_id, *self._tokenize(one), self.eos_id]
+        for caption in text:
+            row = [self.t2i_id, self.eos_id, *self._tokenize(caption), self.eos_id]
             if len(row) > self.max_text_length + 1:
                 row = [*row[: self.max_text_length], self.eos_id]
             rows.append(row + self._target())
@@ -191,22 +219,20 @@ class ShowOProcessor(UnifiedProcessor):
         self, instructions: list[str | None], padding: bool | str = True
     ) -> dict[str, torch.Tensor]:
         """RecA sequences: the condition's place, the instruction, the target's place."""
+        clip = self.clip_image_size is not None
+        head = [self.mmu_id, self.soi_id, *self._condition(reconstruct=True), self.eoi_id]
+        # The CLIP variant pads the whole head to a length, in which the three markers count.
+        room = (self.recon_text_length - 3 if clip else self.max_text_length) - 2
         rows = []
-        for one in instructions:
-            prompt = self._tokenize(f"USER: \n {one} ASSISTANT:") if one else []
-            prompt = [self.eos_id, *prompt, self.eos_id]
-            head = [self.mmu_id, self.soi_id, *self._condition(reconstruct=True), self.eoi_id]
-            fixed = 0 if self.clip_image_size is None else 3  # the markers count where the whole head is padded
-            limit = self.max_text_length if self.clip_image_size is None else self.recon_text_length
-            if fixed + len(prompt) > limit:
-                raise ValueError(
-                    f"The instruction {one!r} makes {fixed + len(prompt)} tokens, of which at most {limit} fit."
-                )
-            if self.clip_image_size is not None:
-                prompt += [self.pad_id] * (limit - fixed - len(prompt))
-            rows.append(head + prompt + self._target())
+        for instruction in instructions:
+            prompt = self._tokenize(f"USER: \n {instruction} ASSISTANT:") if instruction else []
+            if len(prompt) > room:
+                header = self._tokenize(" ASSISTANT:")
+                prompt = prompt[: room - len(header)] + header
+            pad = [self.pad_id] * (room - len(prompt)) if clip else []
+            rows.append([*head, self.eos_id, *prompt, self.eos_id, *pad, *self._target()])
         length = None
-        if padding == "max_length" and self.clip_image_size is None:
+        if padding == "max_length" and not clip:
             length = self.max_text_length + 5 + len(self._condition(reconstruct=True)) + self.num_image_tokens
         return self._rectangular(rows, "left", length)
 
@@ -217,20 +243,23 @@ class ShowOProcessor(UnifiedProcessor):
         with_image: bool,
         padding: bool | str = True,
     ) -> dict[str, torch.Tensor]:
-        """Image-to-text sequences with `labels`: answers and their EOS, or all of a caption that answers no question."""
+        """Image-to-text sequences with `labels`: answers and their EOS, or all of a caption that answers no question.
+
+        Raises:
+            ValueError: a conversation cannot be worded.
+        """
         head = self._image_head() if with_image else []
         room = self.max_length - len(head)
         rows, labels = [], []
-        for one, question in zip(text, questions, strict=True):
-            if isinstance(one, str) and not question:
-                ids = [self.eos_id, *self._tokenize(one), self.eos_id]
+        conversations = conversations_of(text, questions, with_image)
+        for caption, question, conversation in zip(text, questions, conversations, strict=True):
+            if isinstance(caption, str) and not (question or "").strip():
+                ids = [self.eos_id, *self._tokenize(caption), self.eos_id]
                 if with_image and len(ids) > room:
                     ids[room - 1] = self.eos_id
                 label = list(ids)
             else:
-                if isinstance(one, str):
-                    one = [{"role": "user", "content": question}, {"role": "assistant", "content": one}]
-                ids, label = self._conversation(one)
+                ids, label = self._conversation(conversation)
             rows.append(head + ids[:room])
             labels.append([-100] * len(head) + label[:room])
         length = self.max_length if padding == "max_length" else None
@@ -243,17 +272,27 @@ class ShowOProcessor(UnifiedProcessor):
         """Sequences `[1, T]` that end where an answer starts. The plain variant reads questions about images behind an
         EOS and a line break."""
         if not with_image:
-            return [torch.tensor([self._tokenize(f"USER: {one} ASSISTANT:")]) for one in text]
+            return [torch.tensor([self._tokenize(f"USER: {question} ASSISTANT:")]) for question in text]
         if self.clip_image_size is None:
-            rows = [[self.eos_id, *self._tokenize(f"USER: \n{one} ASSISTANT:")] for one in text]
+            rows = [[self.eos_id, *self._tokenize(f"USER: \n{question} ASSISTANT:")] for question in text]
         else:
-            rows = [self._tokenize(f"USER: {one} ASSISTANT:") for one in text]
+            rows = [self._tokenize(f"USER: {question} ASSISTANT:") for question in text]
         return [torch.tensor([self._image_head() + row]) for row in rows]
 
     @property
     def max_length(self) -> int:
         """Tokens of a text-to-image or image-to-text sequence in the official runs."""
         return self.max_text_length + self.num_image_tokens + 3
+
+    @property
+    def max_conversation_length(self) -> int:
+        """Tokens of a conversation about an image, behind which it is cut."""
+        return self.max_length - len(self._image_head())
+
+    def squeeze(self, images: list[Image.Image]) -> torch.Tensor:
+        """`[B, 3, H, W]` float32 in [-1, 1]: whole images resized to a square of `image_size`, bicubic."""
+        side = (self.image_size,) * 2
+        return to_pixels([image.convert("RGB").resize(side, Image.Resampling.BICUBIC) for image in images])
 
     def shrink(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The condition of a reconstruction from its target `[B, 3, H, W]`: bilinear, and still in [-1, 1] (the official
@@ -273,7 +312,9 @@ class ShowOProcessor(UnifiedProcessor):
         if self.clip_image_size is None:
             return self.crop(images)
         side = self.clip_image_size
-        clip = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+        sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+        # Its own conversion would look for a transparent colour, which RGB made from a palette may still name.
+        clip = CLIPImageProcessorPil(**sizes, do_convert_rgb=False)
         return clip([without_ends(image) for image in images], return_tensors="pt")["pixel_values"]
 
     def crop(self, images: list[Image.Image]) -> torch.Tensor:
@@ -300,22 +341,46 @@ class ShowOProcessor(UnifiedProcessor):
         system = [] if self.clip_image_size is None else self._tokenize(SYSTEM_PROMPT)
         return [self.mmu_id, *system, self.soi_id, *self._condition(reconstruct=False), self.eoi_id]
 
-    def _conversation(self, messages: Conversation) -> tuple[list[int], list[int]]:
+    def _conversation(self, conversation: Conversation) -> tuple[list[int], list[int]]:
         ids, labels = [], []
-        for index, message in enumerate(messages):
-            if message["role"] != ("user", "assistant")[index % 2]:
-                raise ValueError(
-                    f"Roles alternate and the user begins; message {index} is of role {message['role']!r}."
-                )
-            content = message["content"].strip()
-            if message["role"] == "user":
-                part = self._tokenize(f"USER: {content} ASSISTANT:")
-                labels += [-100] * len(part)
-            else:
-                part = [*self._tokenize(f" {content}"), self.eos_id]
-                labels += part
-            ids += part
+        for question, answer in self._rounds(conversation):
+            asked, answered = self._tokenize(question), [*self._tokenize(answer), self.eos_id]
+            ids += asked + answered
+            labels += [-100] * len(asked) + answered
         return ids, labels
+
+    def _rounds(self, conversation: Conversation) -> list[tuple[str, str]]:
+        """What is read and what is then said, round by round. An empty answer leaves the assistant's header open and
+        ends no round; an answer in front of the first question is left out.
+
+        Raises:
+            ValueError: a conversation from which the original learns nothing; the message says why.
+        """
+        roles = [message["role"] for message in conversation]
+        if strange := set(roles) - {"user", "assistant"}:
+            raise ValueError(f"a message of {min(strange)}")
+        skipped = int(roles[:1] == ["assistant"])
+        roles = roles[skipped:]
+        for previous, role in zip(["assistant", *roles], roles, strict=False):
+            if role == previous:
+                raise ValueError(f"two messages of {role} one after the other")
+        rounds, question = [], ""
+        for role, message in zip(roles, conversation[skipped:], strict=True):
+            content = message["content"]
+            if IMAGE_MARK in content:
+                content = content.replace(IMAGE_MARK, "").strip()
+            if role == "user":
+                question += f"USER: {content} " if content else "USER:"
+            elif content and question.endswith("USER:"):
+                raise ValueError("an answer to an empty question")
+            elif content:
+                rounds.append((f"{question}ASSISTANT:", f" {content}"))
+                question = ""
+            else:
+                question += "ASSISTANT:"
+        if question or not rounds:
+            raise ValueError("no answer to the last question")
+        return rounds
 
     def _rectangular(self, rows: list[list[int]], side: str, length: int | None) -> dict[str, torch.Tensor]:
         length = length or max(map(len, rows))
@@ -327,11 +392,15 @@ class ShowOProcessor(UnifiedProcessor):
         return {"input_ids": input_ids, "attention_mask": (input_ids != self.pad_id).long()}
 
 
+def without_dropped(texts: list[str | None], dropped: list[bool]) -> list[str | None]:
+    return ["" if drop else text for text, drop in zip(texts, dropped, strict=True)]
+
+
 def without_ends(image: Image.Image) -> Image.Image:
     """RGB, and of a very long strip only the middle, which is all that a crop keeps: the shorter side of 20,000 × 3 pixels
     resized to 512 would take gigabytes."""
     width, height = image.size
-    image, keep = image.convert("RGB"), 16 * min(width, height)
+    image, keep = image.convert("RGB"), 64 * min(width, height)
     left, top = max(width - keep, 0) // 2, max(height - keep, 0) // 2
     return image.crop((left, top, width - left, height - top)) if left or top else image
 
