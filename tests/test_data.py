@@ -28,7 +28,7 @@ from reca_trainer.data import (
     row_sizes,
 )
 from reca_trainer.data.columns import under_root, with_images
-from reca_trainer.data.sampling import MicroBatch, last_steps, split_to
+from reca_trainer.data.sampling import MicroBatch, into_steps, split_to
 from reca_trainer.images import ImageError
 from tests.hostile_images import encoded, noise, usable, write_corpus
 
@@ -390,16 +390,27 @@ def test_evaluation_keeps_every_target_at_its_own_size():
     assert [[drawn.size for drawn in batch] for batch in sampler(**options)] == [[(512, 1024)] * 3]
 
 
-def test_the_last_steps_split_before_they_repeat():
-    rows = [MicroBatch(SQUARE, [0, 1, 2, 3]), MicroBatch(SQUARE, [4, 5]), MicroBatch(SQUARE, [6])]
-    assert [list(part.rows) for part in split_to(rows, 4)] == [[0, 1], [2, 3], [4, 5], [6]]
-    assert [[list(part.rows) for part in step] for step in last_steps(rows, 2)] == [[[0, 1], [2, 3]], [[4, 5], [6]]]
-    [step] = last_steps(rows[2:], 2)
-    assert step[0] is step[1] is rows[2]
-    plan = SamplingPlan({"reconstruct": 1}, num_processes=2, process_index=1)
-    assert plan.draws("reconstruct", step, 0, 0) == SamplingPlan({"reconstruct": 1}, num_processes=2).draws(
-        "reconstruct", step, 0, 0
-    )
+def test_a_pass_ends_by_splitting_micro_batches_before_it_repeats_any():
+    def rows(steps):
+        return [[list(part.rows) for part in step] for step in steps]
+
+    parts = [MicroBatch(SQUARE, [0, 1, 2, 3]), MicroBatch(SQUARE, [4, 5]), MicroBatch(SQUARE, [6])]
+    assert [list(part.rows) for part in split_to(parts, 4)] == [[0, 1], [2, 3], [4, 5], [6]]
+    assert rows(into_steps(parts[:2], 2, True)) == [[[0, 1, 2, 3], [4, 5]]]
+    assert rows(into_steps(parts[::-1], 2, True)) == [[[6], [4, 5]], [[0, 1], [2, 3]]]  # within the last step
+    assert rows(into_steps(parts, 2, True)) == [[[0, 1], [2, 3]], [[4, 5], [6]]]  # or with the step before
+    assert rows(into_steps(parts, 2, False)) == [[[0, 1, 2, 3], [4, 5]], [[6], [6]]]
+    assert rows(into_steps(parts[2:], 2, True)) == [[[6], [6]]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_of_several_sizes_two_processes_draw_what_one_accumulates(batch_size):
+    targets = {"reconstruct": targets_of(36)}
+    options = {"targets": targets, "weights": {"reconstruct": 1}, "batch_size": batch_size, "seed": 5}
+    alone = list(sampler(**options))
+    halves = zip(*[list(sampler(num_processes=2, process_index=index, **options)) for index in (0, 1)], strict=True)
+    joined = [share for step in halves for share in step]
+    assert joined[: len(alone) // 2 * 2 - 2] == alone[: len(alone) // 2 * 2 - 2]
 
 
 def test_a_micro_batch_has_one_task_and_one_size_and_every_sample_its_own_instruction():

@@ -105,7 +105,7 @@ processor = AutoUnifiedProcessor.from_pretrained("me/adapter")
 from huggingface_hub import hf_hub_download
 card = Path(hf_hub_download("me/adapter", "README.md")).read_text()
 exec(card.split("```python")[1].split("```")[0])
-print(json.dumps({"distances": distances, "revision": revision, "sizes": processor.target_sizes()[:1],
+print(json.dumps({"distances": distances, "revision": revision, "sizes": processor.target_size(64, 64),
                   "image": Path("image.png").is_file()}))
 """
 

@@ -332,7 +332,11 @@ def test_data_is_checked_before_the_model_is_loaded(tmp_path, dataset, processor
         ("not as list", [{"image": 0}], {}),
         ("1 of 3 images cannot be used:\n  row 2: there is no image", mixed, {}),
         ("2 of 2 images cannot be used:\n  row 0: not an image of a known format", bad, {"on_bad_image": "skip"}),
-        ("fills a micro-batch of 25 rows", dataset, {"dataloader_drop_last": True, "per_device_train_batch_size": 25}),
+        (
+            "do not fill a micro-batch of 25 rows",
+            dataset,
+            {"dataloader_drop_last": True, "per_device_train_batch_size": 25},
+        ),
         ("set max_steps", dataset.to_iterable_dataset(), {"max_steps": -1}),
         ("eval_strategy='steps' needs images", dataset, {"eval_strategy": "steps"}),
         ("Nothing can be saved in output_dir=", dataset, {"output_dir": str(tmp_path / "file" / "out")}),

@@ -344,7 +344,12 @@ def fixed_rows(trainer: Any, task: str, count: int) -> list[dict]:
         return list(islice(rows, count))
     targets = images.targets(task, trainer.processing_class, args)
     sampler = TaskBatchSampler({task: targets}, SamplingPlan({task: 1}, shuffle=False))
-    rows = RowDataset({task: images.datasets[task]}, {task: images.columns[task]}, args.on_bad_image)
+    rows = RowDataset(
+        {task: images.datasets[task]},
+        {task: images.columns[task]},
+        args.on_bad_image,
+        trainer.processing_class.conversation_problem,
+    )
     return [rows[draw] for [draw] in islice(sampler, count)]
 
 

@@ -23,6 +23,10 @@ SIZE = (32, 32)
 IN_ORDER = SamplingPlan({"reconstruct": 1}, shuffle=False)
 
 
+def target_size(width: int, height: int) -> tuple[int, int]:
+    return SIZE
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -118,7 +122,9 @@ def outcome(source, streaming: bool) -> tuple[set[int], set[int]]:
     columns = find_columns(dataset)
     used, reported = set(), set()
     if streaming:
-        rows = StreamingRows({"reconstruct": dataset}, {"reconstruct": columns}, [SIZE], IN_ORDER, on_bad_image="skip")
+        rows = StreamingRows(
+            {"reconstruct": dataset}, {"reconstruct": columns}, target_size, IN_ORDER, on_bad_image="skip"
+        )
         for [row] in rows:
             used.add(number(row["source"]))
             reported.update(map(number, row["skipped"]))
@@ -127,7 +133,7 @@ def outcome(source, streaming: bool) -> tuple[set[int], set[int]]:
     for index in range(len(dataset)):
         try:
             row = rows[Draw("reconstruct", index, SIZE, 0, "")]
-            assert row["image"].mode == "RGB" and row["image"].size == SIZE
+            assert row["image"].mode == "RGB" and min(row["image"].size) > 0
             used.add(number(row["source"]))
         except ImageError as error:
             reported.add(number(str(error)))
@@ -237,7 +243,7 @@ def test_members_of_archives_stay_inside(tmp_path, kind, streaming, writes):
     writes.clear()
     stream = load_image_dataset(source, streaming=streaming)
     columns = {"reconstruct": find_columns(stream)}
-    rows = StreamingRows({"reconstruct": stream}, columns, [SIZE], IN_ORDER, on_bad_image="skip")
+    rows = StreamingRows({"reconstruct": stream}, columns, target_size, IN_ORDER, on_bad_image="skip")
     assert sum(len(batch) for batch in rows) >= 1
     after = {path for path in tmp_path.rglob("*") if tmp_path / "cache" not in path.parents}
     assert after - before <= {tmp_path / "cache"}

@@ -211,7 +211,7 @@ def check_texts(dataset: Dataset, task: str, columns: Columns) -> None:
 
 def messages(turns: Any, source: str) -> Conversation:
     """A conversation as `{"role", "content"}` messages, of `{from, value}` or `{role, content}` turns; `<image>` stands
-    where the picture is shown.
+    where the picture is shown: before the first question, where no message says.
 
     Raises:
         ValueError: they are no such turns.
@@ -235,6 +235,9 @@ def messages(turns: Any, source: str) -> Conversation:
                 "are system, user (or human) and assistant (or gpt), and contents are text."
             )
         conversation.append({"role": role, "content": content})
+    questions = [message for message in conversation if message["role"] == "user"]
+    if questions and not any(IMAGE_MARK in message["content"] for message in conversation):
+        questions[0]["content"] = f"{IMAGE_MARK}\n{questions[0]['content']}"
     return conversation
 
 

@@ -27,7 +27,8 @@ class Draw(NamedTuple):
         task: one of `TASKS`.
         row: index into that task's dataset (in a stream: position in the epoch's order).
         size: `(height, width)` in pixels of the target.
-        seed: seeds this sample's corruption; differs for every (seed, epoch, position in the epoch), 63 bits.
+        seed: seeds all that is drawn for this sample; differs for every seed of the run, task, pass and row, and depends on
+            no batch size and no number of processes. 63 bits.
         instruction: the sample's reconstruction instruction, or the question to a caption that comes without one.
         crop: place in [0, 1) of a random crop; `None` is the centre.
         dropped: whether the sample's text is dropped for classifier-free guidance.
@@ -128,27 +129,21 @@ class SamplingPlan:
             and abs(other_height * other_width - height * width) <= tolerance * height * width
         )
 
-    def draws(self, task: str, step: Sequence[MicroBatch], position: int, epoch: int) -> list[Draw]:
+    def draws(self, task: str, step: Sequence[MicroBatch], pass_number: int) -> list[Draw]:
         """The samples of this process.
 
         Args:
             step: the micro-batches of all processes, of row indices.
-            position: number of the step within the epoch.
+            pass_number: which pass over the task's rows this is.
         """
-        micro_batch = step[self.process_index]
-        first = next(place for place, other in enumerate(step) if other is micro_batch)  # it may be there twice
-        before = sum(len(other.rows) for other in step[:first])
-        size, rows = micro_batch
-        return [
-            self._draw(task, int(row), size, position * self.global_batch_size + before + place, epoch)
-            for place, row in enumerate(rows)
-        ]
+        size, rows = step[self.process_index]
+        return [self._draw(task, int(row), size, pass_number) for row in rows]
 
-    def _draw(self, task: str, row: int, size: Size, position: int, epoch: int) -> Draw:
+    def _draw(self, task: str, row: int, size: Size, pass_number: int) -> Draw:
         choices = (self.instructions or {}).get(task) or [""]
         if not self.shuffle:
             return Draw(task, row, size, mixed_hash(self.seed, 1, TASKS[task].index, row), choices[0])
-        seed = mixed_hash(self.seed, 0, epoch, position)
+        seed = mixed_hash(self.seed, 0, TASKS[task].index, pass_number, row)
         dropout = {"reconstruct": self.instruction_dropout, "generate": self.caption_dropout}.get(task, 0.0)
         return Draw(
             task,
@@ -174,13 +169,23 @@ def split_to(micro_batches: Sequence[MicroBatch], count: int) -> list[MicroBatch
     return parts
 
 
-def last_steps(micro_batches: Sequence[MicroBatch], num_processes: int) -> list[list[MicroBatch]]:
-    """The steps that a pass ends with: micro-batches are split so that there is one for every process in each; with
-    fewer rows than processes in all, some draw the same rows."""
-    count = -(-len(micro_batches) // num_processes) * num_processes
-    parts = split_to(micro_batches, count)
+def into_steps(micro_batches: Sequence[MicroBatch], num_processes: int, sizes_matter: bool) -> list[list[MicroBatch]]:
+    """The steps of a pass. At its end micro-batches are split, so that there is one for every process.
+
+    Args:
+        sizes_matter: whether micro-batches may be small because few rows have their size. As many steps before the last
+            one as it takes then give up rows to it. Otherwise, with fewer rows left than processes, some draw the same.
+    """
+    last = len(micro_batches) // num_processes * num_processes
+    tail = list(micro_batches[last:])
+    count = num_processes if tail else 0
+    parts = split_to(tail, count) if tail else []
+    while len(parts) < count and sizes_matter and last:
+        last, count = last - num_processes, count + num_processes
+        parts = split_to(micro_batches[last:], count)
     parts += [parts[place % len(parts)] for place in range(count - len(parts))]
-    return [parts[start : start + num_processes] for start in range(0, count, num_processes)]
+    parts = [*micro_batches[:last], *parts]
+    return [list(parts[start : start + num_processes]) for start in range(0, len(parts), num_processes)]
 
 
 class TaskBatchSampler(Sampler[list[Draw]]):
@@ -265,13 +270,13 @@ class TaskBatchSampler(Sampler[list[Draw]]):
         steps = {task: self._steps(task, epoch if self.plan.shuffle else 0) for task in self._steps_per_pass}
         for position in range(len(self)):
             task = pattern[position % len(pattern)]
-            yield self.plan.draws(task, next(steps[task]), position, epoch)
+            yield self.plan.draws(task, *next(steps[task]))
 
-    def _steps(self, task: str, epoch: int) -> Iterator[list[MicroBatch]]:
-        """The task's steps from where `epoch` begins, pass after pass without end."""
+    def _steps(self, task: str, epoch: int) -> Iterator[tuple[list[MicroBatch], int]]:
+        """The task's steps and the number of their pass, from where `epoch` begins, pass after pass without end."""
         number, start = divmod(epoch * self._batches_per_epoch[task], self._steps_per_pass[task])
         while True:
-            yield from self._pass(task, number)[start:]
+            yield from ((step, number) for step in self._pass(task, number)[start:])
             number, start = number + 1, 0
 
     def _pass(self, task: str, number: int) -> list[list[MicroBatch]]:
@@ -288,13 +293,9 @@ class TaskBatchSampler(Sampler[list[Draw]]):
                 micro_batches.sort(key=lambda micro_batch: micro_batch.rows[0])
             elif len(self._sizes[task]) > 1:
                 micro_batches = [micro_batches[index] for index in rng.permutation(len(micro_batches))]
-        whole = len(micro_batches) // processes * processes
-        if self.drop_last or whole == len(micro_batches):
-            return [micro_batches[start : start + processes] for start in range(0, whole, processes)]
-        # Where sizes do not matter, the rows of a step must not depend on the number of processes.
-        tail = whole if self.batch_size == 1 or len(self._sizes[task]) == 1 else 0
-        steps = [micro_batches[start : start + processes] for start in range(0, tail, processes)]
-        return steps + last_steps(micro_batches[tail:], processes)
+        if self.drop_last:
+            micro_batches = micro_batches[: len(micro_batches) // processes * processes]
+        return into_steps(micro_batches, processes, self.batch_size > 1 and len(self._sizes[task]) > 1)
 
     def _micro_batches(self, task: str, rows: np.ndarray) -> list[MicroBatch]:
         order = np.argsort(self._group_of_row[task][rows], kind="stable")

@@ -21,7 +21,7 @@ from reca_trainer.data.rows import (
     read_source,
     source_name,
 )
-from reca_trainer.data.sampling import MicroBatch, SamplingPlan, Size, last_steps, mixed_hash
+from reca_trainer.data.sampling import MicroBatch, SamplingPlan, Size, into_steps, mixed_hash
 from reca_trainer.images import ImageError, image_size, list_problems
 from reca_trainer.tasks import TASKS
 
@@ -99,15 +99,15 @@ class StreamingRows(torch.utils.data.IterableDataset):
             if step is None:
                 return
             if position % workers == this_worker:
-                yield self._decode(task, *step, position, epoch)
+                yield self._decode(task, *step)
 
     def _passes(self, task: str, epoch: int) -> Iterator[tuple]:
         for number in count():
             yield from self._pass(task, epoch, number)
 
     def _pass(self, task: str, epoch: int, number: int) -> Iterator[tuple]:
-        """The steps of one pass: `(micro-batches of all processes, {row: record}, spare rows around them, problems)`."""
-        plan, problems = self.plan, []
+        """The steps of one pass: `(its number, micro-batches of all processes, {row: record}, spare rows, problems)`."""
+        plan, problems, pass_number = self.plan, [], mixed_hash(epoch, number)
         waiting: dict[Size, tuple[int, list[int]]] = {}  # since which row, and the rows; the longest waiting first
         ready: list[MicroBatch] = []
         records: dict[int, dict] = {}
@@ -124,7 +124,7 @@ class StreamingRows(torch.utils.data.IterableDataset):
                 del records[row]
             listed = problems[:]
             problems.clear()
-            return step, contents, [*(item[:2] for item in ahead), *recent], listed
+            return pass_number, step, contents, [*(item[:2] for item in ahead), *recent], listed
 
         ahead.extend(islice(rows, 16))
         while ahead:
@@ -148,7 +148,7 @@ class StreamingRows(torch.utils.data.IterableDataset):
                 ready = ready[plan.num_processes :]
         if not plan.drop_last:
             ready += [MicroBatch(size, gathered) for size, (_, gathered) in waiting.items()]
-            for step in last_steps(ready, plan.num_processes):
+            for step in into_steps(ready, plan.num_processes, plan.batch_size > 1 and len(sizes) > 1):
                 yield emit(step)
         while plan.drop_last and len(ready) >= plan.num_processes:
             yield emit(ready[: plan.num_processes])
@@ -205,16 +205,15 @@ class StreamingRows(torch.utils.data.IterableDataset):
     def _decode(
         self,
         task: str,
+        pass_number: int,
         step: Sequence[MicroBatch],
         records: dict[int, dict],
         spare: list[tuple[int, dict]],
         problems: list[str],
-        position: int,
-        epoch: int,
     ) -> list[dict[str, Any]]:
         rows = list(step[self.plan.process_index].rows)
         decoded = []
-        for draw in self.plan.draws(task, step, position, epoch):
+        for draw in self.plan.draws(task, step, pass_number):
             place = rows.index(draw.row)
             neighbours = dict([*((row, records[row]) for row in rows[place:] + rows[:place]), *spare])
             columns, problem = self.columns[task], self.conversation_problem

@@ -189,14 +189,25 @@ class RunCheckpoints(Trainer if TYPE_CHECKING else object):
     def _data_order(self) -> dict[str, Any]:
         """What decides which images a step sees: a run can only be resumed where it is the same."""
         args = self.args
-        return {
-            "images per micro-batch (per_device_train_batch_size x processes)": args.train_batch_size
-            * args.world_size,
-            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        order: dict[str, Any] = {
             "micro-batches of each task": self.task_pattern,
             "seed": args.seed if args.data_seed is None else args.data_seed,
             "rows": None if self.images.is_streaming else {t: len(self.images.datasets[t]) for t in self.task_pattern},
         }
+        if self.processing_class.fixed_size is not None:
+            order["images per micro-batch (per_device_train_batch_size x processes)"] = (
+                args.train_batch_size * args.world_size
+            )
+            order["gradient_accumulation_steps"] = args.gradient_accumulation_steps
+            return order
+        # Sizes decide who shares a micro-batch, and each process has its own.
+        order["per_device_train_batch_size"] = args.train_batch_size
+        order["micro-batches per step (gradient_accumulation_steps x processes)"] = (
+            args.gradient_accumulation_steps * args.world_size
+        )
+        if len(self.task_pattern) > 1:  # all processes work on the same task
+            order["processes"] = args.world_size
+        return order
 
     def _check_data_order(self, checkpoint: Path) -> None:
         """Raises `ValueError` if going on from `checkpoint` would show some images twice and others never."""
@@ -206,9 +217,8 @@ class RunCheckpoints(Trainer if TYPE_CHECKING else object):
         changed = [f"{name}: {value}, now {now.get(name)}" for name, value in before.items() if value != now.get(name)]
         if changed:
             raise ValueError(
-                f"{checkpoint} cannot be resumed exactly, because these differ: {'; '.join(changed)}. Another number of "
-                "processes is fine if images per micro-batch stay the same. Restore them, or pass ignore_data_skip=True "
-                "to go on from these weights at the beginning of an epoch."
+                f"{checkpoint} cannot be resumed exactly, because these differ: {'; '.join(changed)}. Restore them, "
+                "or pass ignore_data_skip=True to go on from these weights at the beginning of an epoch."
             )
 
     def _check_adapter(self, checkpoint: Path) -> None:

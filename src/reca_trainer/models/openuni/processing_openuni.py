@@ -258,4 +258,4 @@ def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 def _to_pixels(images: list[Image.Image]) -> torch.Tensor:
     """`[B, 3, H, W]` float32 in [-1, 1] of RGB images of one size."""
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    return 2 * (pixels.permute(0, 3, 1, 2).float() / 255) - 1
+    return 2 * (pixels.permute(0, 3, 1, 2).contiguous().float() / 255) - 1
