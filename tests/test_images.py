@@ -10,13 +10,10 @@ from PIL import Image, ImageOps
 from reca_trainer.images import (
     MAX_PIXELS,
     ImageError,
-    aspect_buckets,
     decode_image,
-    fit_to_size,
     image_size,
-    nearest_bucket,
 )
-from tests.hostile_images import BLUE, encoded, noise, png_of_claimed_size, unusable, usable
+from tests.hostile_images import encoded, noise, png_of_claimed_size, unusable, usable
 
 USABLE, UNUSABLE = usable(), unusable()
 
@@ -128,48 +125,3 @@ def test_the_size_limit_is_checked_before_any_pixel_is_decoded(monkeypatch, pill
     for read in (decode_image, image_size):
         with pytest.raises(ImageError, match=r"bomb\.png"):
             read(png_of_claimed_size(side + 1, side + 1), "bomb.png")
-
-
-@pytest.mark.parametrize(("low", "high", "stride"), [(512, 1024, 16), (384, 768, 64), (32, 64, 16), (500, 1000, 48)])
-def test_buckets_are_multiples_of_the_stride_and_of_about_equal_area(low, high, stride):
-    buckets = aspect_buckets(low, high, stride)
-    sides = {side for bucket in buckets for side in bucket}
-    assert all(side % stride == 0 and low <= side <= high for side in sides)
-    assert len(set(buckets)) == len(buckets) and set(buckets) == {(w, h) for h, w in buckets}
-    assert any(height == width for height, width in buckets)
-    middle = min(sides) * max(sides)
-    assert all(abs(height * width / middle - 1) < 2 * stride / low for height, width in buckets)
-
-
-def test_one_size_gives_one_square_bucket_and_no_size_an_error():
-    assert aspect_buckets(384, 384, 16) == [(384, 384)]
-    with pytest.raises(ValueError, match="stride 64"):
-        aspect_buckets(65, 100, 64)
-
-
-def test_the_nearest_bucket_is_nearest_in_aspect_ratio():
-    buckets = aspect_buckets(512, 1024, 16)
-    assert nearest_bucket(3000, 3000, buckets) == (720, 720)
-    assert nearest_bucket(20000, 3, buckets) == (512, 1024)
-    assert nearest_bucket(3, 20000, buckets) == (1024, 512)
-    for height, width in buckets:
-        assert nearest_bucket(3 * width, 3 * height, buckets) == (height, width)
-    assert nearest_bucket(10, 10, [(32, 32), (64, 64)]) == (64, 64)
-
-
-def test_fitting_covers_and_crops_the_centre():
-    image = Image.new("RGB", (300, 100), (255, 0, 0))
-    image.paste(BLUE, (100, 0, 200, 100))
-    fitted = np.asarray(fit_to_size(image, (50, 50)))
-    assert fitted.shape == (50, 50, 3)
-    assert np.abs(fitted[:, 2:-2].astype(int) - BLUE).max() == 0
-
-
-@pytest.mark.parametrize("width", [1, 2, 3, 7, 333, 20000])
-@pytest.mark.parametrize("height", [1, 3, 257])
-def test_any_shape_fits_any_bucket(width, height):
-    image = Image.new("RGB", (width, height), BLUE)
-    for bucket in [(16, 16), (16, 48), (1024, 512)]:
-        fitted = fit_to_size(image, bucket)
-        assert fitted.size == bucket[::-1]
-        assert fitted.getpixel((5, 5)) == BLUE

@@ -1,4 +1,4 @@
-"""Decode, validate and orient images, and cut them to the shapes a batch is made of.
+"""Decode, validate and orient images.
 
 Whatever is stored (palette, CMYK, 16 bits, alpha, an animation, a rotated photograph), training sees upright RGB. What
 cannot be read is an `ImageError` that says which image and why.
@@ -7,17 +7,16 @@ cannot be read is an `ImageError` that says which image and why.
 from __future__ import annotations
 
 import io
-import math
 import os
 import stat
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 # Raster formats whose decoders run inside Pillow; EPS, for one, would start another program on the file's contents.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "AVIF")
@@ -75,57 +74,6 @@ def image_size(source: Any, name: str = "") -> tuple[int, int]:
         # Pillow reports a TIFF's size upright already.
         sideways = image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)
         return (height, width) if sideways else (width, height)
-
-
-def aspect_buckets(min_size: int, max_size: int, stride: int) -> list[tuple[int, int]]:
-    """Target shapes of about equal area, from `min_size`:`max_size` through square to `max_size`:`min_size`.
-
-    Neighbouring buckets differ in aspect ratio by the fourth root of `max_size / min_size` (19 % for 512 to 1024), so
-    cover and crop loses at most half of that; few buckets keep batches full.
-
-    Args:
-        min_size: shortest side in pixels, rounded up to a multiple of `stride`.
-        max_size: longest side in pixels, rounded down to a multiple of `stride`.
-        stride: what every side is a multiple of: the pixels of one latent token.
-
-    Returns:
-        `(height, width)` pairs, widest first.
-
-    Raises:
-        ValueError: no multiple of `stride` lies between the two sizes.
-    """
-    if stride < 1 or min_size < 1:
-        raise ValueError(f"Sizes and stride are positive numbers of pixels, got {min_size=}, {max_size=}, {stride=}.")
-    low, high = math.ceil(min_size / stride) * stride, max_size // stride * stride
-    if low > high:
-        raise ValueError(f"No multiple of stride {stride} lies between min_size {min_size} and max_size {max_size}.")
-    steps = 4
-    buckets = {}
-    for step in range(-steps, steps + 1):
-        ratio = (high / low) ** (step / steps)
-        sides = (math.sqrt(low * high * ratio), math.sqrt(low * high / ratio))
-        height, width = (min(max(round(side / stride) * stride, low), high) for side in sides)
-        buckets[height, width] = None
-    return list(buckets)
-
-
-def nearest_bucket(width: int, height: int, buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The `(height, width)` bucket whose aspect ratio is nearest in the logarithm; the larger one of two equals."""
-    if width < 1 or height < 1 or not buckets:
-        raise ValueError(f"Cannot choose among {len(buckets)} buckets for an image of {width}x{height} pixels.")
-    ratio = math.log(height / width)
-    return min(buckets, key=lambda bucket: (abs(math.log(bucket[0] / bucket[1]) - ratio), -bucket[0] * bucket[1]))
-
-
-def fit_to_size(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resize to cover `size = (height, width)` and crop the centre, bicubic.
-
-    The crop comes first, so that a 20,000x3 strip does not become gigabytes on its way to a square.
-    """
-    height, width = size
-    if image.size == (width, height):
-        return image
-    return ImageOps.fit(image, (width, height), method=Image.Resampling.BICUBIC)
 
 
 @contextmanager
