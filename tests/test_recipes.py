@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from trl import ModelConfig, TrlParser
 
-from reca_trainer import toy
+from reca_trainer import RecAConfig, toy
+from reca_trainer.recipes import FOLDER, recipe_file
 from reca_trainer.tasks import TASKS
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -83,3 +85,64 @@ def test_the_experiment_goes_on_with_the_runs_that_are_missing(tmp_path):
     results["RecA-0"].unlink()
     assert run() == first
     assert results["control-0"].stat().st_mtime_ns == kept and (tmp_path / "out" / "pictures.png").is_file()
+
+
+def parse(name):
+    """The arguments of a recipe, on this machine's CPU."""
+    parser = TrlParser((RecAConfig, ModelConfig))
+    return parser.parse_args_and_config(["--config", str(recipe_file(name)), "--use_cpu", "true", "--bf16", "false"])
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.yaml")))
+def test_a_recipe_holds_known_options_and_names_its_data(name):
+    args, model_args = parse(name)
+    if not name.endswith("_tiny"):  # those make their data
+        assert args.dataset_name is not None
+    if args.image_to_text_weight and not name.endswith("_tiny"):
+        assert args.caption_dataset_name is not None and args.image_root is not None
+    assert (model_args.model_name_or_path is None) == (name != "harmon_1_5b_plus")
+
+
+# What the official scripts and configurations say: learning rate, warm-up (updates), betas, epsilon, decay, clipping,
+# images a micro-batch, micro-batches an update, dropout of instructions, weighting, schedule.
+BAGEL = (4e-5, 1000, (0.9, 0.95), 1e-15, 0.0, 1.0, 1, 8, 0.1, "target", "constant_with_warmup")
+HARMON = (1e-5, 125, (0.9, 0.95), 1e-8, 0.02, 1.0, 48, 4, 0.1, "micro_batch", "constant_with_warmup")
+OPENUNI = (1e-5, 0.01, (0.9, 0.95), 1e-8, 0.05, 1.0, 42, 4, 0.0, "micro_batch", "cosine")
+SHOW_O = (5e-7, 1000, (0.9, 0.999), 1e-8, 0.01, 0.0, 2, 10, 0.0, "micro_batch", "constant_with_warmup")
+
+
+@pytest.mark.parametrize(
+    ("name", "official"),
+    [
+        ("bagel_paper", BAGEL),
+        ("bagel_full", (BAGEL[0], 50, *BAGEL[2:])),
+        ("harmon_1_5b", HARMON),
+        ("harmon_1_5b_plus", HARMON),
+        ("harmon_0_5b", (*HARMON[:6], 96, *HARMON[7:])),
+        ("openuni_1_6b", OPENUNI),
+        ("openuni_3_6b", (*OPENUNI[:7], 16, *OPENUNI[8:])),
+        ("show_o_clip_512", SHOW_O),
+        ("show_o_clip_256", (*SHOW_O[:6], 4, *SHOW_O[7:])),
+        ("show_o_vq_512", (*SHOW_O[:7], 40, *SHOW_O[8:])),
+    ],
+)
+def test_the_recipes_of_the_paper_have_the_official_values(name, official):
+    args, _ = parse(name)
+    assert official == (
+        args.learning_rate,
+        args.warmup_steps,
+        (args.adam_beta1, args.adam_beta2),
+        args.adam_epsilon,
+        args.weight_decay,
+        args.max_grad_norm,
+        args.per_device_train_batch_size,
+        args.gradient_accumulation_steps,
+        args.instruction_dropout,
+        args.token_weighting,
+        args.lr_scheduler_type,
+    )
+    assert args.caption_dropout == 0.1
+    if name.startswith("bagel"):
+        assert (args.max_image_size, args.min_image_size) == (1024, 512)
+    if name.startswith("harmon"):
+        assert args.task_mix == "reconstruct=2,caption=2"
