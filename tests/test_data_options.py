@@ -25,7 +25,7 @@ def test_image_sizes_bound_the_targets(tmp_path, model, dataset, processor):  # 
 
 
 def test_conditions_of_several_sizes_share_a_target_size(tmp_path, model, processor):  # noqa: F811
-    shapes = [(41, 56), (49, 56)] * 4  # width, height
+    shapes = [(41, 56), (49, 56)] * 8  # width, height
     assert {processor.target_size(*shape) for shape in shapes} == {(64, 48)}
     pictures = Dataset.from_dict({"image": [Image.new("RGB", size, (90, 10, 9)) for size in shapes]})
     run = trainer(model, tmp_path, pictures, processor, per_device_train_batch_size=4)
