@@ -304,7 +304,7 @@ def check_rows_without_image(case):
     assert case["image"] is None
     picture = io.BytesIO()
     Image.new("RGB", (8, 8)).save(picture, "png")
-    answer = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "Black."}]
+    answer = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "Black."}]
     columns = {"image": [None, {"bytes": picture.getvalue(), "path": None}], "turns": [case["conversations"], answer]}
     rows = Dataset.from_dict(columns)
     processor = conversation_processor(True, 200)
