@@ -96,16 +96,15 @@ def test_short_form_trains(tmp_path, dataset, monkeypatch):
 
 @pytest.mark.parametrize(("task", "timesteps"), [("reconstruct", 1), ("reconstruct", 3), ("caption", 1)])
 def test_accumulation_equals_one_large_batch(tmp_path, model, dataset, processor, task, timesteps):
-    weights = {"reca_weight": float(task == "reconstruct"), "image_to_text_weight": float(task == "caption")}
-    run = trainer(model, tmp_path, dataset, processor, lora=False, timesteps_per_image=timesteps, **weights)
+    run = trainer(model, tmp_path, dataset, processor, lora=False, timesteps_per_image=timesteps)
     if task == "caption":  # BAGEL's image-to-text loss only reaches weights that RecA freezes
         run.model.requires_grad_(True)
+        run.loss_weights["caption"] = 1.0
     rows = [
         {
             "image": dataset[index]["image"].resize((64, 48)),
             "task": task,
             "text": dataset[index]["caption"],
-            "question": None,
             "source": str(index),
             "skipped": [],
         }

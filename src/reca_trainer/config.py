@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
+from reca_trainer.inherited_options import refuse_meaningless
 from reca_trainer.tasks import TASKS, parse_task_mix
 
 # What a preview draws from text, step after step, unless the user names other prompts.
@@ -199,8 +201,9 @@ class RecAConfig(TrainingArguments):
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "preview_generation_kwargs"]  # noqa: RUF012
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
+        refuse_meaningless(self)
         least = {
             "per_device_train_batch_size": 1,
             "per_device_eval_batch_size": 1,
@@ -214,8 +217,9 @@ class RecAConfig(TrainingArguments):
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} is {bound} or more, not {getattr(self, name)}.")
-        if self.hub_strategy not in ("end", "every_save"):
-            raise ValueError(f"hub_strategy is 'end' or 'every_save', not {self.hub_strategy.value!r}.")
+        hub_strategy = HubStrategy(self.hub_strategy)
+        if hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
+            raise ValueError(f"hub_strategy is 'end' or 'every_save', not {hub_strategy.value!r}.")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             raise ValueError(
                 f"Nothing would be trained: {self.max_steps=}, {self.num_train_epochs=}.".replace("self.", "")

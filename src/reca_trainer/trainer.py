@@ -6,19 +6,20 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import TorchDynamoPlugin, broadcast_object_list, gather_object
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import BitsAndBytesConfig, Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import EvalLoopOutput, set_seed
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, set_seed
 from transformers.utils import logging
 
 from reca_trainer import adapters
@@ -61,6 +62,8 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
         peft_config: adapter to train instead of the whole generator. Its `target_modules` default to the generator's
             linear layers.
         quantization_config: for a model given by name; quantises it while loading, and needs a `peft_config`.
+        compute_metrics: called after every evaluation with an `EvalPrediction` whose `predictions` are the losses of all
+            samples, float32 arrays by the name of their term; what it returns is logged.
 
     Raises:
         ValueError: the data does not fit the loss weights, or the wrong weights would be trained.
@@ -81,7 +84,15 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
         optimizers: tuple = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ):
+        if not isinstance(model, str | os.PathLike | UnifiedModel | PeftModel):
+            raise TypeError(
+                f"model is a folder, a Hub id, a UnifiedModel or a PeftModel around one, not {type(model).__name__}."
+            )
+        if args is not None and not isinstance(args, RecAConfig):
+            raise TypeError(f"args is a RecAConfig, not {type(args).__name__}: it takes the same arguments and more.")
         if args is None:
             name = str(model) if isinstance(model, str | os.PathLike) else unwrap_name(model)
             args = RecAConfig(output_dir=f"{Path(name).name}-reca")
@@ -123,6 +134,11 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
         self.loss_weights = {name: getattr(args, task.weight_option) for name, task in TASKS.items()} | {
             "caption": i2t
         }
+        if self.loss_weights["caption"] and not base.shares_weights:
+            raise ValueError(
+                f"image_to_text_weight={self.loss_weights['caption']:g} would train nothing: the understanding of "
+                f"{type(base).__name__} is frozen, and its answers go through no trained weight. Leave it 0."
+            )
         self.task_pattern = args.task_pattern(self.loss_weights)
         self.images.check(self.task_pattern)
         if args.ddp_find_unused_parameters is None:  # one of several tasks may not reach every trained weight
@@ -171,7 +187,10 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
+            compute_metrics=compute_metrics,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        self._check_optimizer()
         self.can_return_loss, self.label_names = True, []
         if args.n_gpu > 1:
             raise ValueError("RecATrainer runs one process per GPU: start it with `accelerate launch`.")
@@ -193,11 +212,29 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
             self.add_callback(UnderstandingProbe(self))
         if args.max_nonfinite_steps and self.is_deepspeed_enabled:
             raise ValueError("max_nonfinite_steps cannot take a step back that DeepSpeed has taken; leave it 0.")
+        if args.max_nonfinite_steps and ("lomo" in args.optim or args.optim.endswith("_layerwise")):
+            raise ValueError(
+                f"max_nonfinite_steps cannot take a step back that optim={args.optim.value!r} takes during the backward "
+                "pass; leave it 0."
+            )
         base.add_model_tags(list(self._tag_names))
+
+    def _check_optimizer(self) -> None:
+        """Raises `ValueError` for an optimizer that was made for other weights than those that are trained."""
+        if self.optimizer is None:
+            return
+        trained = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
+        given = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        if not trained & given:
+            raise ValueError(
+                "None of the optimizer's parameters is trained. With a peft_config the adapter's weights are new: make the "
+                "optimizer from a PeftModel, or pass optimizer_cls_and_kwargs."
+            )
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         arguments = super()._build_accelerator_args(**kwargs)
-        arguments.pop("dynamo_plugin", None)  # it compiles the model as a whole; see `compile_layers`
+        # A backend from the arguments or the environment would compile the model as a whole; see `compile_layers`.
+        arguments["dynamo_plugin"] = TorchDynamoPlugin(backend="NO")
         return arguments
 
     # --- the loss ---
@@ -306,7 +343,7 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
     # --- data ---
 
     def get_train_dataloader(self) -> DataLoader:
-        return self._dataloader(self.images, self.args.train_batch_size, training=True)
+        return self._dataloader(self.images, self._train_batch_size, training=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         images = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -315,6 +352,9 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
         if not isinstance(images, TaskDatasets):
             images = TaskDatasets.open(images, self.args)
         return self._dataloader(images, self.args.eval_batch_size, training=False)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        return self.get_eval_dataloader(test_dataset)
 
     def _dataloader(self, images: TaskDatasets, batch_size: int, training: bool) -> DataLoader:
         args = self.args
@@ -341,6 +381,8 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
             "pin_memory": args.dataloader_pin_memory and torch.cuda.is_available(),
             "persistent_workers": args.dataloader_persistent_workers,
             "prefetch_factor": args.dataloader_prefetch_factor,
+            "multiprocessing_context": args.dataloader_multiprocessing_context,
+            "in_order": args.dataloader_in_order,
             "generator": torch.Generator(),  # else the loader draws from the run's own random state
         }
         datasets = {task: images.datasets[task] for task in tasks}
@@ -421,21 +463,49 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
         if len(self.accelerator._models) == 0 and model is self.model:
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         model.eval()
-        samples = 0
+        self._optimizer_to_eval()
+        losses: dict[str, list[float]] = {}
         with torch.no_grad():
             for inputs in dataloader:
                 self._note_skipped(inputs)
                 self._draw_corruption(inputs)
                 inputs["share"] = 1.0
-                samples += len(inputs["seeds"])
                 with self.compute_loss_context_manager():
-                    self.compute_loss(model, self._prepare_inputs(inputs))
+                    _, output = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
+                losses.setdefault(TASKS[inputs["task"]].loss_name, []).extend(output.per_sample_loss.float().tolist())
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         terms = self._mean_terms("eval")
         weights = {TASKS[task].loss_name: weight for task, weight in self.loss_weights.items()}
         metrics = {"loss": sum(weights[name] * value for name, value in terms.items()), **terms}
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=samples)
+        predictions = self._gather_losses(losses)
+        if self.compute_metrics is not None:
+            metrics |= self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=None))
+        prefix = f"{metric_key_prefix}_"
+        metrics = {f"{prefix}{name.removeprefix(prefix)}": value for name, value in metrics.items()}
+        samples = sum(map(len, predictions.values()))
+        return EvalLoopOutput(predictions=predictions, label_ids=None, metrics=metrics, num_samples=samples)
+
+    def _gather_losses(self, losses: dict[str, list[float]]) -> dict[str, np.ndarray]:
+        """The losses of all processes' samples, one process after the other."""
+        parts = gather_object([losses])
+        names = dict.fromkeys(name for part in parts for name in part)
+        return {name: np.array([x for part in parts for x in part.get(name, [])], dtype=np.float32) for name in names}
+
+    def _optimizer_to_eval(self) -> None:
+        """Schedule-free optimizers keep another point for training than the one that is evaluated and saved."""
+        if callable(evaluate := getattr(self.optimizer, "eval", None)):
+            evaluate()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self._optimizer_to_eval()
+        super().save_model(output_dir, _internal_call)
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any):
+        """Refused: every trial would train the weights that the one before has left."""
+        raise NotImplementedError(
+            "hyperparameter_search would go on with the weights of the trial before: a RecATrainer has one model. Start one "
+            "run per setting."
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

@@ -6,7 +6,7 @@ from PIL import Image
 from torch import nn
 from transformers import PreTrainedConfig
 
-from reca_trainer import UnifiedModel, UnifiedOutput, UnifiedProcessor
+from reca_trainer import UnifiedModel, UnifiedOutput, UnifiedProcessor, register_family
 from reca_trainer.models.contract import evaluating, one_per_sample, per_sample
 
 
@@ -15,6 +15,7 @@ class Config(PreTrainedConfig):
     image_size: int = 8
     hidden_size: int = 32
     vocab_size: int = 512
+    initializer_range: float = 0.2
 
 
 class Model(UnifiedModel):
@@ -51,20 +52,29 @@ class Model(UnifiedModel):
     def count_supervised(self, batch, corruption):
         return corruption["noise"].numel()
 
-    def _reconstruct(self, corruption, condition_pixel_values, pixel_values, input_ids):
+    def _reconstruct(self, corruption, condition_pixel_values, pixel_values, input_ids, attention_mask):
         condition = self.encode_condition(condition_pixel_values)  # [B, 1, D]
-        return self._flow_loss(condition[:, 0] + self.embedding(input_ids).mean(1), pixel_values, corruption)
+        words = self.read(input_ids, attention_mask)
+        return self._flow_loss(condition[:, 0] + words, pixel_values, corruption, condition)
 
-    def _generate(self, corruption, pixel_values, input_ids):
-        return self._flow_loss(self.embedding(input_ids).mean(1), pixel_values, corruption)
+    def _generate(self, corruption, pixel_values, input_ids, attention_mask):
+        return self._flow_loss(self.read(input_ids, attention_mask), pixel_values, corruption)
 
-    def _flow_loss(self, condition, pixel_values, corruption):
+    def read(self, input_ids, attention_mask):
+        words = self.embedding(input_ids) * attention_mask[..., None]
+        return words.sum(1) / attention_mask.sum(1, keepdim=True)  # [B, D]: the mean of a text's tokens
+
+    def _flow_loss(self, condition, pixel_values, corruption, understanding_embeds=None):
         clean, noise = self.encode_target(pixel_values), corruption["noise"].to(self.device)
         time = corruption["timesteps"].to(self.device)
         velocity = self.velocity(clean + time * (noise - clean), condition, time)  # [B, N]
         errors = (velocity.float() - (noise - clean)) ** 2
         return UnifiedOutput(
-            loss=errors.mean(), per_sample_loss=errors.mean(1).detach(), prediction=velocity, target=noise - clean
+            loss=errors.mean(),
+            per_sample_loss=errors.mean(1).detach(),
+            prediction=velocity,
+            target=noise - clean,
+            understanding_embeds=understanding_embeds,
         )
 
     def velocity(self, noisy, condition, time):
@@ -74,7 +84,7 @@ class Model(UnifiedModel):
     def generate_images(self, processor, text=None, images=None, *, task="generate", generator=None, **sampling):
         prompts = text or [""] * len(images)
         batch = processor(images, prompts, prompts, task)
-        condition = torch.stack([self.embedding(ids).mean(0) for ids in batch["input_ids"].to(self.device)])
+        condition = self.read(batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device))
         if task == "reconstruct":
             condition = condition + self.encode_condition(batch["condition_pixel_values"].to(self.device))[:, 0]
         steps, size = sampling.get("num_inference_steps", 4), 3 * self.config.image_size**2
@@ -106,6 +116,9 @@ class Processor(UnifiedProcessor):
                 batch["condition_pixel_values"] = pixels
         words = text if task == "generate" else one_per_sample(instruction, len(images))
         words = ["" if drop else word for word, drop in zip(words, one_per_sample(dropped, len(words)), strict=True)]
-        rows = [self.tokenizer(word or "a", add_special_tokens=False)["input_ids"][:1] for word in words]
-        batch["input_ids"] = torch.tensor(rows)  # [B, 1]: the first token is all it reads
-        return batch
+        texts = [f"{self.tokenizer.bos_token} {word or ''}" for word in words]  # a dropped text has one token, too
+        tokens = self.tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+        return {**batch, "input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+
+register_family("sketch", __name__)

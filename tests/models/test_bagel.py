@@ -51,13 +51,6 @@ def generators(count):
     return [torch.Generator().manual_seed(index) for index in range(count)]
 
 
-def rows(tensors, selection):
-    return {
-        name: value[selection] if torch.is_tensor(value) and len(value) > 1 else value
-        for name, value in tensors.items()
-    }
-
-
 def settings(model):
     """The configuration without what says where and when it was saved."""
     return {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "architectures", "dtype")}
@@ -131,22 +124,6 @@ def test_truncated_weights_and_unknown_folders_are_refused(tmp_path):
         AutoUnifiedModel.from_pretrained(tmp_path / "empty")
     with pytest.raises(CheckpointError, match="neither a folder on this machine nor a Hub repository id"):
         AutoUnifiedModel.from_pretrained(tmp_path / "absent")
-
-
-@pytest.mark.parametrize("task", ["reconstruct", "generate", "caption", "edit"])
-def test_a_batch_is_its_samples(model, processor, task):
-    """Padding, batching and per-sample generators leave every sample's loss what it is on its own."""
-    whole = batch(processor, task, 4)
-    corruption = model.sample_corruption(whole, generators(4))
-    with torch.no_grad():
-        together = model(corruption=corruption, **whole)
-        for index in range(4):
-            one = rows(whole, slice(index, index + 1))
-            alone = model.sample_corruption(one, generators(4)[index : index + 1])
-            for name, tensor in alone.items():
-                assert torch.equal(tensor[0], corruption[name][index]), name
-            output = model(corruption=alone, **one)
-            torch.testing.assert_close(output.loss, together.per_sample_loss[index], rtol=1e-4, atol=1e-5)
 
 
 def check_samples(model, whole, samples):
@@ -344,24 +321,6 @@ def test_cached_latents_stand_in_for_pixels(model, processor):
     cached = {name: value for name, value in whole.items() if name != "pixel_values"} | {"latents": latents}
     with torch.no_grad():
         assert torch.equal(model(corruption=corruption, **cached).loss, model(corruption=corruption, **whole).loss)
-
-
-def test_activation_checkpointing_changes_nothing(processor):
-    model = AutoUnifiedModel.from_pretrained(CHECKPOINT)
-    model.freeze_understanding()
-    whole = batch(processor, "reconstruct", 2)
-    corruption = model.sample_corruption(whole, generators(2))
-    gradients = []
-    for enable in (False, True):
-        if enable:
-            model.activation_checkpointing_enable()
-        model.train()
-        model.zero_grad()
-        model(corruption=corruption, **whole).loss.backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7, msg=name)
 
 
 def test_lora_targets_are_the_generators_linear_layers(model, processor):

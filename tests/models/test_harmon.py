@@ -63,57 +63,6 @@ def same_weights(first, second):
 # losses
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_a_sample_does_not_depend_on_its_batch(model, processor, pictures, task):
-    batch = make_batch(processor, pictures, task)
-    corruption = model.sample_corruption(batch, generators())
-    with torch.no_grad():
-        together = model(corruption=corruption, **batch)
-        alone = []
-        for place in range(len(pictures)):
-            rows = {key: value[place : place + 1] for key, value in batch.items() if key != "task"}
-            draws = model.sample_corruption({"task": task, **rows}, [torch.Generator().manual_seed(place)])
-            for key in corruption:
-                assert torch.equal(draws[key][0], corruption[key][place])
-            alone.append(model(task, draws, **rows).loss)
-    torch.testing.assert_close(together.per_sample_loss, torch.stack(alone), atol=2e-6, rtol=2e-6)
-    if task != "caption":
-        assert len(corruption["mask"].sum(1).unique()) > 1, "the samples should hide different numbers of tokens"
-
-
-@pytest.mark.parametrize("task", ["reconstruct", "generate"])
-def test_texts_of_several_lengths_do_not_touch_each_other(model, processor, pictures, task):
-    words = ["What is here?", "List what stands where in this picture, and its colours.", "Say all of it."]
-    dropped, key = [False, False, True], "instruction" if task == "reconstruct" else "text"
-    batch = processor(images=pictures, task=task, dropped=dropped, **{key: words})
-    assert len(set(batch["attention_mask"].sum(1).tolist())) == 3
-    corruption = model.sample_corruption(batch, generators())
-    with torch.no_grad():
-        together = model(corruption=corruption, **batch).per_sample_loss
-        for place, word in enumerate(words):
-            sample = processor(images=pictures[place:][:1], task=task, dropped=dropped[place:][:1], **{key: [word]})
-            assert sample["attention_mask"].all()
-            draws = {name: value[place:][:1] for name, value in corruption.items()}
-            alone = model(corruption=draws, **sample).loss
-            torch.testing.assert_close(together[place], alone, atol=2e-6, rtol=2e-6)
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_count_supervised_weights_samples_to_the_batch_loss(model, processor, pictures, task):
-    batch = make_batch(processor, pictures, task)
-    corruption = model.sample_corruption(batch, generators())
-    output = model(corruption=corruption, **batch)
-    counts = []
-    for place in range(len(pictures)):
-        rows = {key: value[place : place + 1] for key, value in batch.items() if key != "task"}
-        counts.append(
-            model.count_supervised(rows, {key: value[place : place + 1] for key, value in corruption.items()})
-        )
-    counts = torch.tensor(counts, dtype=torch.float32)
-    assert counts.sum() == model.count_supervised(batch, corruption)
-    torch.testing.assert_close((output.per_sample_loss * counts).sum() / counts.sum(), output.loss)
-
-
 def test_hidden_pixels_do_not_reach_the_text_to_image_prediction(model, processor, pictures):
     batch = make_batch(processor, pictures, "generate")
     corruption = model.sample_corruption(batch, generators())
@@ -135,23 +84,6 @@ def test_captions_without_images(model, processor):
 def test_each_sample_may_have_its_own_question(processor, pictures):
     batch = processor(images=pictures[:2], text=["a", "b"], instruction=["one?", "two?"], task="caption")
     assert processor.tokenizer.decode(batch["input_ids"][1][4:]).startswith("\ntwo?")
-
-
-def test_gradient_checkpointing_gives_the_same_gradients(model, processor, pictures):
-    batch = make_batch(processor, pictures, "reconstruct")
-    corruption = model.sample_corruption(batch, generators())
-    model.train()
-    gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        model.zero_grad()
-        model.freeze_understanding()
-        model(corruption=corruption, **batch).loss.backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient)
 
 
 def test_training_leaves_the_autoencoder_alone(model):
@@ -248,19 +180,6 @@ def test_a_caption_batch_without_supervision_is_refused(model, processor, pictur
 # sampling
 
 
-def test_images_do_not_depend_on_their_batch(model, processor):
-    model.train()
-    prompts = ["a dog", "a white dog on the left of a red boat"]
-    settings = {"num_inference_steps": 4, "guidance_scale": 2.0}
-    together = model.generate_images(processor, prompts, generator=generators(2), **settings)
-    alone = model.generate_images(processor, prompts[1:], generator=generators(2)[1:], **settings)
-    assert together[1].size == (32, 32)
-    difference = torch.tensor(list(together[1].tobytes())).float() - torch.tensor(list(alone[0].tobytes()))
-    assert difference.abs().max() <= 1
-    assert together[0].tobytes() != together[1].tobytes()
-    assert model.training and not model.vae.training
-
-
 def test_linear_guidance_grows_with_the_share_of_revealed_tokens(model, processor):
     length = 64
     context = model._embed(*processor.pad(processor.prompt_ids(["a dog", ""], "generate", [False, True])), None)[:2]
@@ -298,14 +217,6 @@ def test_reconstruction_of_another_size(model, processor, pictures, guidance_sch
 def test_wrong_sampling_arguments_are_refused(model, processor, arguments):
     with pytest.raises(ValueError):
         model.generate_images(processor, **{"text": ["a"], **arguments})
-
-
-def test_answers_do_not_depend_on_their_batch(model, processor, pictures):
-    questions = ["What is in the image?", "Why?"]
-    together = model.generate_text(processor, questions, pictures[:2], max_new_tokens=6)
-    alone = [model.generate_text(processor, [q], [p], max_new_tokens=6)[0] for q, p in zip(questions, pictures)]  # noqa: B905
-    assert together == alone
-    assert len(model.generate_text(processor, questions, max_new_tokens=2)) == 2
 
 
 def test_sampled_answers_follow_the_generator(model, processor, pictures):
@@ -463,11 +374,6 @@ def training_layout(tmp_path):
     shutil.copytree(PUBLISHED / "original", folder)
     shutil.copy(PUBLISHED / "config.json", folder)
     return folder
-
-
-def test_save_pretrained_is_bit_exact(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    assert same_weights(model, AutoUnifiedModel.from_pretrained(tmp_path))
 
 
 def test_both_published_layouts_hold_the_same_model(published, training_layout):

@@ -119,13 +119,6 @@ def test_reca_step_changes_only_what_generates(model, batch):
     assert "meta_queries" in changed
 
 
-def test_understanding_stays_in_eval_mode(model):
-    model.train()
-    assert model.transformer.training and model.connector.training
-    for name in (*model.understanding_modules, *model.frozen_modules):
-        assert not any(module.training for module in model.get_submodule(name).modules())
-
-
 def test_lora_touches_exactly_the_generators_linear_layers(model, batch):
     linear = {
         name
@@ -231,25 +224,6 @@ def test_prompts_of_one_length_need_no_attention_mask(model, batch):
     expected = model(**batch, corruption=corruption).loss
     del batch["attention_mask"]
     assert torch.equal(model(**batch, corruption=corruption).loss, expected)
-
-
-def test_activation_checkpointing_recomputes_layers_and_changes_nothing(model, batch):
-    model.freeze_understanding()
-    calls = []
-    layer = model.internvl.model.language_model.layers[0].mlp
-    layer.register_forward_pre_hook(lambda *_: calls.append(1))
-    gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()
-        model.zero_grad()
-        calls.clear()
-        model(**batch, corruption=draws(model, batch)).loss.backward()
-        assert len(calls) == 1 + checkpointing
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient)
 
 
 def test_bfloat16_keeps_the_autoencoder_and_the_loss_in_float32(batch):

@@ -73,39 +73,6 @@ def same_weights(one, other):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_sample_does_not_depend_on_its_batch(model, processor, pictures, task):
-    batch = make_batch(processor, pictures, task)
-    corruption = model.sample_corruption(batch, generators())
-    with torch.no_grad():
-        together = model(corruption=corruption, **batch)
-        alone = []
-        for place in range(len(pictures)):
-            rows = {key: value[place : place + 1] for key, value in batch.items() if key != "task"}
-            own = model.sample_corruption({"task": task, **rows}, [torch.Generator().manual_seed(place)])
-            for key in corruption:
-                assert torch.equal(own[key][0], corruption[key][place])
-            alone.append(model(task, own, **rows).loss)
-    torch.testing.assert_close(together.per_sample_loss, torch.stack(alone), atol=1e-5, rtol=1e-5)
-    if task != "caption":
-        assert len(corruption["mask"].sum(1).unique()) > 1, "the samples should hide different numbers of tokens"
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_count_supervised_weights_samples_to_the_batch_loss(model, processor, pictures, task):
-    batch = make_batch(processor, pictures, task)
-    corruption = model.sample_corruption(batch, generators())
-    output = model(corruption=corruption, **batch)
-    counts = []
-    for place in range(len(pictures)):
-        rows = {key: value[place : place + 1] for key, value in batch.items() if key != "task"}
-        own = {key: value[place : place + 1] for key, value in corruption.items()}
-        counts.append(model.count_supervised(rows, own))
-    counts = torch.tensor(counts, dtype=torch.float32)
-    assert counts.sum() == model.count_supervised(batch, corruption) == len(output.target)
-    torch.testing.assert_close((output.per_sample_loss * counts).sum() / counts.sum(), output.loss)
-
-
-@pytest.mark.parametrize("task", TASKS)
 def test_padding_to_the_official_length_changes_nothing(model, processor, pictures, task):
     processor.max_text_length = 150
     short, long = make_batch(processor, pictures, task), make_batch(processor, pictures, task, padding="max_length")
@@ -151,24 +118,6 @@ def test_captions_without_images(model, processor):
     batch = processor(text=["Yes.", "No, it is a boat."], instruction="Is it?", task="caption")
     output = model(**batch)
     assert output.understanding_embeds is None and torch.isfinite(output.loss)
-
-
-def test_gradient_checkpointing_gives_the_same_gradients(model, processor, pictures):
-    batch = make_batch(processor, pictures, "reconstruct")
-    corruption = model.sample_corruption(batch, generators())
-    model.train()
-    gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-            assert model.language_model.model.layers[0].gradient_checkpointing
-        model.zero_grad()
-        model.freeze_understanding()
-        model(corruption=corruption, **batch).loss.backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient)
 
 
 def test_training_leaves_clip_and_the_image_tokenizer_alone(model, variant):
@@ -342,24 +291,6 @@ def test_an_empty_instruction_is_dropped(model, processor, pictures):
     assert torch.equal(dropped["input_ids"], batch["input_ids"])
 
 
-@pytest.mark.parametrize("task", ["reconstruct", "generate"])
-def test_texts_of_any_length_and_dropped_ones_leave_the_other_samples_alone(model, processor, pictures, task):
-    texts = ["?", "a white dog on the left of a red boat, in the last light of the day", "a dog"]
-    name = "instruction" if task == "reconstruct" else "text"
-    dropped = [False, False, True]
-    batch = processor(images=pictures, task=task, dropped=dropped, **{name: texts})
-    corruption = model.sample_corruption(batch, generators())
-    alone = []
-    with torch.no_grad():
-        together = model(corruption=corruption, **batch).per_sample_loss
-        for place, (picture, text, drop) in enumerate(zip(pictures, texts, dropped, strict=True)):
-            single = processor(images=[picture], task=task, dropped=[drop], **{name: [text]})
-            alone.append(model(corruption={"mask": corruption["mask"][place : place + 1]}, **single).loss)
-            kept = processor(images=[picture], task=task, **{name: [text]})
-            assert drop != torch.equal(single["input_ids"], kept["input_ids"])
-    torch.testing.assert_close(together, torch.stack(alone), atol=1e-5, rtol=1e-5)
-
-
 def test_conversations_supervise_every_answer(processor, pictures):
     turns = [("What is it?", "a dog"), ("Which colour?", "white")]
     messages = [
@@ -460,19 +391,6 @@ def test_arguments_that_do_not_belong_together_are_refused(processor, arguments,
 # sampling
 
 
-def test_images_do_not_depend_on_their_batch(model, processor):
-    model.train()
-    prompts = ["a dog", "a white dog on the left of a red boat"]
-    settings = {"num_inference_steps": 4, "guidance_scale": 2.0}
-    together = model.generate_images(processor, prompts, generator=generators(2), **settings)
-    alone = model.generate_images(processor, prompts[1:], generator=generators(2)[1:], **settings)
-    assert together[1].size == (32, 32)
-    difference = torch.tensor(list(together[1].tobytes())).float() - torch.tensor(list(alone[0].tobytes()))
-    assert difference.abs().max() <= 1
-    assert together[0].tobytes() != together[1].tobytes()
-    assert model.training and not model.vq_model.training
-
-
 @pytest.mark.parametrize("guidance_scale", [0.0, 3.0])
 def test_reconstructions_follow_the_image(model, processor, pictures, guidance_scale):
     settings = {"task": "reconstruct", "num_inference_steps": 3, "guidance_scale": guidance_scale}
@@ -517,14 +435,6 @@ def test_inpainting_keeps_what_is_not_masked(model, processor, pictures):
 def test_wrong_sampling_arguments_are_refused(model, processor, arguments):
     with pytest.raises(ValueError):
         model.generate_images(processor, **{"text": ["a"], **arguments})
-
-
-def test_answers_do_not_depend_on_their_batch(model, processor, pictures):
-    questions = ["What is in the image?", "Why?"]
-    together = model.generate_text(processor, questions, pictures[:2], max_new_tokens=6)
-    pairs = zip(questions, pictures[:2], strict=True)
-    assert together == [model.generate_text(processor, [q], [p], max_new_tokens=6)[0] for q, p in pairs]
-    assert len(model.generate_text(processor, questions, max_new_tokens=2)) == 2
 
 
 def test_sampled_answers_follow_the_generator(model, processor, pictures):

@@ -16,8 +16,6 @@ from reca_trainer.toy.tokenizer import make_tokenizer
 from tests.conftest import GOLDEN
 from tests.models import sketch_family
 
-register_family("sketch", "tests.models.sketch_family")
-
 
 def pictures(count):
     rng = np.random.default_rng(0)

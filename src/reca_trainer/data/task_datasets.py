@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
@@ -25,7 +25,7 @@ Images: TypeAlias = Dataset | IterableDataset
 class TaskDatasets:
     """The datasets of a run: for every task the rows it can use, and their columns."""
 
-    def __init__(self, datasets: dict[str, Images], columns: dict[str, Any]):
+    def __init__(self, datasets: Mapping[str, Images], columns: dict[str, Any]):
         self.datasets, self.columns = datasets, columns
         self._sizes: dict[int, list[tuple[int, int]]] = {}  # of the images of each dataset
         self._checked: set[str] = set()  # tasks whose rows all have their text
@@ -62,6 +62,11 @@ class TaskDatasets:
                 )
             if isinstance(dataset, Dataset) and not len(dataset):
                 raise ValueError("The dataset has no rows.")
+            if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+                raise ValueError(
+                    "The dataset has a transform (with_transform or set_transform), which would never be called: rows are read "
+                    "as they are stored. Write its results with dataset.map, or pass a data_collator."
+                )
             if id(dataset) not in columns:
                 known = [name if name in (dataset.features or {name: None}) else None for name in names[1:]]
                 columns[id(dataset)] = find_columns(dataset, names[0], *known)
@@ -84,12 +89,12 @@ class TaskDatasets:
         return any(isinstance(dataset, IterableDataset) for dataset in self.datasets.values())
 
     def __len__(self) -> int:
-        return len(next(iter(self.datasets.values())))
+        return len(cast(Dataset, next(iter(self.datasets.values()))))
 
     def serves(self, task: str) -> bool:
         return task in self.columns and self.columns[task].serve(task)
 
-    def check(self, tasks) -> None:
+    def check(self, tasks: Iterable[str]) -> None:
         """Raises `ValueError` if one of `tasks` finds no rows it can learn from."""
         for task in tasks:
             if not self.serves(task):
@@ -98,9 +103,10 @@ class TaskDatasets:
                     f"and the dataset has none. Name it with caption_column, pass a dataset for the task "
                     f"({{'reconstruct': …, {task!r}: …}}), or set {TASKS[task].weight_option}=0."
                 )
-            if isinstance(self.datasets[task], Dataset) and task not in self._checked:
+            dataset = self.datasets[task]
+            if isinstance(dataset, Dataset) and task not in self._checked:
                 self._checked.add(task)
-                check_texts(self.datasets[task], task, self.columns[task])
+                check_texts(dataset, task, self.columns[task])
 
     def check_batches(self, processor: UnifiedProcessor, args: RecAConfig) -> None:
         """Raises `ValueError` for images that cannot be used, or too few with `drop_last`; warns of a batch that is
@@ -130,7 +136,7 @@ class TaskDatasets:
             raise ValueError("eval_size cannot hold rows out of a stream; pass an eval_dataset.")
         parts: dict[int, tuple[Dataset, Dataset]] = {}
         for dataset in self.datasets.values():
-            if id(dataset) not in parts:
+            if isinstance(dataset, Dataset) and id(dataset) not in parts:
                 if len(dataset) <= eval_size:
                     raise ValueError(
                         f"eval_size={eval_size} leaves nothing to train on: the dataset has {len(dataset)} rows."
@@ -141,8 +147,8 @@ class TaskDatasets:
         return TaskDatasets(train, self.columns), TaskDatasets(test, self.columns)
 
     def targets(self, task: str, processor: UnifiedProcessor, args: RecAConfig) -> list[Size]:
-        """The `(height, width)` target of every row of a task."""
-        dataset, target_size = self.datasets[task], target_rule(processor, args)
+        """The `(height, width)` target of every row of a task, whose dataset is no stream."""
+        dataset, target_size = cast(Dataset, self.datasets[task]), target_rule(processor, args)
         if processor.fixed_size is not None:
             return [target_size(*processor.fixed_size)] * len(dataset)
         if id(dataset) not in self._sizes:
