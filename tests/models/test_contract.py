@@ -315,8 +315,7 @@ def refusal(load, folder):
     return str(error.value)
 
 
-# A new OpenUni is saved under names that only the first of the two loaders knows.
-@pytest.mark.parametrize("family", [family for family in TASKS if family != "openuni"])
+@pytest.mark.parametrize("family", list(TASKS))
 def test_both_loaders_take_and_refuse_the_same_checkpoints(family, tmp_path):
     """The loader that fills the memory, and the one that leaves the weights on disk."""
     model, _ = build(family)

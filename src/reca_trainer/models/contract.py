@@ -19,14 +19,14 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import ModelOutput
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -80,6 +80,7 @@ class UnifiedModel(PreTrainedModel):
     no_guidance_scale: float = 1.0
     frozen_encoders: tuple[str, ...] = ()
     supports_timesteps_per_image: bool = False
+    config_class: type[PreTrainedConfig]  # a family always has one
     main_input_name = "pixel_values"
 
     @property
@@ -157,6 +158,30 @@ class UnifiedModel(PreTrainedModel):
         tensors `[B, ...]` that depend on nothing but the image, its size and the weights of `frozen_encoders`."""
         raise NotImplementedError
 
+    @classmethod
+    def published_config(cls) -> PreTrainedConfig:
+        """The configuration of the checkpoint that the family's name stands for; by default that of no arguments."""
+        return cls.config_class()
+
+    def example_batch(
+        self,
+        batch_size: int,
+        max_image_size: int | None = None,
+        min_image_size: int | None = None,
+        text_length: int = 32,
+    ) -> dict[str, Any]:
+        """A `reconstruct` batch as a processor makes it of large square pictures, but of shapes alone: pixels are zero,
+        and of its token ids only those of images mean anything.
+
+        Args:
+            max_image_size, min_image_size: bounds of the target's sides, as in `UnifiedProcessor.target_size`.
+            text_length: tokens of a sample beside those of images: its instruction and what is put around it.
+
+        Raises:
+            ValueError: the family's targets cannot have such a size.
+        """
+        raise NotImplementedError
+
     def generate_images(
         self,
         processor: UnifiedProcessor,
@@ -199,6 +224,11 @@ class UnifiedModel(PreTrainedModel):
             if getattr(module, "support_avx512bf16_for_cpu", False):
                 module.support_avx512bf16_for_cpu = False
         return loaded
+
+    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`, with the names that the modules have here: a part of another library's
+        (InternVL) would else be written under the names it was published with."""
+        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
     def decays(self, name: str, shape: torch.Size) -> bool:
         """Whether weight decay acts on the parameter called `name`, as in the optimiser groups of the original's script.
@@ -305,7 +335,7 @@ class UnifiedProcessor(ProcessorMixin):
 
 
 def conversations_of(
-    text: list[str] | list[Conversation], instruction: str | list[str] | None, with_images: bool = True
+    text: Sequence[str | Conversation], instruction: str | list[str] | None, with_images: bool = True
 ) -> list[Conversation]:
     """Captions as conversations about a picture: the question, then the caption; conversations stay as they are."""
     questions = instruction if isinstance(instruction, list) else [instruction or ""] * len(text)

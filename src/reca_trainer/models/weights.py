@@ -195,7 +195,14 @@ def dequantized(state_dict: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
             weights[key] = tensor
     for name, parts in packed.items():
         parts.pop("weight_format", None)
-        weights[name] = LazyTensor(_Packed(weights[name], parts))
+        if name not in weights:
+            raise CheckpointError(f"{name}.{next(iter(parts), 'weight_format')} is there without {name}.")
+        try:
+            weights[name] = LazyTensor(_Packed(weights[name], parts))
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{name} is packed in parts that bitsandbytes does not write: {sorted(parts)}."
+            ) from error
     return weights
 
 
