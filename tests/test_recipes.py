@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from trl import ModelConfig, TrlParser
 
 from reca_trainer import RecAConfig, toy
+from reca_trainer.cli.train import run
 from reca_trainer.recipes import FOLDER, recipe_file
 from reca_trainer.tasks import TASKS
+from tests.conftest import GOLDEN
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 PROGRAM = """
@@ -72,18 +75,18 @@ def test_the_experiment_goes_on_with_the_runs_that_are_missing(tmp_path):
     command = [sys.executable, str(RECIPES / "shapes_experiment.py"), *options.split()]
     environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
-    def run():
+    def experiment():
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
-    first = run()
+    first = experiment()
     assert "Difference from" not in first  # one seed has no spread
     results = {path.parent.name: path for path in (tmp_path / "out").glob("*/*/result.json")}
     assert results.keys() == {"base", "control-0", "RecA-0"}
     kept = results["control-0"].stat().st_mtime_ns
     results["RecA-0"].unlink()
-    assert run() == first
+    assert experiment() == first
     assert results["control-0"].stat().st_mtime_ns == kept and (tmp_path / "out" / "pictures.png").is_file()
 
 
@@ -146,3 +149,38 @@ def test_the_recipes_of_the_paper_have_the_official_values(name, official):
         assert (args.max_image_size, args.min_image_size) == (1024, 512)
     if name.startswith("harmon"):
         assert args.task_mix == "reconstruct=2,caption=2"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--model_name_or_path m --lora_r 4", "--lora_r is about an adapter: add --use_peft"),
+        ("--model_name_or_path m --use_dora", "--use_dora is about an adapter"),
+        ("--model_name_or_path m --use_peft --use_bnb_nested_quant", "--use_bnb_nested_quant is about a 4-bit base"),
+        ("--dtype bfloat16", "--dtype is about loading a model: add --model_name_or_path"),
+        ("--attn_implementation eager", "--attn_implementation is about loading a model"),
+        ('--model_init_kwargs {"revision":"main"}', "--model_init_kwargs is about loading a model"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(options, message, tmp_path):
+    argv = ["--config", str(tmp_path / "empty.yaml"), "--output_dir", str(tmp_path), "--use_cpu", *options.split()]
+    (tmp_path / "empty.yaml").write_text("{}\n")
+    with pytest.raises(ValueError, match=message):
+        run(lambda: pytest.fail("nothing is made before the options are read"), "bagel_lora_tiny", argv)
+
+
+def test_options_of_loading_reach_the_model(tmp_path):
+    bagel = str(GOLDEN / "bagel" / "checkpoint")
+    Image.new("RGB", (64, 64)).save(tmp_path / "picture.png")
+    argv = f"--model_name_or_path {bagel} --dataset_name {tmp_path} --output_dir {tmp_path / 'out'} --use_cpu --max_steps 1"
+    argv += (
+        " --per_device_train_batch_size 1 --max_image_size 64 --attn_implementation eager --use_peft --lora_r 2 --bf16"
+    )
+    argv += " --report_to none --config empty.yaml"
+    (tmp_path / "empty.yaml").write_text("{}\n")
+    trainer = run(None, "bagel_lora_tiny", argv.replace("empty.yaml", str(tmp_path / "empty.yaml")).split())
+    base = trainer.model.get_base_model()
+    assert base.config._attn_implementation == "eager"
+    assert base.vit_model.dtype == torch.bfloat16  # frozen, and --bf16 was given
+    with pytest.raises(ValueError, match="garbage"):
+        run(None, "", argv.replace("eager", "garbage").replace("empty.yaml", str(tmp_path / "empty.yaml")).split())

@@ -8,7 +8,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -39,26 +39,26 @@ def attach(model: UnifiedModel, peft_config: PeftConfig) -> PeftModel:
     Raises:
         ValueError: no module matches; the message names what could have.
     """
-    peft_config = copy.deepcopy(peft_config)
-    peft_config.task_type = None  # PEFT's task classes expect a language model's forward
-    if getattr(peft_config, "target_modules", None) is None:
-        peft_config.target_modules = model.lora_target_modules
-        if getattr(peft_config, "layers_to_transform", None) is not None:  # PEFT takes it for lists of names only
-            peft_config.target_modules = _targets_in_layers(model, peft_config)
-            peft_config.layers_to_transform = peft_config.layers_pattern = None
-    if getattr(peft_config, "revision", None) is None:
-        peft_config.revision = getattr(model.config, "_commit_hash", None)
+    config: Any = copy.deepcopy(peft_config)  # every PEFT method has fields of its own
+    config.task_type = None  # PEFT's task classes expect a language model's forward
+    if getattr(config, "target_modules", None) is None:
+        config.target_modules = model.lora_target_modules
+        if getattr(config, "layers_to_transform", None) is not None:  # PEFT takes it for lists of names only
+            config.target_modules = _targets_in_layers(model, config)
+            config.layers_to_transform = config.layers_pattern = None
+    if getattr(config, "revision", None) is None:
+        config.revision = getattr(model.config, "_commit_hash", None)
     try:
-        peft_model = get_peft_model(model, peft_config)
+        peft_model = get_peft_model(model, config)
     except ValueError as error:
         raise ValueError(
-            f"target_modules={peft_config.target_modules!r}: {error} The generator's linear layers are "
+            f"target_modules={config.target_modules!r}: {error} The generator's linear layers are "
             f"{_some(_generator_linears(model))}."
         ) from error
     return _prepare_to_train(peft_model)
 
 
-def load_adapter(model: UnifiedModel, folder: str | os.PathLike, is_trainable: bool = False) -> PeftModel:
+def load_adapter(model: UnifiedModel, folder: str | os.PathLike[str], is_trainable: bool = False) -> PeftModel:
     """Put the adapter saved in `folder` on `model`. Further ones are loaded, weighted and switched with PEFT's own
     `load_adapter`, `add_weighted_adapter` and `set_adapter`.
 
@@ -76,7 +76,7 @@ def load_adapter(model: UnifiedModel, folder: str | os.PathLike, is_trainable: b
                 else "."
             )
         )
-    config = PeftConfig.from_pretrained(folder)
+    config = PeftConfig.from_pretrained(str(folder))
     commit = getattr(model.config, "_commit_hash", None)
     if (
         config.revision
@@ -113,8 +113,8 @@ def _prepare_to_train(model: PeftModel) -> PeftModel:
     # Embeddings are never resized here; left to decide that itself, PEFT asks the Hub for the base's config.
     save = functools.partial(model.save_pretrained, save_embedding_layers=False)
 
-    def save_pretrained(save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        save(save_directory, **kwargs)
+    def save_pretrained(save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        save(os.fspath(save_directory), **kwargs)
         base = unwrap(model)
         quantization = getattr(base.config, "quantization_config", None)
         if quantization is not None and kwargs.get("is_main_process", True):
@@ -122,10 +122,8 @@ def _prepare_to_train(model: PeftModel) -> PeftModel:
             settings = {**settings, "dtype": str(base.config.dtype or base.dtype).removeprefix("torch.")}
             (Path(save_directory) / QUANTIZATION_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
-    model.save_pretrained = save_pretrained
-    model.create_or_update_model_card = lambda output_dir: (
-        None
-    )  # PEFT's shows the base's path; `hub.model_card` is ours
+    # PEFT's model card shows the base's path; `hub.model_card` is ours.
+    vars(model).update(save_pretrained=save_pretrained, create_or_update_model_card=lambda output_dir: None)
     return model
 
 
@@ -133,16 +131,16 @@ def _generator_linears(model: UnifiedModel) -> list[str]:
     return [name for name, _ in model.named_modules() if re.fullmatch(model.lora_target_modules, name)]
 
 
-def _targets_in_layers(model: UnifiedModel, peft_config: PeftConfig) -> list[str]:
+def _targets_in_layers(model: UnifiedModel, peft_config: Any) -> list[str]:
     layers = peft_config.layers_to_transform
     layers = {layers} if isinstance(layers, int) else set(layers)
     pattern = rf"(?:^|\.){peft_config.layers_pattern or r'[^.]*'}\.(\d+)\."
     indices = {name: re.search(pattern, name) for name in _generator_linears(model)}
-    found = [name for name, match in indices.items() if match and int(match[1]) in layers]
-    if not found:
+    targets = [name for name, match in indices.items() if match and int(match[1]) in layers]
+    if not targets:
         known = sorted({int(match[1]) for match in indices.values() if match})
         raise ValueError(f"layers_to_transform={sorted(layers)} names no layer of the generator; it has {known}.")
-    return found
+    return targets
 
 
 def _some(names: Any, count: int = 5) -> str:
@@ -152,7 +150,7 @@ def _some(names: Any, count: int = 5) -> str:
 
 def unwrap(model: nn.Module) -> UnifiedModel:
     """The family's model behind a `PeftModel`, or `model` itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return cast(UnifiedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
 def check_trainable(model: nn.Module) -> tuple[int, int]:

@@ -96,7 +96,7 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
         if args is None:
             name = str(model) if isinstance(model, str | os.PathLike) else unwrap_name(model)
             args = RecAConfig(output_dir=f"{Path(name).name}-reca")
-        make_output_dir(args.output_dir)
+        make_output_dir(args)
         self.images = TaskDatasets.open(train_dataset, args)
         eval_images = None if eval_dataset is None else TaskDatasets.open(eval_dataset, args)
         if eval_images is None and args.eval_size:
@@ -154,6 +154,12 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
             model.freeze_understanding()
         trained, total = adapters.check_trainable(model)
         logger.info(f"Training {trained:,} of {total:,} parameters ({trained / total:.2%}).")
+        halves = {str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype.itemsize < 4}
+        if halves:
+            logger.warning(
+                f"Trained weights are {', '.join(sorted(halves))}: most steps are smaller than they can tell apart, and are "
+                "lost. Load the model in float32 and train with bf16=True."
+            )
 
         if args.cache_latents:
             latent_cache.check_encoders(base)

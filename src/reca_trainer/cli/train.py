@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from accelerate import PartialState
@@ -18,6 +19,35 @@ from reca_trainer.recipes import recipe_file
 from reca_trainer.tasks import TASKS
 from reca_trainer.toy.score import Score, table
 from reca_trainer.trainer import RecATrainer
+
+
+@dataclass
+class ModelArguments(ModelConfig):
+    """TRL's `ModelConfig`, whose dtype by default is what fits what is trained."""
+
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Data type of the weights. Default: float32 for weights that are trained, and with --bf16 bfloat16 for "
+            "the frozen base of an adapter."
+        },
+    )
+
+
+def check_model_arguments(model_args: ModelArguments, args: RecAConfig) -> None:
+    """Raises `ValueError` for options that would be ignored."""
+    defaults = {option.name: option.default for option in fields(ModelArguments)}
+    changed = [name for name, default in defaults.items() if getattr(model_args, name) != default]
+    of_adapter = [name for name in changed if name.startswith("lora_") or name in ("use_rslora", "use_dora")]
+    if of_adapter and not model_args.use_peft:
+        raise ValueError(f"--{of_adapter[0]} is about an adapter: add --use_peft, or leave it out.")
+    of_quantization = [name for name in changed if name.startswith(("bnb_", "use_bnb_"))]
+    if of_quantization and not model_args.load_in_4bit:
+        raise ValueError(f"--{of_quantization[0]} is about a 4-bit base: add --load_in_4bit, or leave it out.")
+    of_loading = [name for name in ("dtype", "attn_implementation", "model_revision") if name in changed]
+    of_loading += ["model_init_kwargs"] if args.model_init_kwargs else []
+    if of_loading and model_args.model_name_or_path is None:
+        raise ValueError(f"--{of_loading[0]} is about loading a model: add --model_name_or_path, or leave it out.")
 
 
 def run(
@@ -42,7 +72,8 @@ def run(
     if not {"--model_name_or_path", "--config"} & {word.partition("=")[0] for word in argv}:
         argv = ["--config", tiny_recipe, *argv]
     argv = _with_recipe_file(argv)
-    args, model_args = TrlParser((RecAConfig, ModelConfig)).parse_args_and_config(argv)
+    args, model_args = TrlParser((RecAConfig, ModelArguments)).parse_args_and_config(argv)
+    check_model_arguments(model_args, args)
 
     dataset, eval_dataset, processor, before = None, None, None, None
     quantization = get_quantization_config(model_args)
@@ -62,8 +93,9 @@ def run(
             model = model.name_or_path  # a model is quantised while it is loaded
     else:
         model = model_args.model_name_or_path
-        init = {"revision": model_args.model_revision, "dtype": model_args.dtype}
-        args.model_init_kwargs = {**init, **(args.model_init_kwargs or {})}
+        init = {name: getattr(model_args, name) for name in ("dtype", "attn_implementation")}
+        init = {name: value for name, value in init.items() if value is not None}
+        args.model_init_kwargs = {"revision": model_args.model_revision, **init, **(args.model_init_kwargs or {})}
 
     trainer = RecATrainer(
         model,

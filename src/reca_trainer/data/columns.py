@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,6 +15,8 @@ from transformers.utils import logging
 from reca_trainer.tasks import TASKS
 
 logger = logging.get_logger(__name__)
+
+Rows = TypeVar("Rows", Dataset, IterableDataset, Dataset | IterableDataset)
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture")
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "txt", "description")
@@ -105,7 +107,7 @@ def check_columns(columns: Mapping[str, Columns]) -> None:
 
 
 def under_root(
-    dataset: Dataset | IterableDataset, columns: Columns, image_root: str | os.PathLike | None
+    dataset: Dataset | IterableDataset, columns: Columns, image_root: str | os.PathLike[str] | None
 ) -> Dataset | IterableDataset:
     """Relative image paths taken from the folder `image_root`, as LLaVA's conversations need it.
 
@@ -165,7 +167,7 @@ def with_images(dataset: Dataset | IterableDataset, columns: Columns) -> Dataset
     return dataset.select(rows)
 
 
-def undecoded(dataset: Dataset | IterableDataset, columns: Sequence[str], image_column: str):
+def undecoded(dataset: Rows, columns: Sequence[str], image_column: str) -> Rows:
     """Only the named columns, as plain Python values, images still encoded."""
     dataset = dataset.with_format(None).select_columns([name for name in columns if name])
     if dataset.features is None:  # a stream of unknown types decodes nothing by itself

@@ -33,7 +33,7 @@ logger = logging.get_logger(__name__)
 ROW = Features({"tensors": Value("binary"), "source": Value("string"), "skipped": List(Value("string"))})
 
 
-class EncodedRows(torch.utils.data.Dataset):
+class EncodedRows(torch.utils.data.Dataset[dict[str, Any]]):
     """A `RowDataset` whose reconstruct rows have `tensors` (see `UnifiedModel.encode_batch`) instead of an `image`.
 
     Args:
@@ -89,7 +89,7 @@ def cache_file(
     """
     digest = hashlib.sha256()
     dataset, column = rows.datasets["reconstruct"], rows.columns["reconstruct"].image
-    settings = [reca_trainer.__version__, dataset._fingerprint, column, rows.on_bad_image, precision]
+    settings: list[Any] = [reca_trainer.__version__, dataset._fingerprint, column, rows.on_bad_image, precision]
     settings += [f"{type(processor).__module__}.{type(processor).__qualname__}", processor.to_dict(), list(sizes)]
     digest.update(json.dumps(settings, default=str, sort_keys=True).encode())
     for path in dataset.flatten()[f"{column}.path"]:

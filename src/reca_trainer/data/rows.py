@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import fsspec
@@ -25,7 +25,7 @@ ROLES = {"human": "user", "gpt": "assistant"}  # LLaVA's words, and transformers
 ConversationProblem = Callable[[Conversation], str | None]
 
 
-class RowDataset(torch.utils.data.Dataset):
+class RowDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """The rows that a `TaskBatchSampler` draws, decoded: `dataset[draw]`.
 
     Args:
@@ -122,7 +122,7 @@ def _read_header(image: Any, row: int) -> dict[str, Any]:
 
 def first_good_row(
     draw: Draw,
-    candidates,
+    candidates: Iterable[tuple[int, dict[str, Any]]],
     columns: Columns,
     on_bad_image: str,
     conversation_problem: ConversationProblem | None = None,
@@ -163,7 +163,7 @@ def has_no_image(image: Any) -> bool:
     return image is None or image == ""
 
 
-def _text(draw: Draw, record: dict, columns: Columns, source: str) -> str | Conversation | None:
+def _text(draw: Draw, record: dict[str, Any], columns: Columns, source: str) -> str | Conversation | None:
     if draw.task == "reconstruct":
         return None
     if draw.task == "caption" and columns.conversation and record[columns.conversation]:

@@ -52,7 +52,7 @@ class MicroBatch(NamedTuple):
     """
 
     size: Size
-    rows: Sequence[Any]
+    rows: Sequence[Any] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class SamplingPlan:
     size_tolerance: float = 0.03
     pattern: tuple[str, ...] = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for task, weight in self.weights.items():
             if task not in TASKS or weight != int(weight) or weight < 0:
                 raise ValueError(f"Task weights are whole numbers for {', '.join(TASKS)}; got {task!r}: {weight}.")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
-from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from datasets import Dataset, IterableDataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
@@ -19,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 # By default `load_dataset` reports even the reading of a local folder to a server that counts.
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+
+# Of a named split, one dataset; whether it is a stream is known only at run time, which its overloads do not foresee.
+load_dataset = cast("Callable[..., Dataset | IterableDataset]", datasets.load_dataset)
 
 _FILE_KINDS = {
     ".tar": "webdataset",
@@ -34,7 +38,7 @@ _SPLIT_FOLDERS = {"train", "training", "test", "testing", "validation", "valid",
 
 
 def load_image_dataset(
-    name_or_path: str | os.PathLike,
+    name_or_path: str | os.PathLike[str],
     split: str = "train",
     config_name: str | None = None,
     streaming: bool = False,
@@ -77,7 +81,7 @@ def load_image_dataset(
     return dataset
 
 
-def _load_file(path: Path, config_name: str | None, options: dict[str, Any]):
+def _load_file(path: Path, config_name: str | None, options: dict[str, Any]) -> Dataset | IterableDataset:
     kind = _FILE_KINDS.get(path.suffix.lower())
     if kind is None:
         raise ValueError(f"expected a folder of images or one of {', '.join(_FILE_KINDS)}.")
@@ -122,13 +126,13 @@ def _json_rows(path: Path) -> list[dict[str, Any]] | None:
     ]
 
 
-def _load_folder(path: Path, config_name: str | None, options: dict[str, Any]):
+def _load_folder(path: Path, config_name: str | None, options: dict[str, Any]) -> Dataset | IterableDataset:
     split = options["split"]
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         saved = load_from_disk(str(path))
         if not isinstance(saved, Dataset):
             if split not in saved:
-                raise ValueError(f"there is no split {split!r}, but {', '.join(saved)}.")
+                raise ValueError(f"there is no split {split!r}, but {', '.join(map(str, saved))}.")
             saved = saved[split]
         return saved.to_iterable_dataset() if options["streaming"] else saved
     files = [file for file in path.rglob("*") if not file.is_dir()]

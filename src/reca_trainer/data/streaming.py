@@ -25,8 +25,12 @@ from reca_trainer.data.sampling import MicroBatch, SamplingPlan, Size, into_step
 from reca_trainer.images import ImageError, image_size, list_problems
 from reca_trainer.tasks import TASKS
 
+Record = dict[str, Any]
+# The number of its pass, micro-batches of all processes, {row: record}, spare rows, problems.
+Step = tuple[int, list[MicroBatch], dict[int, Record], list[tuple[int, Record]], list[str]]
 
-class StreamingRows(torch.utils.data.IterableDataset):
+
+class StreamingRows(torch.utils.data.IterableDataset[list[dict[str, Any]]]):
     """Micro-batches of rows from sources that can only be read in order; for `DataLoader(…, batch_size=None)`.
 
     Rows of about one target size gather until they fill a micro-batch (see `SamplingPlan.size_tolerance`), and
@@ -101,22 +105,23 @@ class StreamingRows(torch.utils.data.IterableDataset):
             if position % workers == this_worker:
                 yield self._decode(task, *step)
 
-    def _passes(self, task: str, epoch: int) -> Iterator[tuple]:
+    def _passes(self, task: str, epoch: int) -> Iterator[Step]:
         for number in count():
             yield from self._pass(task, epoch, number)
 
-    def _pass(self, task: str, epoch: int, number: int) -> Iterator[tuple]:
-        """The steps of one pass: `(its number, micro-batches of all processes, {row: record}, spare rows, problems)`."""
-        plan, problems, pass_number = self.plan, [], mixed_hash(epoch, number)
+    def _pass(self, task: str, epoch: int, number: int) -> Iterator[Step]:
+        """The steps of one pass."""
+        plan, pass_number = self.plan, mixed_hash(epoch, number)
+        problems: list[str] = []
         waiting: dict[Size, tuple[int, list[int]]] = {}  # since which row, and the rows; the longest waiting first
         ready: list[MicroBatch] = []
-        records: dict[int, dict] = {}
+        records: dict[int, Record] = {}
         sizes: set[Size] = set()
-        ahead: deque[tuple[int, dict, Size]] = deque()
-        recent: deque[tuple[int, dict]] = deque(maxlen=2 * plan.global_batch_size)
+        ahead: deque[tuple[int, Record, Size]] = deque()
+        recent: deque[tuple[int, Record]] = deque(maxlen=2 * plan.global_batch_size)
         rows, emitted, usable = self._rows_with_headers(task, epoch, number, problems), False, 0
 
-        def emit(step: list[MicroBatch]) -> tuple:
+        def emit(step: list[MicroBatch]) -> Step:
             nonlocal emitted
             emitted = True
             contents = {row: records[row] for micro_batch in step for row in micro_batch.rows}
@@ -154,12 +159,12 @@ class StreamingRows(torch.utils.data.IterableDataset):
             yield emit(ready[: plan.num_processes])
             ready = ready[plan.num_processes :]
         if not emitted:
-            size = (
+            wanted = (
                 f" of {plan.batch_size} rows of one size on each of {plan.num_processes} processes, as drop_last asks"
                 if plan.drop_last
                 else ""
             )
-            headline = f"The stream of the task {task!r} gave no micro-batch{size}: it has {usable} usable rows"
+            headline = f"The stream of the task {task!r} gave no micro-batch{wanted}: it has {usable} usable rows"
             raise ImageError(list_problems(problems, headline))
 
     def _may_go(self, ready: list[MicroBatch], one_size: bool) -> bool:
@@ -173,7 +178,7 @@ class StreamingRows(torch.utils.data.IterableDataset):
 
     def _rows_with_headers(
         self, task: str, epoch: int, number: int, problems: list[str]
-    ) -> Iterator[tuple[int, dict, Size]]:
+    ) -> Iterator[tuple[int, Record, Size]]:
         stream = self.datasets[task]
         if self.plan.shuffle:
             seed = mixed_hash(self.plan.seed, 4, TASKS[task].index, epoch, number)
@@ -207,8 +212,8 @@ class StreamingRows(torch.utils.data.IterableDataset):
         task: str,
         pass_number: int,
         step: Sequence[MicroBatch],
-        records: dict[int, dict],
-        spare: list[tuple[int, dict]],
+        records: dict[int, Record],
+        spare: list[tuple[int, Record]],
         problems: list[str],
     ) -> list[dict[str, Any]]:
         rows = list(step[self.plan.process_index].rows)
