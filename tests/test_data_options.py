@@ -1,11 +1,14 @@
 """The options of `RecAConfig` that decide what a step sees."""
 
+import datasets
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features
 from PIL import Image
 
 from reca_trainer import RecAConfig
+from reca_trainer.images import ImageError
+from tests.hostile_images import encoded
 from tests.test_trainer import dataset, model, processor, trainer  # noqa: F401 fixtures
 
 
@@ -85,3 +88,17 @@ def test_every_text_can_be_dropped(tmp_path, model, dataset, processor, option, 
 def test_values_out_of_range_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         RecAConfig(output_dir=str(tmp_path), **options)
+
+
+def test_more_bad_rows_than_allowed_end_the_run(tmp_path, model, processor):  # noqa: F811
+    good = {"bytes": encoded(Image.new("RGB", (64, 64), (9, 9, 9))), "path": None}
+    pictures = [{"bytes": good["bytes"][:60], "path": f"{i}.png"} if i % 4 == 0 else good for i in range(120)]
+    rows = Dataset.from_dict({"image": pictures}, features=Features({"image": datasets.Image()}))
+    options = {"on_bad_image": "skip", "per_device_train_batch_size": 8, "max_steps": 20}
+    with pytest.raises(ImageError, match=r"\d+ of \d+ rows had to be left out, more than max_bad_share=0\.1"):
+        trainer(model, tmp_path / "few", rows, processor, **options).train()
+    run = trainer(model, tmp_path / "many", rows, processor, max_bad_share=0.5, **options)
+    run.train()
+    assert run.images_seen == 160 and 20 < run.skipped_images < 80
+    with pytest.raises(ValueError, match="max_bad_share is a share"):
+        RecAConfig(output_dir=str(tmp_path), max_bad_share=2.0)

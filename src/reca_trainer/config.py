@@ -135,7 +135,15 @@ class RecAConfig(TrainingArguments):
         default="raise",
         metadata={
             "help": "What to do with an image that cannot be decoded: 'raise' an error that names it, or 'skip' it, "
-            "counted and logged, in favour of another row."
+            "counted and logged, in favour of another row, drawn from all."
+        },
+    )
+
+    max_bad_share: float = field(
+        default=0.1,
+        metadata={
+            "help": "Share of rows that may be left out (damaged images, conversations without an answer) before the run "
+            "stops, counted over all processes from 100 rows on."
         },
     )
 
@@ -229,6 +237,8 @@ class RecAConfig(TrainingArguments):
             raise ValueError(f"Loss weights are non-negative and not all zero; got {weights}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is at least 0 and below 1, not {self.ema_decay}.")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share is a share of all rows, not {self.max_bad_share}.")
         for name in ("instruction_dropout", "caption_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a probability, not {getattr(self, name)}.")

@@ -37,6 +37,7 @@ from reca_trainer.data.rows import RowDataset
 from reca_trainer.data.sampling import SamplingPlan, TaskBatchSampler
 from reca_trainer.data.streaming import StreamingRows
 from reca_trainer.data.task_datasets import Images, TaskDatasets, target_rule
+from reca_trainer.images import ImageError, list_problems
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
 from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
 from reca_trainer.saving.hub_uploads import HubUploads
@@ -45,7 +46,14 @@ from reca_trainer.tasks import TASKS
 
 logger = logging.get_logger(__name__)
 
-NOTES = ("seeds", "sources", "skipped", "supervised", "share")  # of a batch, for the trainer and not the model
+NOTES = (
+    "seeds",
+    "sources",
+    "skipped",
+    "supervised",
+    "share",
+    "repeated",
+)  # of a batch, for the trainer and not the model
 
 
 class RecATrainer(RunCheckpoints, HubUploads, Trainer):
@@ -181,7 +189,7 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
         self.resumed_from: str | None = None
         self._encoded: Dataset | None = None
         self._terms = {mode: torch.zeros(len(TASKS), 2, dtype=torch.float64) for mode in ("train", "eval")}
-        self.skipped_images, self.nonfinite_steps = 0, 0
+        self.images_seen, self.skipped_images, self.nonfinite_steps = 0, 0, 0  # of all processes
         self._sources, self._leave_out = [], False  # of the current step
         self._images_seen, self._data_seconds, self._last_log = 0, 0.0, time.perf_counter()
         super().__init__(
@@ -303,23 +311,30 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._data_seconds += time.perf_counter() - started
         self._images_seen += sum(len(batch["seeds"]) for batch in batches)
-        counts = torch.zeros(len(TASKS), dtype=torch.float64)
+        targets, micro_batches = torch.zeros(2, len(TASKS), dtype=torch.float64)
+        problems: list[str] = []
         for batch in batches:
-            self._note_skipped(batch)
+            problems += self._note_skipped(batch)
             if self.args.timesteps_per_image > 1:
                 batch["timesteps_per_image"] = self.args.timesteps_per_image
             self._draw_corruption(batch)
-            counts[TASKS[batch["task"]].index] += batch["supervised"]
-        counts = self.accelerator.reduce(counts.to(device, torch.float32), "sum").tolist()
-        tasks = [batch["task"] for batch in batches]
+            index = TASKS[batch["task"]].index
+            targets[index] += batch["supervised"]
+            micro_batches[index] += not batch["repeated"]
+        seen = [sum(len(batch["seeds"]) for batch in batches), len(problems)]
+        counts = torch.cat([targets, micro_batches, torch.tensor(seen)])
+        *counts, images, skipped = self.accelerator.reduce(counts.to(device, torch.float32), "sum").tolist()
+        self._check_bad_share(int(images), int(skipped), problems)
+        targets, micro_batches = counts[: len(TASKS)], counts[len(TASKS) :]
         self._sources = [source for batch in batches for source in batch["sources"]]
         for batch in batches:
-            task = batch["task"]
-            of_its_task = batch["supervised"] / counts[TASKS[task].index] * self.accelerator.num_processes
+            index = TASKS[batch["task"]].index
             if self.args.token_weighting == "micro_batch":
-                of_its_task = 1 / tasks.count(task)
-            # Gradients are averaged over processes.
-            batch["share"] = of_its_task * tasks.count(task) / len(tasks)
+                share = float(not batch["repeated"])
+            else:
+                share = batch["supervised"] / max(targets[index], 1) * micro_batches[index]
+            # Gradients are averaged over processes, hence the factor.
+            batch["share"] = share / sum(micro_batches) * self.accelerator.num_processes
         return batches, None
 
     def _draw_corruption(self, batch: dict[str, Any]) -> None:
@@ -327,7 +342,9 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
         model = adapters.unwrap(self.model)
         generators = [torch.Generator().manual_seed(seed) for seed in batch["seeds"]]
         batch["corruption"] = model.sample_corruption(batch, generators)
-        batch["supervised"] = model.count_supervised(batch, batch["corruption"])
+        # A sample that several processes work on, so that each has something to do, counts on the first of them.
+        batch["supervised"] = 0 if batch.get("repeated") else model.count_supervised(batch, batch["corruption"])
+        batch.setdefault("repeated", False)
 
     def _record(self, mode: str, task: str, loss: torch.Tensor, supervised: int) -> None:
         terms = self._terms[mode] = self._terms[mode].to(loss.device)
@@ -341,10 +358,23 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
             TASKS[task].loss_name: total / count for task, (total, count) in zip(TASKS, sums, strict=True) if count
         }
 
-    def _note_skipped(self, batch: dict[str, Any]) -> None:
-        for problem in batch.pop("skipped", []):
-            self.skipped_images += 1
-            logger.warning(f"Skipped an image ({self.skipped_images} so far): {problem}")
+    def _note_skipped(self, batch: dict[str, Any]) -> list[str]:
+        problems = batch.pop("skipped", [])
+        for problem in problems:
+            logger.warning(f"Left out: {problem}")
+        return problems
+
+    def _check_bad_share(self, images: int, skipped: int, problems: list[str]) -> None:
+        """Raises `ImageError` once so many rows of all processes had to be left out that they are no exceptions."""
+        self.images_seen += images
+        self.skipped_images += skipped
+        seen = self.images_seen + self.skipped_images
+        if skipped and seen >= 100 and self.skipped_images > self.args.max_bad_share * seen:
+            headline = (
+                f"{self.skipped_images} of {seen} rows had to be left out, more than max_bad_share="
+                f"{self.args.max_bad_share:g} allows"
+            )
+            raise ImageError(list_problems(problems, headline))
 
     # --- data ---
 
@@ -478,6 +508,8 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
                 inputs["share"] = 1.0
                 with self.compute_loss_context_manager():
                     _, output = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
+                if inputs["repeated"]:
+                    continue
                 losses.setdefault(TASKS[inputs["task"]].loss_name, []).extend(output.per_sample_loss.float().tolist())
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         terms = self._mean_terms("eval")

@@ -28,7 +28,8 @@ class UnifiedCollator:
 
         Returns:
             The processor's batch and, for the trainer: `seeds` (one corruption seed per sample), `sources` (what each
-            sample is called in messages) and `skipped` (what was wrong with the images these rows stand in for).
+            sample is called in messages), `skipped` (what was wrong with the rows these stand in for) and `repeated`
+            (whether another process has the same samples).
 
         Raises:
             ValueError: rows of different tasks or sizes, or a row without the caption its task learns from.
@@ -65,6 +66,7 @@ class UnifiedCollator:
             "seeds": [row["draw"].seed for row in rows],
             "sources": [row["source"] for row in rows],
             "skipped": [problem for row in rows for problem in row["skipped"]],
+            "repeated": draw.repeated,
         }
 
 

@@ -118,7 +118,7 @@ def encode_images(
     """
 
     def encode_row(row: int) -> dict[str, Any]:
-        record = rows[Draw("reconstruct", row, sizes[row], seed=0, instruction="")]
+        record = rows[Draw("reconstruct", row, sizes[row], seed=row, instruction="")]
         encoded = encode(processor(images=[record["image"]], instruction="", task="reconstruct", size=sizes[row]))
         tensors = {name: tensor[0].cpu().contiguous() for name, tensor in encoded.items()}
         return {"tensors": save(tensors), "source": record["source"], "skipped": record["skipped"]}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import count
 from typing import Any
 
 import fsspec
@@ -12,7 +13,7 @@ import torch
 from datasets import Dataset, Features, List, Value
 
 from reca_trainer.data.columns import Columns, check_columns, needed_columns, undecoded
-from reca_trainer.data.sampling import Draw
+from reca_trainer.data.sampling import Draw, mixed_hash
 from reca_trainer.images import ImageError, decode_image, image_size, list_problems
 from reca_trainer.models.contract import IMAGE_MARK, Conversation
 
@@ -31,10 +32,10 @@ class RowDataset(torch.utils.data.Dataset[dict[str, Any]]):
     Args:
         datasets: each task's `datasets.Dataset` (two tasks may share one).
         columns: each task's `Columns`.
-        on_bad_image: `"raise"` an `ImageError` that names row and file, or `"skip"`: put the next good row in its
-            place and list what was wrong in `skipped`.
+        on_bad_image: `"raise"` an `ImageError` that names row and file, or `"skip"`: put another row in its
+            place, drawn from all, and list what was wrong in `skipped`.
         conversation_problem: why a family cannot learn from a conversation (`UnifiedProcessor.conversation_problem`);
-            the next good row takes its place, listed in `skipped`.
+            another row takes its place, listed in `skipped`.
     """
 
     def __init__(
@@ -65,14 +66,27 @@ class RowDataset(torch.utils.data.Dataset[dict[str, Any]]):
             and file), `skipped` (what was wrong with the rows this one stands in for).
 
         Raises:
-            ImageError: the image cannot be used; with `"skip"`, neither can any of the rows after it, up to all
+            ImageError: the image cannot be used; with `"skip"`, neither can any of those drawn in its place, up to all
                 rows or `MAX_BAD_IN_A_ROW`.
             ValueError: what should be a caption or a conversation is something else.
         """
         dataset = self.datasets[draw.task]
-        rows = ((draw.row + step) % len(dataset) for step in range(min(len(dataset), MAX_BAD_IN_A_ROW)))
-        candidates = ((row, dataset[row]) for row in rows)
+        candidates = ((row, dataset[row]) for row in with_substitutes(draw.row, len(dataset)))
         return first_good_row(draw, candidates, self.columns[draw.task], self.on_bad_image, self.conversation_problem)
+
+
+def with_substitutes(wanted: int, rows: int) -> Iterator[int]:
+    """The wanted row, then what stands in for it: others of all `rows`, in an order that hangs on it alone, none twice. A
+    damaged shard so is not replaced by its one neighbour."""
+    tried = {wanted}
+    yield wanted
+    for attempt in count():
+        if len(tried) == min(rows, MAX_BAD_IN_A_ROW):
+            return
+        row = mixed_hash(5, wanted, attempt) % rows
+        if row not in tried:
+            tried.add(row)
+            yield row
 
 
 def row_sizes(

@@ -32,6 +32,7 @@ class Draw(NamedTuple):
         instruction: the sample's reconstruction instruction, or the question to a caption that comes without one.
         crop: place in [0, 1) of a random crop; `None` is the centre.
         dropped: whether the sample's text is dropped for classifier-free guidance.
+        repeated: whether another process works on the same sample in this step, whose loss then counts.
     """
 
     task: str
@@ -41,6 +42,7 @@ class Draw(NamedTuple):
     instruction: str
     crop: float | None = None
     dropped: bool = False
+    repeated: bool = False
 
 
 class MicroBatch(NamedTuple):
@@ -136,8 +138,10 @@ class SamplingPlan:
             step: the micro-batches of all processes, of row indices.
             pass_number: which pass over the task's rows this is.
         """
-        size, rows = step[self.process_index]
-        return [self._draw(task, int(row), size, pass_number) for row in rows]
+        micro_batch = step[self.process_index]
+        repeated = any(other is micro_batch for other in step[: self.process_index])
+        draws = (self._draw(task, int(row), micro_batch.size, pass_number) for row in micro_batch.rows)
+        return [draw._replace(repeated=repeated) for draw in draws]
 
     def _draw(self, task: str, row: int, size: Size, pass_number: int) -> Draw:
         choices = (self.instructions or {}).get(task) or [""]
