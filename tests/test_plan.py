@@ -4,13 +4,36 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 
 from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor, plan
 from reca_trainer.cli.plan import main
+from reca_trainer.models import harmon, janus, openuni, show_o
 from reca_trainer.models.auto import open_lazily
+from reca_trainer.toy.tokenizer import make_tokenizer
 from tests.conftest import GOLDEN
 
 CHECKPOINT = GOLDEN / "bagel" / "checkpoint"
+TOKENIZER = make_tokenizer()
+EOS = TOKENIZER.eos_token_id
+TINY = {
+    "bagel": lambda: AutoUnifiedModel.from_pretrained(CHECKPOINT),
+    "harmon": lambda: harmon.Model(harmon.Config.tiny(len(TOKENIZER))),
+    "openuni": lambda: openuni.Model(openuni.Config.tiny(len(TOKENIZER) + 3)),
+    "show_o": lambda: show_o.Model(show_o.Config.tiny(len(TOKENIZER), EOS, image_size=16)),
+    "show_o without CLIP": lambda: show_o.Model(show_o.Config.tiny(len(TOKENIZER), EOS, 16, w_clip_vit=False)),
+    "janus": lambda: janus.Model(janus.Config.tiny(len(TOKENIZER) + 6, image_size=16)),
+}
+PROCESSORS = {
+    "bagel": lambda config: AutoUnifiedProcessor.from_pretrained(CHECKPOINT, condition_size=(140, 140, 14)),
+    "harmon": lambda config: harmon.Processor(harmon.Processor.tiny(config, TOKENIZER).tokenizer, image_size=64),
+    "openuni": lambda config: openuni.Processor.tiny(config, TOKENIZER),
+    "show_o": lambda config: show_o.Processor.from_config(make_tokenizer(), config),
+    "show_o without CLIP": lambda config: show_o.Processor.from_config(make_tokenizer(), config),
+    "janus": lambda config: janus.Processor.tiny(config, TOKENIZER),
+}
+# Billions of parameters of the checkpoint that a family's name stands for, autoencoder included.
+PUBLISHED = {"bagel": "14.66", "harmon": "0.77", "openuni": "1.90", "show_o": "1.85", "janus": "7.41"}
 
 
 def batch(size: int) -> dict:
@@ -26,26 +49,59 @@ def cost(mode: str = "full", size: int = 2, **options) -> plan.Cost:
     return plan.step_cost(open_lazily(CHECKPOINT), batch(size), mode, dtype=torch.float32, **options)
 
 
-@pytest.mark.parametrize("mode", ["full", "lora"])
-def test_what_is_counted_is_what_a_real_step_does(mode):
+@pytest.mark.parametrize(("mode", "checkpointing"), [("full", False), ("lora", True)])
+@pytest.mark.parametrize("family", TINY)
+def test_what_is_counted_is_what_a_real_step_does(family, mode, checkpointing):
     """The same meter around a real step sees the same bytes and products."""
-    model = AutoUnifiedModel.from_pretrained(CHECKPOINT)
+    model = TINY[family]()
+    inputs = model.example_batch(2)
+    draws = model.sample_corruption(inputs)
     if mode == "full":
         model.freeze_understanding()
         trained = model
     else:
         trained = plan.adapters.attach(model, plan.LoraConfig(r=16, lora_alpha=16))
+    if checkpointing:
+        model.activation_checkpointing_enable()
     model.train()
     meter = plan.Meter()
     meter.ignore([*model.parameters(), *model.buffers()])
-    draws = model.sample_corruption(batch(2))
+    meter.follow((inputs, draws))
     with meter:
-        trained(corruption=draws, **batch(2)).loss.backward()
-    expected = cost(mode)
+        trained(corruption=draws, **inputs).loss.backward()
+    expected = plan.step_cost(
+        TINY[family](), inputs, mode, dtype=torch.float32, checkpointing=checkpointing, corruption=draws
+    )
     assert expected.step == pytest.approx(meter.peak, rel=0.05)
     assert expected.flops == meter.flops
     assert expected.weights == sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     assert expected.trained_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_an_example_has_the_shapes_of_a_processors_batch(family):
+    model = TINY[family]()
+    processor = PROCESSORS[family](model.config)
+    bounds = (128, 64) if processor.fixed_size is None else (None, None)
+    size = processor.target_size(300, 300, *bounds)
+    real = processor(images=[Image.new("RGB", (300, 300))] * 2, instruction="describe the picture", size=size)
+    if family == "bagel":
+        real["input_ids"] = real["input_ids"].expand(2, -1)
+    no_text = model.example_batch(2, *bounds, text_length=0)["input_ids"].shape[1]
+    example = model.example_batch(2, *bounds, text_length=real["input_ids"].shape[1] - no_text)
+    assert {name: getattr(value, "shape", value) for name, value in example.items()} == {
+        name: getattr(value, "shape", value) for name, value in real.items()
+    }
+    assert all(value.dtype == real[name].dtype for name, value in example.items() if name != "task")
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_sizes_that_a_family_cannot_make_are_refused(family):
+    model = TINY[family]()
+    side = model.example_batch(1)["pixel_values"].shape[-1]
+    assert model.example_batch(1, side, side)["pixel_values"].shape[-1] == side
+    with pytest.raises(ValueError, match="pixels"):
+        model.example_batch(1, side // 2, side)
 
 
 def test_meter():
@@ -80,8 +136,7 @@ def test_qlora_holds_its_base_in_half_a_byte():
 
 def test_plan_command(capsys, tmp_path):
     AutoUnifiedModel.from_pretrained(CHECKPOINT).save_pretrained(tmp_path)
-    AutoUnifiedProcessor.from_pretrained(CHECKPOINT, condition_size=(56, 56, 14)).save_pretrained(tmp_path)
-    options = ["--model", str(tmp_path), "--mode", "qlora", "--resolution", "64"]
+    options = ["--model", str(tmp_path), "--mode", "qlora", "--max_image_size", "64"]
     main([*options, "--gpu", "24GB"])
     asked = capsys.readouterr().out
     assert "Fits into 24 GB" in asked
@@ -91,5 +146,23 @@ def test_plan_command(capsys, tmp_path):
     main([*options, "--gpu", "0.5"])
     assert "Does not fit into 0.5 GB" in capsys.readouterr().out
     with pytest.raises(SystemExit):
+        main([*options, "--gpu", "24GB", "--min_image_size", "128"])
+    assert "min_image_size 128 and max_image_size 64" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         main([*options, "--gpu", "a lot"])
     assert "write 24GB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_plan_of_a_folder(family, capsys, tmp_path):
+    TINY[family]().save_pretrained(tmp_path)
+    main(["--model", str(tmp_path), "--gpu", "24GB"])
+    assert "Fits into 24 GB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_plan_of_a_familys_name(family, capsys):
+    main(["--model", family, "--gpu", "80GB", "--mode", "full", "--optimizer", "sgd"])
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{PUBLISHED[family]} B parameters")
+    assert "Fits into 80 GB" in printed

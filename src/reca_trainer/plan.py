@@ -1,8 +1,8 @@
 """What a RecA run will need: does it fit, at which batch size, and how long does it take?
 
-A training step is carried out on tensors without contents (`FakeTensorMode`), so nothing is loaded and no accelerator is
-needed, while every tensor that lives at the same time is counted, and so is every matrix product. What remains to be
-assumed stands in the constants below.
+A training step is carried out on numbers without contents (`FakeTensorMode`), so nothing is loaded and no accelerator is
+needed, while every tensor that lives at the same time is counted, and so is every matrix product. Only token ids and
+masks are what they would be, because shapes depend on them. What remains to be assumed stands in the constants below.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from reca_trainer import adapters
@@ -47,6 +47,11 @@ def attention_backward_flops(gradient, query, key, value, *args, **kwargs) -> in
 FLOPS = flop_registry | {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+}
+
+INDEXING = {
+    getattr(torch.ops.aten, name)
+    for name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put")
 }
 
 
@@ -89,7 +94,9 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        tree_map_only(torch.Tensor, self._follow, result)
+        if function is torch.ops.prim.device.default:  # no tensor, and half of all calls
+            return result
+        self.follow(result)
         count = FLOPS.get(function._overloadpacket)
         if count is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=result)
@@ -98,6 +105,10 @@ class Meter(TorchDispatchMode):
     def ignore(self, tensors) -> None:
         """Leave tensors out that are counted elsewhere."""
         self._seen.update(tensor.untyped_storage() for tensor in tensors)
+
+    def follow(self, values: Any) -> None:
+        """Count the tensors of a tree as long as they live."""
+        tree_map_only(torch.Tensor, self._follow, values)
 
     def _follow(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -112,6 +123,55 @@ class Meter(TorchDispatchMode):
         self.live -= size
 
 
+class KnownIntegers(TorchDispatchMode):
+    """Inside a `FakeTensorMode`, gives integers and booleans contents as long as they depend on nothing else, so that
+    masks and ids still decide on shapes. Floating-point numbers have none."""
+
+    def __init__(self, fake: FakeTensorMode):
+        super().__init__()
+        self.fake = fake
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)]
+        known = [tensor for tensor in inputs if not isinstance(tensor, FakeTensor)]
+        if len(known) == len(inputs):
+            if inputs:
+                return self._with_contents(function, args, kwargs)
+            result = function(*args, **kwargs)
+            made_integers = torch.is_tensor(result) and not result.is_floating_point()
+            return self._with_contents(function, args, kwargs) if made_integers else result
+        if not known:
+            return function(*args, **kwargs)
+        if function._overloadpacket is torch.ops.aten.masked_select:
+            function, args = torch.ops.aten.index.Tensor, (args[0].expand(args[1].shape), [args[1]])
+        if function._overloadpacket in INDEXING:
+            args = (args[0], self._places(args[1]), *args[2:])
+        args, kwargs = tree_map_only(torch.Tensor, self._empty, (args, kwargs))
+        return function(*args, **kwargs)
+
+    def without_numbers(self, values: Any) -> Any:
+        """A tree in which floating-point tensors have no contents."""
+        return tree_map_only(lambda leaf: torch.is_tensor(leaf) and leaf.is_floating_point(), self._empty, values)
+
+    def _with_contents(self, function, args, kwargs):
+        with unset_fake_temporarily():
+            result = function(*args, **kwargs)
+        return self.without_numbers(result)
+
+    def _empty(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
+
+    def _places(self, indices: list) -> list:
+        """Masks as indices, one list a dimension, which is how PyTorch itself reads them."""
+        places = []
+        for index in indices:
+            known_mask = torch.is_tensor(index) and index.dtype == torch.bool and not isinstance(index, FakeTensor)
+            with unset_fake_temporarily():
+                places += index.nonzero(as_tuple=True) if known_mask else [index]
+        return places
+
+
 def step_cost(
     model: UnifiedModel,
     batch: dict[str, Any],
@@ -121,35 +181,39 @@ def step_cost(
     lora_rank: int = 16,
     optimizer: str = "adamw_torch_fused",
     device: str = "cpu",
+    corruption: dict[str, torch.Tensor] | None = None,
 ) -> Cost:
     """Carry out a step without contents and add up what it takes.
 
     Args:
         model: on any device, "meta" for choice; it is left without contents.
-        batch: of `model.forward`, its task included.
+        batch: of `model.forward`, its task included; numbers in it may be any, ids and masks must be valid.
         mode: `full` (the whole generator), `lora`, or `qlora` (LoRA on a base in NF4).
         optimizer: a name of `OPTIMIZER_BYTES`; foreach implementations need temporary copies besides.
+        corruption: the draws of the loss, from `model.sample_corruption`; by default each sample has the same.
     """
+    if corruption is None:
+        batch_size = max(len(value) for value in batch.values() if torch.is_tensor(value))
+        corruption = model.sample_corruption(batch, [torch.Generator().manual_seed(0) for _ in range(batch_size)])
     quantized = quantized_weights(model) if mode == "qlora" else []
     if mode == "full":
         model.freeze_understanding()
         trained = model
     else:
         trained = adapters.attach(model, LoraConfig(r=lora_rank, lora_alpha=lora_rank))
-    with FakeTensorMode() as fake:
+    with FakeTensorMode() as fake, KnownIntegers(fake) as integers:
         empty(model, dtype, device, masters=dtype if mode == "full" else torch.float32)
         if checkpointing:
             model.activation_checkpointing_enable()
         model.train()
-        batch = {
-            name: fake.from_tensor(value).to(device) if torch.is_tensor(value) else value
-            for name, value in batch.items()
-        }
         weights = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
         meter = Meter()
         meter.ignore(weights.values())
+        inputs = integers.without_numbers((batch, corruption))
+        batch, corruption = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), inputs)
+        meter.follow((batch, corruption))
         with meter:
-            trained(corruption=model.sample_corruption(batch), **batch).loss.backward()
+            trained(corruption=corruption, **batch).loss.backward()
     held = sum(tensor.untyped_storage().nbytes() for tensor in weights.values())
     held -= sum(quantized) * (dtype.itemsize - NF4_BYTES)
     numbers = [p.numel() for p in model.parameters() if p.requires_grad]
@@ -167,6 +231,7 @@ def empty(model: UnifiedModel, dtype: torch.dtype, device: str, masters: torch.d
     """Replace all of `model`'s tensors by ones without contents, on `device`, in the precision they are loaded in:
     `masters` what is trained, float32 what the family keeps so, `dtype` the rest."""
     keep = [name for name in model._keep_in_fp32_modules_strict or () if not name.startswith("(")]
+    emptied: dict[int, torch.Tensor] = {}  # tied weights stay one tensor
     for prefix, module in model.named_modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
@@ -174,8 +239,11 @@ def empty(model: UnifiedModel, dtype: torch.dtype, device: str, masters: torch.d
                     continue
                 exact = any(part in f"{prefix}.{name}" for part in keep) or not tensor.is_floating_point()
                 precision = tensor.dtype if exact else masters if tensor.requires_grad else dtype
-                new = torch.empty(tensor.shape, dtype=precision, device=device)
-                tensors[name] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+                if id(tensor) not in emptied:
+                    new = torch.empty(tensor.shape, dtype=precision, device=device)
+                    parameter = isinstance(tensor, nn.Parameter)
+                    emptied[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if parameter else new
+                tensors[name] = emptied[id(tensor)]
 
 
 def quantized_weights(model: UnifiedModel) -> list[int]:
@@ -189,13 +257,13 @@ def quantized_weights(model: UnifiedModel) -> list[int]:
 
 
 def open_model(name: str) -> UnifiedModel:
-    """A model without contents: of a folder or Hub id, or of a family's name, which stands for the family's largest
-    published checkpoint (its configuration's defaults)."""
+    """A model without contents: of a folder or Hub id, or of a family's name, which stands for the checkpoint of
+    `UnifiedModel.published_config`."""
     if name not in families():
         return open_lazily(name)
-    package = family(name)
+    model_class = family(name).Model
     with torch.device("meta"):
-        return package.Model(package.Config())
+        return model_class(model_class.published_config())
 
 
 def measured_rate(side: int = 8192, repetitions: int = 10) -> float | None:

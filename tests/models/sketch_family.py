@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from reca_trainer import UnifiedModel, UnifiedOutput, UnifiedProcessor, register_family
-from reca_trainer.models.contract import evaluating, one_per_sample, per_sample
+from reca_trainer.models.contract import check_only_size, evaluating, one_per_sample, per_sample
 
 
 class Config(PreTrainedConfig):
@@ -51,6 +51,17 @@ class Model(UnifiedModel):
 
     def count_supervised(self, batch, corruption):
         return corruption["noise"].numel()
+
+    def example_batch(self, batch_size, max_image_size=None, min_image_size=None, text_length=32):
+        check_only_size(self.config.image_size, max_image_size, min_image_size)
+        pixels = torch.zeros(batch_size, 3, self.config.image_size, self.config.image_size)
+        input_ids = torch.zeros(batch_size, 1, dtype=torch.long)  # the first token is all it reads
+        return {
+            "task": "reconstruct",
+            "condition_pixel_values": pixels,
+            "pixel_values": pixels,
+            "input_ids": input_ids,
+        }
 
     def _reconstruct(self, corruption, condition_pixel_values, pixel_values, input_ids, attention_mask):
         condition = self.encode_condition(condition_pixel_values)  # [B, 1, D]

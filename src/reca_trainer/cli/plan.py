@@ -5,16 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 
-from PIL import Image
-
 from reca_trainer import plan
-from reca_trainer.models.auto import AutoUnifiedProcessor
-from reca_trainer.models.contract import UnifiedProcessor
-from reca_trainer.models.registry import families, family
+from reca_trainer.models.registry import families
 from reca_trainer.plan import MODES, OPTIMIZER_BYTES, Cost, measured_rate, open_model, step_cost
-from reca_trainer.toy.tokenizer import make_tokenizer
-
-INSTRUCTION = "Describe every detail of the picture."
 
 
 def gigabytes(text: str) -> float:
@@ -29,8 +22,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help=f"folder, Hub id, or a family: {', '.join(families())}")
     parser.add_argument("--mode", default="lora", choices=MODES)
     parser.add_argument(
-        "--resolution", type=int, default=512, help="side of the target images in pixels (default 512)"
+        "--max_image_size",
+        "--resolution",
+        type=int,
+        help="longest side of the target images in pixels, assumed square; by default the family's",
     )
+    parser.add_argument("--min_image_size", type=int, help="shortest side, likewise")
+    parser.add_argument("--text_length", type=int, default=32, help="tokens of an instruction (default 32)")
     parser.add_argument(
         "--gpu", type=gigabytes, required=True, metavar="MEMORY", help="memory of one GPU, such as 24GB"
     )
@@ -50,9 +48,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """`reca-trainer plan`: print what a step takes, the largest batch that fits, and the time of a run."""
-    args = make_parser().parse_args(argv)
-    cost, cost_of_two = (plan_cost(args, batch_size) for batch_size in (1, 2))
-    needed, further = cost.process(), cost_of_two.process() - cost.process()
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        cost, cost_of_eight = (plan_cost(args, batch_size) for batch_size in (1, 8))
+    except ValueError as error:
+        parser.error(str(error))
+    # Not from one to two: the gradients of a full model may outweigh the activations of the first few images.
+    needed, further = cost.process(), (cost_of_eight.process() - cost.process()) / 7
     largest = int(1 + (args.gpu * 1e9 - needed) // further) if args.gpu * 1e9 >= needed else 0
     print(f"{cost.parameters / 1e9:.2f} B parameters, {cost.trained_parameters / 1e6:,.1f} M of them trained")
     print(
@@ -78,13 +81,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def plan_cost(args: argparse.Namespace, batch_size: int) -> Cost:
-    model, processor = open_model(args.model), open_processor(args.model)
-    picture = Image.new("RGB", (args.resolution, args.resolution))
-    size = (args.resolution, args.resolution)
-    batch = processor(images=[picture] * batch_size, instruction=INSTRUCTION, task="reconstruct", size=size)
+    """The cost of one step.
+
+    Raises:
+        ValueError: the model makes no targets of the size asked for.
+    """
+    model = open_model(args.model)
     return step_cost(
         model,
-        batch,
+        model.example_batch(batch_size, args.max_image_size, args.min_image_size, args.text_length),
         args.mode,
         checkpointing=not args.no_checkpointing,
         lora_rank=args.lora_rank,
@@ -98,13 +103,6 @@ def _advice(args: argparse.Namespace) -> str:
         advice.append("recompute activations")
     if args.mode != "qlora":
         advice.append("--mode qlora" if args.mode == "lora" else "--mode lora, or --optimizer adamw_bnb_8bit")
-    if args.resolution > 512:
-        advice.append("--resolution 512")
+    if args.max_image_size is None or args.max_image_size > 512:
+        advice.append("where the family has a choice --max_image_size 512")
     return f" Try {', or '.join(advice)}." if advice else ""
-
-
-def open_processor(name: str) -> UnifiedProcessor:
-    """The processor of `open_model(name)`. By a family's name there is no tokenizer: any gives texts of about the length."""
-    if name in families():
-        return family(name).Processor(make_tokenizer())
-    return AutoUnifiedProcessor.from_pretrained(name)

@@ -228,7 +228,8 @@ class UnifiedModel(PreTrainedModel):
     def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`, with the names that the modules have here: a part of another library's
         (InternVL) would else be written under the names it was published with."""
-        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+        kwargs["save_original_format"] = save_original_format
+        super().save_pretrained(*args, **kwargs)
 
     def decays(self, name: str, shape: torch.Size) -> bool:
         """Whether weight decay acts on the parameter called `name`, as in the optimiser groups of the original's script.
@@ -360,6 +361,12 @@ def one_per_sample(value: Any, count: int, default: Any = None) -> list[Any]:
     return values
 
 
+def check_only_size(side: int, *bounds: int | None) -> None:
+    """Raise `ValueError` where one of the `bounds` asks of a family for targets of another side than its only one."""
+    if any(bound not in (None, side) for bound in bounds):
+        raise ValueError(f"This model makes targets of {side} x {side} pixels only; leave other sizes out.")
+
+
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
@@ -387,14 +394,16 @@ def token_cross_entropy(
     hidden: torch.Tensor,
     labels: torch.Tensor,
     understanding_embeds: torch.Tensor | None = None,
+    supervised: torch.Tensor | None = None,
 ) -> UnifiedOutput:
-    """Cross-entropy of the labels that are not -100.
+    """Cross-entropy of the supervised labels.
 
     Args:
         head: output layer, `[L, D]` -> `[L, V]`. Only supervised positions go through it: the others' logits would fill
             the memory.
         hidden: `[B, T, D]`, each what predicts the label at its place (next tokens: `hidden[:, :-1]`, `labels[:, 1:]`).
         labels: `[B, T]` int64.
+        supervised: `[B, T]` bool, which labels count; by default those that are not -100.
 
     Returns:
         `UnifiedOutput` with `prediction` the logits `[L, V]` and `target` the labels `[L]` of the supervised positions.
@@ -402,7 +411,7 @@ def token_cross_entropy(
     Raises:
         ValueError: there are none.
     """
-    supervised = labels != -100
+    supervised = labels != -100 if supervised is None else supervised
     target = labels[supervised]
     if not len(target):
         raise ValueError("No token of this batch is supervised; are its questions so long that the answers are cut?")

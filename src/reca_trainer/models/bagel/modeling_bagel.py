@@ -38,7 +38,7 @@ from transformers.models.qwen2.modeling_qwen2 import (
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from reca_trainer.models.bagel.configuration_bagel import BagelConfig
-from reca_trainer.models.bagel.processing_bagel import BagelProcessor
+from reca_trainer.models.bagel.processing_bagel import BagelProcessor, resized_size
 from reca_trainer.models.contract import (
     Generators,
     UnifiedModel,
@@ -812,6 +812,31 @@ class BagelModel(UnifiedModel):
         if "labels" in batch:
             return count_answer_tokens(batch["labels"])
         return corruption["noise"].numel()
+
+    def example_batch(
+        self,
+        batch_size: int,
+        max_image_size: int | None = None,
+        min_image_size: int | None = None,
+        text_length: int = 32,
+    ) -> dict[str, Any]:
+        """See `UnifiedModel.example_batch`; the condition is of 224 pixels."""
+        stride, understanding = self.config.latent_token_stride, self.config.vision_config
+        longest = self.config.max_latent_size * stride if max_image_size is None else max_image_size
+        shortest = min(512, longest) if min_image_size is None else min_image_size
+        if not stride <= shortest <= longest:
+            raise ValueError(
+                f"The sides of a target are at least {stride} pixels and the minimum is not above the maximum, got "
+                f"min_image_size {shortest} and max_image_size {longest}."
+            )
+        width, height = resized_size(longest, longest, longest, shortest, stride)
+        condition = min(224, understanding.image_size // understanding.patch_size * understanding.patch_size)
+        return {
+            "task": "reconstruct",
+            "condition_pixel_values": torch.zeros(batch_size, 3, condition, condition),
+            "pixel_values": torch.zeros(batch_size, 3, height, width),
+            "input_ids": torch.zeros(batch_size, text_length, dtype=torch.long),
+        }
 
     @evaluating
     def generate_images(

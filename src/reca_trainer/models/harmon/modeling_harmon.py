@@ -28,6 +28,7 @@ from reca_trainer.models.contract import (
     Generators,
     UnifiedModel,
     UnifiedOutput,
+    check_only_size,
     count_answer_tokens,
     evaluating,
     per_sample,
@@ -714,6 +715,26 @@ class HarmonModel(UnifiedModel):
         return int(corruption["mask"].sum())
 
     # sampling
+
+    def example_batch(
+        self,
+        batch_size: int,
+        max_image_size: int | None = None,
+        min_image_size: int | None = None,
+        text_length: int = 32,
+    ) -> dict[str, Any]:
+        """See `UnifiedModel.example_batch`. Targets have twice the side that the position tables were made for, as in the
+        published checkpoints."""
+        side = 2 * self.config.mar_config.img_size
+        check_only_size(side, max_image_size, min_image_size)
+        input_ids = torch.zeros(batch_size, 1 + text_length, dtype=torch.long)
+        input_ids[:, 0] = self.config.image_token_id
+        return {
+            "task": "reconstruct",
+            "pixel_values": torch.zeros(batch_size, 3, side, side),
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+        }
 
     @evaluating
     def generate_images(

@@ -19,12 +19,13 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
 
 from reca_trainer.models.contract import (
     Generators,
     UnifiedModel,
     UnifiedOutput,
+    check_only_size,
     count_answer_tokens,
     evaluating,
     per_sample,
@@ -55,6 +56,25 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
         super().__init__(config)
         # Never sharded on its own: `encode_target` reads the codebook outside the quantizer's forward.
         self._no_split_modules.discard("JanusVQVAEVectorQuantizer")
+
+    @classmethod
+    def published_config(cls) -> JanusConfig:
+        """See `UnifiedModel.published_config`: that of Janus-Pro-7B. Without arguments transformers' configuration is
+        that of no published checkpoint."""
+        width = 4096
+        return JanusConfig(
+            text_config=LlamaConfig(
+                vocab_size=102400,
+                hidden_size=width,
+                intermediate_size=11008,
+                num_hidden_layers=30,
+                num_attention_heads=32,
+                max_position_embeddings=16384,
+            ),
+            vision_config=JanusVisionConfig(projection_dim=width),
+            vq_config=JanusVQVAEConfig(projection_dim=width, image_token_embed_dim=width),
+            tie_word_embeddings=False,
+        )
 
     @property
     def generation_modules(self) -> list[str]:
@@ -204,6 +224,26 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
         if "labels" in batch:
             return count_answer_tokens(batch["labels"])
         return len(batch["pixel_values"]) * self.config.vq_config.num_patches**2
+
+    def example_batch(
+        self,
+        batch_size: int,
+        max_image_size: int | None = None,
+        min_image_size: int | None = None,
+        text_length: int = 32,
+    ) -> dict[str, Any]:
+        """See `UnifiedModel.example_batch`."""
+        side, image_tokens = self.config.vision_config.image_size, self.config.vision_config.num_image_tokens
+        check_only_size(side, max_image_size, min_image_size)
+        input_ids = torch.zeros(batch_size, image_tokens + text_length, dtype=torch.long)
+        input_ids[:, :image_tokens] = self.config.image_token_id
+        return {
+            "task": "reconstruct",
+            "pixel_values": torch.zeros(batch_size, 3, side, side),
+            "condition_pixel_values": torch.zeros(batch_size, 3, side, side),
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+        }
 
     @evaluating
     def generate_images(

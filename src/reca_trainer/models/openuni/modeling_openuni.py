@@ -24,6 +24,7 @@ from reca_trainer.models.contract import (
     Generators,
     UnifiedModel,
     UnifiedOutput,
+    check_only_size,
     count_answer_tokens,
     evaluating,
     per_sample,
@@ -268,6 +269,26 @@ class OpenUniModel(UnifiedModel):
         if "labels" in batch:
             return count_answer_tokens(batch["labels"])
         return corruption["noise"].numel()
+
+    def example_batch(
+        self,
+        batch_size: int,
+        max_image_size: int | None = None,
+        min_image_size: int | None = None,
+        text_length: int = 32,
+    ) -> dict[str, Any]:
+        """See `UnifiedModel.example_batch`."""
+        target, condition = self.config.image_size, self.config.condition_size
+        check_only_size(target, max_image_size, min_image_size)
+        input_ids = torch.zeros(batch_size, self.config.num_image_tokens + text_length, dtype=torch.long)
+        input_ids[:, : self.config.num_image_tokens] = self.config.internvl_config.image_token_id
+        return {
+            "task": "reconstruct",
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "pixel_values": torch.zeros(batch_size, 3, target, target),
+            "condition_pixel_values": torch.zeros(batch_size, 3, condition, condition),
+        }
 
     @evaluating
     def generate_images(

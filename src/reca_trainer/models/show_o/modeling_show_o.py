@@ -29,6 +29,7 @@ from reca_trainer.models.contract import (
     Generators,
     UnifiedModel,
     UnifiedOutput,
+    check_only_size,
     count_answer_tokens,
     evaluating,
     per_sample,
@@ -206,7 +207,7 @@ class ShowOModel(UnifiedModel):
             embeds = embeds.detach()  # as in the official run
         hidden = self.attend(embeds, self.attention_mask("reconstruct", input_ids, attention_mask))
         hidden = hidden[:, -1 - tokens.shape[1] : -1]  # the image tokens without their markers
-        return token_cross_entropy(self.language_model.lm_head, hidden, tokens.masked_fill(~mask, -100), condition)
+        return token_cross_entropy(self.language_model.lm_head, hidden, tokens, condition, supervised=mask)
 
     def _generate(
         self,
@@ -369,6 +370,39 @@ class ShowOModel(UnifiedModel):
             return count_answer_tokens(batch["labels"])
         count = int(corruption["mask"].sum())
         return count if "condition_pixel_values" in batch else count + 2 * len(corruption["mask"])
+
+    def example_batch(
+        self,
+        batch_size: int,
+        max_image_size: int | None = None,
+        min_image_size: int | None = None,
+        text_length: int = 32,
+    ) -> dict[str, Any]:
+        """See `UnifiedModel.example_batch`. The plain variant's condition is half as large as its target; the CLIP variant
+        makes all texts 125 tokens long."""
+        config = self.config
+        side, padding = config.image_size, 0
+        check_only_size(side, max_image_size, min_image_size)
+        if config.w_clip_vit:
+            condition = config.vision_config.image_size
+            condition_tokens = (condition // config.vision_config.patch_size) ** 2
+            text_length = min(text_length, 125)
+            padding = 125 - text_length
+        else:
+            condition = side // 2
+            condition_tokens = (condition // config.vq_scale_factor) ** 2
+        begin, end = config.special_token_id("<|soi|>"), config.special_token_id("<|eoi|>")
+        row = [config.special_token_id("<|mmu|>"), begin, *[CONDITION_TOKEN_ID] * condition_tokens, end]
+        row += [0] * text_length + [config.special_token_id("[PAD]")] * padding
+        row += [begin, *[config.mask_token_id] * config.num_vq_tokens, end]
+        input_ids = torch.tensor(row).repeat(batch_size, 1)
+        return {
+            "task": "reconstruct",
+            "pixel_values": torch.zeros(batch_size, 3, side, side),
+            "condition_pixel_values": torch.zeros(batch_size, 3, condition, condition),
+            "input_ids": input_ids,
+            "attention_mask": (input_ids != config.special_token_id("[PAD]")).long(),
+        }
 
     @evaluating
     def generate_images(
