@@ -17,7 +17,7 @@ from datasets import Image as ImageFeature
 
 from reca_trainer.data import Draw, RowDataset, SamplingPlan, StreamingRows, find_columns, load_image_dataset
 from reca_trainer.images import ImageError
-from tests.hostile_images import encoded, noise, unusable, usable
+from tests.hostile_images import encoded, half_written, noise, unusable, usable
 
 SIZE = (32, 32)
 IN_ORDER = SamplingPlan({"reconstruct": 1}, shuffle=False)
@@ -58,10 +58,13 @@ def corpus() -> list[tuple[str, bytes, bool | None]]:
             place = rng.integers(0, len(damaged) if attempt % 2 else 64, 1 + attempt)
             damaged[place] = rng.integers(0, 256, len(place))
             files.append((f"flipped{attempt}.{kind}", damaged.tobytes(), None))
+        if kind not in ("bmp", "ppm"):
+            files.append((f"half_written.{kind}", half_written(data), False))
         files.append((f"trailing.{kind}", data + b"\0" * 999 + b"<script>", True))
         files.append((f"misnamed_{kind}.{'png' if kind == 'jpg' else 'jpg'}", data, True))
         files.append((f"name with spaces, ünïcode & 'quotes' {kind}.{kind}", data, True))
-    return [(f"{index:04d}-{name}", data, good) for index, (name, data, good) in enumerate(files)]
+    order = rng.permutation(len(files))  # a stream gives up where too many bad files follow one another
+    return [(f"{index:04d}-{files[place][0]}", *files[place][1:]) for index, place in enumerate(order)]
 
 
 def as_folder(folder, files):

@@ -7,22 +7,40 @@ import errno
 import json
 import os
 import shutil
-import time
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
+import peft
+import torch
+import transformers
+import xxhash
+from accelerate.utils import broadcast_object_list
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME
-from transformers import Trainer
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 
+import reca_trainer
+from reca_trainer import adapters
+from reca_trainer.data.instructions import CAPTION_QUESTIONS, INSTRUCTIONS
 from reca_trainer.files import sync
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.get_logger(__name__)
 
 SEAL = "checkpoint_files.json"
+LOCK = ".lock"
+CHUNK = 1 << 24  # bytes of a file that are in memory at a time
+SAMPLE = 64  # values of each frozen tensor that stand for all of it
 # Entries of an adapter's configuration that do not decide how it computes.
 ADAPTER_NOTES = {
     "base_model_name_or_path",
@@ -32,74 +50,219 @@ ADAPTER_NOTES = {
     "init_lora_weights",
     "auto_mapping",
 }
-DATA_ORDER = "data_order.json"
+# Arguments that decide the next step, whatever the data.
+ARGUMENTS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "optim",
+    "optim_args",
+    "optim_target_modules",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "weight_decay",
+    "max_grad_norm",
+    "bf16",
+    "fp16",
+    "tf32",
+    "neftune_noise_alpha",
+    "ema_decay",
+    "instruction_dropout",
+    "caption_dropout",
+    "token_weighting",
+    "timesteps_per_image",
+    "max_image_size",
+    "min_image_size",
+)
+WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
+WITHOUT_LENGTH = (*WITHOUT_WARMUP, "constant_with_warmup", "inverse_sqrt")
+NEW_RUN = "start a new run from these weights: pass the checkpoint's folder as the model"
 
 
-def seal(folder: Path) -> None:
-    """Put everything in a checkpoint on disk and write down what belongs to it, and when."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
-    for path in files:
-        sync(path)
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-    (folder / SEAL).write_text(json.dumps({"written": time.time(), "bytes": sizes}, indent=1))
-    sync(folder / SEAL)
-    sync(folder)
+# --- a run's folder ---
 
 
-def make_output_dir(path: str | os.PathLike) -> None:
-    """Raises `OSError` if nothing can be written there."""
+def make_output_dir(args: TrainingArguments) -> None:
+    """Called by all processes of a run.
+
+    Raises:
+        OSError: nothing can be written in `args.output_dir`.
+        RuntimeError: another run writes there.
+    """
+    path = args.output_dir
     try:
         os.makedirs(path, exist_ok=True)
         if not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     except OSError as error:
         raise OSError(f"Nothing can be saved in output_dir={str(path)!r}: {error}. Choose another folder.") from error
+    by_main_process(args, lambda: _enter_and_leave(path))
 
 
-def check_complete(folder: Path) -> float:
-    """When a checkpoint was written (Unix time in seconds). Neither its number nor the files' own times tell: a lower
-    number follows a higher one after a step back, and copying changes times.
+def _enter_and_leave(output_dir: str) -> None:
+    with sole_run(output_dir):
+        pass
+
+
+@contextlib.contextmanager
+def sole_run(output_dir: str | os.PathLike) -> Iterator[None]:
+    """Within it, nobody else can enter for the same folder. Whoever dies leaves, however that happens. Reading is free.
 
     Raises:
-        ValueError: naming the first of its files that is missing or has not the length it was written with.
+        RuntimeError: another run is in there.
+    """
+    with open(Path(output_dir) / LOCK, "a+") as file:
+        _lock(file, output_dir)
+        _locked.add(file)
+        try:
+            yield
+        finally:
+            _locked.discard(file)
+
+
+def _lock(file: IO[str], output_dir: str | os.PathLike) -> None:
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise RuntimeError(
+            f"Another run ({file.read()}) writes to output_dir={str(output_dir)!r}. Choose another folder, or wait until "
+            "it has ended."
+        ) from None
+    except OSError as error:
+        logger.warning(f"output_dir={str(output_dir)!r} cannot be locked ({error}): no other run may write there.")
+        return
+    with contextlib.suppress(OSError):  # a full disk has room for the lock and not for its holder's name
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+
+
+_locked: set[IO[str]] = set()
+
+
+def _close_locked() -> None:
+    for file in _locked:
+        file.close()
+
+
+if hasattr(os, "register_at_fork"):
+    # Loading workers outlive a killed run by seconds, and must not keep its lock meanwhile.
+    os.register_at_fork(after_in_child=_close_locked)
+
+
+def by_main_process(args: TrainingArguments, action: Callable[[], Any]) -> Any:
+    """Call `action` on the main process alone; what it returns or raises there, all processes return or raise."""
+    outcome: list[Any] = [None, None]
+    if args.process_index == 0:
+        try:
+            outcome[0] = action()
+        except (OSError, RuntimeError, ValueError) as error:
+            outcome[1] = error
+    result, error = broadcast_object_list(outcome)
+    if error is not None:
+        raise error
+    return result
+
+
+# --- whole or not ---
+
+
+def digest_of(path: Path) -> str:
+    """Of a file's contents (XXH3, 128 bits); fast enough for hundreds of gigabytes."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def digest_of_entries(entries: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(entries, indent=1).encode())
+
+
+def seal(folder: Path, **entries: Any) -> None:
+    """Put everything in a checkpoint on disk, and write down what belongs to it, beside `entries`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+    for path in files:
+        sync(path)
+    entries["bytes"] = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    entries["digests"] = {str(path.relative_to(folder)): digest_of(path) for path in files}
+    (folder / SEAL).write_text(json.dumps({"digest": digest_of_entries(entries), **entries}, indent=1))
+    sync(folder / SEAL)
+    sync(folder)
+
+
+def read_seal(folder: Path) -> dict[str, Any]:
+    """The entries of a checkpoint's seal.
+
+    Raises:
+        ValueError: there is none, it is damaged, or it names a file that is missing or has another length.
     """
     if not folder.is_dir():
-        raise ValueError(
-            f"There is no checkpoint at {folder}. resume_from_checkpoint=True goes on from the newest in output_dir."
-        )
+        raise ValueError(f"There is no checkpoint at {folder}.")
     if not (folder / SEAL).is_file():
         raise ValueError(f"{folder} is not complete: it has no {SEAL}, which is written last.")
     try:
-        listing = json.loads((folder / SEAL).read_text())
-        written, sizes = float(listing["written"]), dict(listing["bytes"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{folder} is not complete: its {SEAL} is damaged ({error!r}).") from error
-    for name, size in sizes.items():
+        entries = json.loads((folder / SEAL).read_text())
+        intact = entries.pop("digest") == digest_of_entries(entries)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        intact = False
+    if not intact:
+        raise ValueError(f"{folder} is not complete: its {SEAL} is damaged.")
+    for name, size in entries["bytes"].items():
         path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            raise ValueError(f"{folder} is not complete: {name} should have {size} bytes and has {found or 'none'}.")
-    return written
+        length = path.stat().st_size if path.is_file() else None
+        if length != size:
+            raise ValueError(f"{folder} is not complete: {name} should have {size} bytes and has {length or 'none'}.")
+    return entries
+
+
+def check_complete(folder: Path) -> dict[str, Any]:
+    """Reads all of a checkpoint; returns the entries of its seal.
+
+    Raises:
+        ValueError: naming the first of its files that is missing or not as it was written.
+    """
+    entries = read_seal(folder)
+    for name, digest in entries["digests"].items():
+        if digest_of(folder / name) != digest:
+            raise ValueError(f"{folder} is damaged: {name} has changed since it was written.")
+    return entries
 
 
 def checkpoints(output_dir: str | os.PathLike) -> tuple[list[Path], dict[Path, str]]:
-    """Those that are whole, oldest first, and what is wrong with each of the others."""
+    """Those whose files have their lengths, oldest first, and what is wrong with each of the others.
+
+    Each has a number of its own, one higher than any that lay there when it was written. Neither clocks nor steps tell
+    the order: clocks are set back, and a run that starts anew has lower steps than what the last one left.
+    """
     whole, damaged = {}, {}
     for path in sorted(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
         if path.name.rpartition("-")[2].isdigit():
             try:
-                whole[path] = check_complete(path)
+                entries = read_seal(path)
+                whole[path] = entries["number"], entries["step"]
             except ValueError as error:
                 damaged[path] = str(error)
-    return sorted(whole, key=whole.get), damaged
+    return sorted(whole, key=whole.__getitem__), damaged
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The newest checkpoint that is whole; those that are not are named in a warning."""
-    whole, damaged = checkpoints(output_dir)
+    """The newest checkpoint that is as it was written; those that are not are named in a warning."""
+    candidates, damaged = checkpoints(output_dir)
     for problem in damaged.values():
         logger.warning(f"{problem} Looking for another one.")
-    return str(whole[-1]) if whole else None
+    for path in reversed(candidates):
+        try:
+            check_complete(path)
+            return str(path)
+        except ValueError as error:
+            logger.warning(f"{error} Looking for another one.")
+    return None
 
 
 def delete_surplus(output_dir: Path, limit: int, keep: set[Path]) -> None:
@@ -110,32 +273,104 @@ def delete_surplus(output_dir: Path, limit: int, keep: set[Path]) -> None:
         shutil.rmtree(path)
 
 
+# --- the same run or not ---
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The entries of `before` that are others now."""
+    return [f"{name}: {value}, now {now.get(name)}" for name, value in before.items() if value != now.get(name)]
+
+
+def frozen_digest(model: torch.nn.Module) -> str:
+    """Of the weights that no checkpoint of an adapter holds: a sample of each tensor, as they may have many gigabytes."""
+    digest = xxhash.xxh3_128()
+    for weight in model.parameters():
+        if not (weight.requires_grad or weight.is_meta or isinstance(weight, DTensor)):
+            values = weight.detach().reshape(-1)
+            sample = values[:: max(1, len(values) // SAMPLE)].cpu().contiguous()
+            digest.update(f"{weight.dtype} {tuple(weight.shape)}".encode())
+            digest.update(sample.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def weight_dtypes(model: torch.nn.Module, trained: bool) -> dict[str, int]:
+    """How many values have each dtype, of the trained or the frozen weights."""
+    counts: dict[str, int] = {}
+    for weight in model.parameters():
+        if weight.requires_grad == trained:
+            dtype = str(weight.dtype).removeprefix("torch.")
+            counts[dtype] = counts.get(dtype, 0) + getattr(weight, "ds_numel", weight.numel())  # ZeRO-3 empties them
+    return counts
+
+
 class RunCheckpoints(Trainer if TYPE_CHECKING else object):
     """The part of `RecATrainer` that writes checkpoints and goes on from them."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        optimizer, schedule = self.optimizer, self.lr_scheduler
+        made_from = self.optimizer_cls_and_kwargs
+        self._passed = {
+            "optimizer_cls_and_kwargs": made_from and f"{made_from[0].__name__} {made_from[1]}",
+            "the optimizer passed": optimizer and f"{type(optimizer).__name__} {optimizer.defaults}",
+            "the schedule passed": schedule and type(schedule).__name__,
+        }
+        self._settings: dict[str, Any] = {}
+        self._frozen: str | None = None
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
-        """As `Trainer.train`. `resume_from_checkpoint=True` goes on from the newest complete checkpoint in
-        `output_dir`, or starts from the beginning, with a warning, if there is none."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                logger.warning(f"There is no checkpoint in {self.args.output_dir} to resume from; starting anew.")
-        elif isinstance(resume_from_checkpoint, str | os.PathLike):
-            check_complete(Path(resume_from_checkpoint))
-        if resume_from_checkpoint:
-            self._check_data_order(Path(resume_from_checkpoint))
-            self._check_adapter(Path(resume_from_checkpoint))
-        if self.is_world_process_zero():
-            for abandoned in Path(self.args.output_dir).glob(f".{PREFIX_CHECKPOINT_DIR}-*.partial"):
-                shutil.rmtree(abandoned)
-        self.resumed_from = resume_from_checkpoint or None
-        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        """As `Trainer.train`, and alone in `output_dir`. `resume_from_checkpoint=True` goes on from the newest complete
+        checkpoint there, or starts from the beginning, with a warning, if there is none.
+
+        Raises:
+            RuntimeError: another run writes to `output_dir`.
+            ValueError: the checkpoint is damaged, holds weights only, or is of a run that goes on differently.
+        """
+        args = self.args
+        if args.save_only_model and args.save_strategy != SaveStrategy.NO:
+            logger.warning(
+                "save_only_model=True leaves the state of optimizer, schedule and random numbers out of checkpoints, so "
+                "none of them can be resumed. A run that is interrupted starts again."
+            )
+        with contextlib.ExitStack() as stack:
+            by_main_process(args, lambda: stack.enter_context(sole_run(args.output_dir)))
+            checkpoint = by_main_process(args, lambda: self._find_checkpoint(resume_from_checkpoint))
+            self._settings = self._run_settings()
+            if checkpoint is not None:
+                steps = self._planned_steps()
+                by_main_process(args, lambda: self._check_same_run(Path(checkpoint), steps))
+            if self.is_world_process_zero():
+                for abandoned in Path(args.output_dir).glob(f".{PREFIX_CHECKPOINT_DIR}-*.partial"):
+                    shutil.rmtree(abandoned)
+            self.resumed_from = checkpoint
+            result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         if result.global_step == self._initial_global_step:
             logger.warning(
-                f"Nothing was trained: {resume_from_checkpoint} is of step {result.global_step}, and the run has "
+                f"Nothing was trained: {checkpoint} is of step {result.global_step}, and the run has "
                 f"{self.state.max_steps}. Raise max_steps or num_train_epochs to go on."
             )
         return result
+
+    def _find_checkpoint(self, resume_from_checkpoint: str | os.PathLike | bool | None) -> str | None:
+        if resume_from_checkpoint is True:
+            checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if checkpoint is None:
+                logger.warning(f"There is no checkpoint in {self.args.output_dir} to resume from; starting anew.")
+            return checkpoint
+        if not resume_from_checkpoint:
+            return None
+        try:
+            check_complete(Path(resume_from_checkpoint))
+        except ValueError as error:
+            raise ValueError(
+                f"{error} resume_from_checkpoint=True goes on from the newest in output_dir that is whole."
+            ) from error
+        return str(resume_from_checkpoint)
+
+    def _planned_steps(self) -> int:
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As in `Trainer`, except that a run resumed behind its last step does not take another one."""
@@ -175,8 +410,15 @@ class RunCheckpoints(Trainer if TYPE_CHECKING else object):
         if self.state.best_model_checkpoint == str(written):
             self.state.best_model_checkpoint = str(final)
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-        (written / DATA_ORDER).write_text(json.dumps(self._data_order(), indent=1))
-        seal(written)
+        whole, _ = checkpoints(final.parent)
+        seal(
+            written,
+            number=1 + max((read_seal(path)["number"] for path in whole), default=0),
+            step=self.state.global_step,
+            weights_only=self.args.save_only_model,
+            schedule=self._schedule(self.state.max_steps),
+            **self._settings,
+        )
         if final.exists():
             shutil.rmtree(final)
         written.rename(final)
@@ -186,6 +428,55 @@ class RunCheckpoints(Trainer if TYPE_CHECKING else object):
             best = self.state.best_model_checkpoint
             delete_surplus(final.parent, self.args.save_total_limit, keep={final, *([Path(best)] if best else [])})
 
+    # --- what decides the next step ---
+
+    def _run_settings(self) -> dict[str, dict[str, Any]]:
+        """All of it but the schedule, as JSON gives it back; taken before the model is wrapped or sharded."""
+        args, base = self.args, adapters.unwrap(self.model)
+        if self._frozen is None:
+            self._frozen = frozen_digest(self.model)
+        reconstruct = args.read_instructions() or list(INSTRUCTIONS)
+        has_dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in self.model.modules())
+        training = {
+            **{name: getattr(args, name) for name in ARGUMENTS},
+            **self._passed,
+            "loss weights": self.loss_weights,
+            "instructions": f"{len(reconstruct)}, digest {digest_of_entries(reconstruct)}",
+            "caption questions": f"{len(CAPTION_QUESTIONS)}, digest {digest_of_entries(CAPTION_QUESTIONS)}",
+            "trained weights": weight_dtypes(self.model, trained=True),
+            "frozen weights": weight_dtypes(self.model, trained=False),
+            "digest of frozen weights": self._frozen,
+            "processes, each with its own dropout": args.world_size if has_dropout else None,
+            **{f"processor's {name}": value for name, value in self.processing_class.to_dict().items()},
+        }
+        rounding = {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+            "reca_trainer": reca_trainer.__version__,
+            "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type,
+            "attention": getattr(base.config, "_attn_implementation", None),
+            "torch_compile": args.torch_compile,
+        }
+        settings = {"data": self._data_order(), "training": training, "rounding": rounding}
+        return json.loads(json.dumps(settings, default=str))
+
+    def _schedule(self, steps: int) -> dict[str, int]:
+        return {"warm-up steps": self.args.get_warmup_steps(steps), "steps that the schedule spans": steps}
+
+    def _schedule_differences(self, before: dict[str, int], steps: int, step: int) -> list[str]:
+        """`step`: that of the checkpoint. A warm-up that is over either way, before a constant rate, makes none."""
+        kind, now = self.args.lr_scheduler_type, self._schedule(steps)
+        if self._passed["the schedule passed"]:
+            return []
+        changed = differences(before, now)
+        warmups = [schedule["warm-up steps"] for schedule in (before, now)]
+        if kind in WITHOUT_WARMUP or (kind == "constant_with_warmup" and step >= max(warmups)):
+            changed = [entry for entry in changed if not entry.startswith("warm-up steps")]
+        if kind in WITHOUT_LENGTH:
+            changed = [entry for entry in changed if not entry.startswith("steps that")]
+        return changed
+
     def _data_order(self) -> dict[str, Any]:
         """What decides which images a step sees: a run can only be resumed where it is the same."""
         args = self.args
@@ -193,6 +484,10 @@ class RunCheckpoints(Trainer if TYPE_CHECKING else object):
             "micro-batches of each task": self.task_pattern,
             "seed": args.seed if args.data_seed is None else args.data_seed,
             "rows": None if self.images.is_streaming else {t: len(self.images.datasets[t]) for t in self.task_pattern},
+            "columns": {task: self.images.columns[task] for task in self.task_pattern},
+            "seed of the rows held out": args.seed if args.eval_size else None,
+            "dataloader_drop_last": args.dataloader_drop_last,
+            "cache_latents": args.cache_latents,  # keeps images at their own sizes
         }
         if self.processing_class.fixed_size is not None:
             order["images per micro-batch (per_device_train_batch_size x processes)"] = (
@@ -209,19 +504,31 @@ class RunCheckpoints(Trainer if TYPE_CHECKING else object):
             order["processes"] = args.world_size
         return order
 
-    def _check_data_order(self, checkpoint: Path) -> None:
-        """Raises `ValueError` if going on from `checkpoint` would show some images twice and others never."""
-        if not (checkpoint / DATA_ORDER).is_file() or self.args.ignore_data_skip:
-            return
-        before, now = json.loads((checkpoint / DATA_ORDER).read_text()), self._data_order()
-        changed = [f"{name}: {value}, now {now.get(name)}" for name, value in before.items() if value != now.get(name)]
-        if changed:
+    def _check_same_run(self, checkpoint: Path, steps: int) -> None:
+        """Raises `ValueError` if a run of `steps` steps would not go on from `checkpoint` as the one that wrote it."""
+        sealed = read_seal(checkpoint)
+        if sealed["weights_only"]:
             raise ValueError(
-                f"{checkpoint} cannot be resumed exactly, because these differ: {'; '.join(changed)}. Restore them, "
-                "or pass ignore_data_skip=True to go on from these weights at the beginning of an epoch."
+                f"{checkpoint} cannot be resumed: it was written with save_only_model=True, so optimizer and schedule "
+                f"would start again. You can {NEW_RUN}."
+            )
+        changed = differences(sealed["training"], self._settings["training"])
+        changed += self._schedule_differences(sealed["schedule"], steps, sealed["step"])
+        changed += self._adapter_differences(checkpoint)
+        data = [] if self.args.ignore_data_skip else differences(sealed["data"], self._settings["data"])
+        if changed or data:
+            wayout = "pass ignore_data_skip=True to go on from these weights at the beginning of an epoch"
+            raise ValueError(
+                f"{checkpoint} cannot be resumed exactly, because these differ: {'; '.join(data + changed)}. Restore "
+                f"them, or {NEW_RUN if changed else wayout}."
+            )
+        if changed := differences(sealed["rounding"], self._settings["rounding"]):
+            logger.warning(
+                f"{checkpoint} was written elsewhere or with other versions ({'; '.join(changed)}); the next steps may "
+                "round otherwise."
             )
 
-    def _check_adapter(self, checkpoint: Path) -> None:
+    def _adapter_differences(self, checkpoint: Path) -> list[str]:
         """Raises `ValueError` if the weights in `checkpoint` are not of the kind that this run trains."""
         has_adapter = (checkpoint / CONFIG_NAME).is_file()
         if has_adapter != isinstance(self.model, PeftModel):
@@ -230,14 +537,10 @@ class RunCheckpoints(Trainer if TYPE_CHECKING else object):
                 f"{checkpoint} holds {kinds[0]}, and this run trains {kinds[1]}: "
                 f"{'pass the peft_config it was made with' if has_adapter else 'leave peft_config out'}."
             )
-        if has_adapter:
-            before, now = PeftConfig.from_pretrained(checkpoint).to_dict(), self.model.active_peft_config.to_dict()
-            changed = [name for name in before if name not in ADAPTER_NOTES and before[name] != now.get(name)]
-            if changed:
-                differences = "; ".join(f"{name}: {before[name]}, now {now.get(name)}" for name in changed)
-                raise ValueError(
-                    f"The adapter in {checkpoint} is another than this run's: {differences}. Restore them."
-                )
+        if not has_adapter:
+            return []
+        before, now = PeftConfig.from_pretrained(checkpoint).to_dict(), self.model.active_peft_config.to_dict()
+        return differences({name: value for name, value in before.items() if name not in ADAPTER_NOTES}, now)
 
     @contextlib.contextmanager
     def _aside(self, folder: Path):
