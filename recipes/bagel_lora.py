@@ -8,14 +8,11 @@ The real run on your own images, a folder or a dataset id:
 
     accelerate launch recipes/bagel_lora.py --config bagel_lora \
         --model_name_or_path ByteDance-Seed/BAGEL-7B-MoT --dataset_name path/to/images
+
+Without a clone `reca-trainer train` takes the same options.
 """
 
-from functools import partial
-
-from reca_trainer import toy
-from reca_trainer.cli.train import run
-from reca_trainer.toy.score import score
+from reca_trainer.cli.train import main
 
 if __name__ == "__main__":
-    quick = partial(score, quick=True, sampling=toy.SAMPLING)
-    run(toy.load, "bagel_lora_tiny", score=quick)
+    main()

@@ -8,8 +8,14 @@ import re
 import sys
 from collections.abc import Sequence
 
-# Modules with `main(argv)`, which reads the command's own arguments.
+# Functions (by default `main`) that take `argv` and read the command's own arguments.
 COMMANDS = {
+    "train": ("reca_trainer.cli.train", "train: a packaged recipe, your own, or the embedded default"),
+    "recipes": ("reca_trainer.cli.recipes:list_recipes", "list the settings that come with the package"),
+    "init": ("reca_trainer.cli.recipes:init", "write a packaged recipe to edit"),
+    "generate": ("reca_trainer.cli.pictures:generate", "make pictures from prompts"),
+    "reconstruct": ("reca_trainer.cli.pictures:reconstruct", "make pictures again from the model's understanding"),
+    "edit": ("reca_trainer.cli.pictures:edit", "change pictures as prompts say"),
     "merge": ("reca_trainer.cli.merge", "merge an adapter into its base model"),
     "export": ("reca_trainer.cli.export", "write a model in another layout, dtype or quantisation"),
     "push": ("reca_trainer.cli.push", "upload an adapter or a model to the Hub"),
@@ -22,6 +28,9 @@ COMMANDS = {
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("reca-trainer", description=sys.modules["reca_trainer"].__doc__)
+    parser.add_argument(
+        "--version", action="version", version=f"reca-trainer {sys.modules['reca_trainer'].__version__}"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (_, summary) in COMMANDS.items():
         commands.add_parser(name, help=summary, add_help=False)
@@ -39,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] not in COMMANDS:
         make_parser().parse_args(argv)
     try:
-        return importlib.import_module(COMMANDS[argv[0]][0]).main(with_underscores(argv[1:])) or 0
+        module, _, function = COMMANDS[argv[0]][0].partition(":")
+        getattr(importlib.import_module(module), function or "main")(with_underscores(argv[1:]))
+        return 0
     except (ValueError, OSError) as error:  # what users can mend; anything else is a bug and keeps its traceback
         print(f"reca-trainer {argv[0]}: {error}", file=sys.stderr)
         return 1

@@ -1,10 +1,11 @@
-"""What all recipes share: the command line, and one run from arguments to saved weights."""
+"""`reca-trainer train`, and what all recipes share: one run from arguments to saved weights."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
@@ -18,6 +19,7 @@ from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
 from reca_trainer.recipes import recipe_file
 from reca_trainer.tasks import TASKS
 from reca_trainer.toy.score import Score, table
+from reca_trainer.toy.score import score as quick_score
 from reca_trainer.trainer import RecATrainer
 
 
@@ -122,6 +124,11 @@ def run(
     if trainer.is_world_process_zero():
         print(f"Saved to {Path(args.output_dir).resolve()}")
     return trainer
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`reca-trainer train`: the run of `--config` on `--model_name_or_path`, or without either the embedded default."""
+    run(toy.load, "bagel_lora_tiny", argv, score=partial(quick_score, quick=True, sampling=toy.SAMPLING))
 
 
 def _with_recipe_file(argv: list[str]) -> list[str]:

@@ -1,0 +1,169 @@
+"""`reca-trainer generate`, `reconstruct` and `edit`: prompts or pictures in, pictures out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers import BitsAndBytesConfig
+
+from reca_trainer import adapters, toy
+from reca_trainer.callbacks import contact_sheet
+from reca_trainer.evaluation.evaluate import parse_sampling
+from reca_trainer.files import replacing, written_whole
+from reca_trainer.images import decode_image
+from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
+from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
+
+INSTRUCTION = "Describe the image in detail."
+
+
+def make_parser(command: str, summary: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(f"reca-trainer {command}", description=summary)
+    parser.add_argument("--model", help="folder or Hub id of a model or adapter (default: the embedded tiny BAGEL)")
+    parser.add_argument("--adapter", help="folder or Hub id of an adapter to put on --model")
+    if command == "reconstruct":
+        parser.add_argument("--instruction", default=INSTRUCTION, help="what the model is asked for (%(default)s)")
+    else:
+        texts = parser.add_mutually_exclusive_group(required=True)
+        texts.add_argument("--prompts", nargs="+", metavar="PROMPT")
+        texts.add_argument("--prompts_file", type=Path, help="text file with one prompt a line")
+    if command != "generate":
+        parser.add_argument("--images", nargs="+", required=True, metavar="FILE", help="pictures, or folders of them")
+    parser.add_argument("--output_dir", required=True, type=Path, help="a new folder for the pictures and grid.png")
+    parser.add_argument("--samples", type=int, default=1, help="pictures of each prompt or picture (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next take the next numbers")
+    parser.add_argument("--batch_size", type=int, default=1, help="pictures made at a time (%(default)s)")
+    parser.add_argument("--dtype", default=None, help="of the weights (default: bfloat16 on a GPU, else float32)")
+    parser.add_argument("--load_in_4bit", action="store_true", help="NF4 weights, for small GPUs")
+    parser.add_argument(
+        "--sampling",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="arguments of generate_images, such as num_inference_steps=25 guidance_scale=4 height=512 width=512",
+    )
+    return parser
+
+
+def generate(argv: list[str] | None = None) -> None:
+    """`reca-trainer generate`: pictures of prompts."""
+    args = make_parser("generate", "Make pictures from prompts.").parse_args(argv)
+    prompts = read_prompts(args)
+    write(args, "generate", [(prompt, prompt, None) for prompt in prompts])
+
+
+def reconstruct(argv: list[str] | None = None) -> None:
+    """`reca-trainer reconstruct`: pictures again, from the model's own understanding of them."""
+    args = make_parser("reconstruct", "Make pictures again from the model's own understanding of them.").parse_args(
+        argv
+    )
+    write(
+        args, "reconstruct", [(path.name, args.instruction, decode_image(path)) for path in picture_files(args.images)]
+    )
+
+
+def edit(argv: list[str] | None = None) -> None:
+    """`reca-trainer edit`: every picture changed as every prompt says."""
+    args = make_parser("edit", "Change pictures as prompts say.").parse_args(argv)
+    pictures = [decode_image(path) for path in picture_files(args.images)]
+    write(args, "edit", [(prompt, prompt, picture) for prompt in read_prompts(args) for picture in pictures])
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    if args.prompts:
+        return args.prompts
+    prompts = [line.strip() for line in args.prompts_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{args.prompts_file} has no prompt: write one a line.")
+    return prompts
+
+
+def picture_files(names: Sequence[str]) -> list[Path]:
+    """The named files, and what lies in the named folders, in order.
+
+    Raises:
+        FileNotFoundError: nothing at a name, or an empty folder.
+    """
+    files: list[Path] = []
+    for name in names:
+        path = Path(name)
+        inside = sorted(child for child in path.iterdir() if child.is_file()) if path.is_dir() else [path]
+        if not inside or not path.exists():
+            raise FileNotFoundError(f"There is no picture at {name}.")
+        files += inside
+    return files
+
+
+def load(args: argparse.Namespace) -> tuple[UnifiedModel, UnifiedProcessor]:
+    """The model that the arguments name, on this machine's accelerator if it has one."""
+    device = PartialState().device
+    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    options: dict[str, Any] = {"dtype": dtype}
+    if args.load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    name = args.model or str(toy.CHECKPOINT)
+    if args.adapter is not None:
+        model = AutoUnifiedModel.from_pretrained(args.adapter, base_model=name, **options)
+        processor = AutoUnifiedProcessor.from_pretrained(args.adapter, base_model=name)
+    else:
+        model, processor = (
+            AutoUnifiedModel.from_pretrained(name, **options),
+            AutoUnifiedProcessor.from_pretrained(name),
+        )
+    model = adapters.unwrap(model)
+    if not getattr(model, "is_quantized", False):
+        model.to(device)
+    return model.eval(), processor
+
+
+def write(args: argparse.Namespace, task: str, requests: list[tuple[str, str, Image.Image | None]]) -> None:
+    """Make the pictures of all `(title, text, source picture)` and write them, with a grid of all and what made them."""
+    if args.samples < 1 or args.batch_size < 1:
+        raise ValueError(f"--samples and --batch_size are 1 or more, not {args.samples} and {args.batch_size}.")
+    sampling = parse_sampling(args.sampling)
+    with written_whole(args.output_dir) as folder:
+        model, processor = load(args)
+        jobs = [(index, sample) for index in range(len(requests)) for sample in range(args.samples)]
+        made: dict[tuple[int, int], Image.Image] = {}
+        with tqdm(total=len(jobs), desc=task, unit="picture") as progress:
+            for start in range(0, len(jobs), args.batch_size):
+                batch = jobs[start : start + args.batch_size]
+                sources = [requests[index][2] for index, _ in batch]
+                pictures = model.generate_images(
+                    processor,
+                    text=[requests[index][1] for index, _ in batch],
+                    images=None if task == "generate" else sources,
+                    task=task,
+                    generator=[torch.Generator().manual_seed(args.seed + sample) for _, sample in batch],
+                    **sampling,
+                )
+                made.update(zip(batch, pictures, strict=True))
+                progress.update(len(batch))
+        columns = []
+        for index, (title, _, source) in enumerate(requests):
+            column = [made[index, sample] for sample in range(args.samples)]
+            for sample, picture in enumerate(column):
+                picture.save(folder / f"{index:04d}-{sample}.png")
+            columns.append((title, [source, *column] if source is not None else column))
+        with replacing(folder / "grid.png") as file:
+            contact_sheet(columns).save(file, format="png")
+        settings = {
+            "task": task,
+            "model": args.model or "embedded",
+            "adapter": args.adapter,
+            "seed": args.seed,
+            "sampling": sampling,
+            "texts": [text for _, text, _ in requests],
+        }
+        (folder / "settings.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    print(f"{len(made)} pictures in {args.output_dir.resolve()}; all of them in grid.png")
