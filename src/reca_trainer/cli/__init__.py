@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 
 # Functions (by default `main`) that take `argv` and read the command's own arguments.
@@ -47,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] not in COMMANDS:
         make_parser().parse_args(argv)
+    # What these say, nobody at a command line can act on.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of kernels that nothing here needs
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT's own
     try:
         module, _, function = COMMANDS[argv[0]][0].partition(":")
         getattr(importlib.import_module(module), function or "main")(with_underscores(argv[1:]))
