@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPModel, CLIPProcessor
 
 from reca_trainer.evaluation.generation import image_seed
+from reca_trainer.images import decode_image
 from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
 
 INSTRUCTION = "Describe this image in detail."
@@ -89,7 +90,7 @@ def reconstruction_loss(
     Noise and timesteps of each draw depend on `seed`, `index` and the draw only: losses of two checkpoints differ by
     what they learned and by nothing else.
     """
-    batch = processor(images=[image] * draws, instruction=instruction, task="reconstruct")
+    batch = processor(images=[decode_image(image)] * draws, instruction=instruction, task="reconstruct")
     corruption = model.sample_corruption(batch, [_generator(seed, index, draw) for draw in range(draws)])
     training = model.training
     model.eval()
@@ -108,6 +109,7 @@ def reconstruct(
     **sampling: Any,
 ) -> tuple[Image.Image, Image.Image]:
     """The image as the model was asked for it (resized by its processor), and as it came back, of the same size."""
+    image = decode_image(image)
     target = processor(images=[image], instruction=instruction, task="reconstruct")["pixel_values"][0]
     [output] = model.generate_images(
         processor,
@@ -160,7 +162,8 @@ def _to_unit(image: Image.Image) -> torch.Tensor:
 
 def _to_bytes(image: Image.Image) -> torch.Tensor:
     """`[3, H, W]` uint8."""
-    pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+    image = decode_image(image)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
 
 

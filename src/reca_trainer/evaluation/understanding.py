@@ -10,6 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from reca_trainer.evaluation.generation import batched
+from reca_trainer.images import decode_image
 from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
 
 ARTICLES = ("a", "an", "the")
@@ -52,7 +53,7 @@ def answer_questions(
     with tqdm(total=len(indices), desc="understanding", unit="question") as progress:
         for chunk in batched(indices, batch_size):
             rows = [questions[index] for index in chunk]
-            texts, images = [row["question"] for row in rows], [row["image"] for row in rows]
+            texts, images = [row["question"] for row in rows], [decode_image(row["image"]) for row in rows]
             predictions = model.generate_text(processor, texts, images, **sampling)
             for index, row, prediction in zip(chunk, rows, predictions, strict=True):
                 answers = [row["answer"]] if isinstance(row["answer"], str) else list(row["answer"])
