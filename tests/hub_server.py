@@ -33,8 +33,8 @@ class HubServer(ThreadingHTTPServer):
     """Serves until it is closed.
 
     Attributes:
-        fail: `[method, regex of the path, status, how often]`; an entry is used up as it fires. With the method "CUT" a
-            download is cut off half-way.
+        fail: `[method, regex of the path, status, how often]`; an entry is used up as it fires. Status 0 closes the
+            connection without an answer. With the method "CUT" a download is cut off half-way.
         token: the one that may write and read what is private.
         requests: method, path and range of every request.
     """
@@ -82,6 +82,8 @@ class Handler(BaseHTTPRequestHandler):
                 if times and method == self.command and re.search(pattern, path):
                     rule[3] -= 1
                     self.read_body()
+                    if not status:
+                        return self.cut_off()
                     return self.answer(status, {"error": f"asked to answer {status}"})
             if path.startswith("/lfs/"):
                 self.server.uploads += 1

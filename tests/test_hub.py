@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from reca_trainer.models import janus
+from reca_trainer.models.auto import AutoUnifiedModel
 from reca_trainer.models.weights import CheckpointError
 from reca_trainer.saving.card import model_card
-from reca_trainer.saving.hub import push
+from reca_trainer.saving.export import export
+from reca_trainer.saving.hub import push, uploaded_files
 from tests.hub_server import HubServer, Repo
 
 CHECKPOINT = Path(__file__).parent / "golden" / "bagel" / "checkpoint"
@@ -142,10 +145,10 @@ def test_adapter_and_merged_model_travel(tmp_path, server):
     server.repos["me/base"].commit("main", {"ema.safetensors": b"other weights"})
     server.fail.append(["CUT", r"ema\.safetensors", 0, 1])
     (tmp_path / "b" / "expected.json").write_text(json.dumps(velocity))
-    found, _ = client(server, tmp_path / "b", PULL)
-    assert found["revision"] == base
-    assert found["distances"][0] == 0 and 0 < found["distances"][1] == found["distances"][2] < 1e-4
-    assert found["image"]
+    results, _ = client(server, tmp_path / "b", PULL)
+    assert results["revision"] == base
+    assert results["distances"][0] == 0 and 0 < results["distances"][1] == results["distances"][2] < 1e-4
+    assert results["image"]
     ranges = [request for request in server.requests if "ema.safetensors bytes=" in request]
     assert len(ranges) == 1 and not ranges[0].endswith("bytes=0-"), server.requests
 
@@ -168,17 +171,17 @@ def test_refusals_are_clear_and_retries_are_bounded(tmp_path, server):
         ["POST", "me/down/commit", 503, 1000],
         ["POST", "me/taken/commit", 409, 1000],
     ]
-    found, output = client(server, tmp_path, ATTEMPTS)
-    assert found["busy"].startswith("ok")
-    assert "503" in found["down"]
+    results, output = client(server, tmp_path, ATTEMPTS)
+    assert results["busy"].startswith("ok")
+    assert "503" in results["down"]
     assert (
-        "409" in found["taken"]
-        and "me/taken was changed by someone else during the upload; push again" in found["taken"]
+        "409" in results["taken"]
+        and "me/taken was changed by someone else during the upload; push again" in results["taken"]
     )
-    assert found["pr"].endswith("/me/busy/discussions/1")
-    assert "me/nothing" in found["unknown"] and "RepositoryNotFoundError" in found["unknown"]
-    assert "PermissionError: The Hub does not let you write to me/busy (403)" in found["forbidden"]
-    assert "PermissionError" in found["anonymous"] and "(401). Log in with `hf auth login`" in found["anonymous"]
+    assert results["pr"].endswith("/me/busy/discussions/1")
+    assert "me/nothing" in results["unknown"] and "RepositoryNotFoundError" in results["unknown"]
+    assert "PermissionError: The Hub does not let you write to me/busy (403)" in results["forbidden"]
+    assert "PermissionError" in results["anonymous"] and "(401). Log in with `hf auth login`" in results["anonymous"]
     assert "hf_somebody_else" not in output
     commits = {name: sum(f"me/{name}/commit" in request for request in server.requests) for name in ("busy", "down")}
     assert commits == {"busy": 3 + 2, "down": 6}
@@ -194,13 +197,13 @@ if not Path("model").exists():
 print(json.dumps(attempt(hub.push, "model", "me/model")))
 """
     server.cut_after = 2
-    found, _ = client(server, tmp_path, code)
-    assert found.startswith("ConnectionError") and "Push again: what has arrived is not sent again" in found
+    results, _ = client(server, tmp_path, code)
+    assert results.startswith("ConnectionError") and "Push again: what has arrived is not sent again" in results
     assert not server.repos["me/model"].files()
     assert len(server.objects) == 2
     server.cut_after = None
-    found, _ = client(server, tmp_path, code)
-    assert found.startswith("ok")
+    results, _ = client(server, tmp_path, code)
+    assert results.startswith("ok")
     files = server.repos["me/model"].files()
     assert {name: content for name, content in files.items() if name != ".gitattributes"} == {
         path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()
@@ -235,13 +238,13 @@ print(json.dumps(0))
     def adapter_files(base, **changes):
         return {"adapter_config.json": json.dumps({**config, "base_model_name_or_path": base, **changes}).encode()}
 
-    own = {path.name: path.read_bytes() for path in (tmp_path / "own").iterdir()}
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "own").iterdir()}
     full, partial, pickle = (
-        own.pop(name) for name in ("model.safetensors", "partial.safetensors", "pytorch_model.bin")
+        whole.pop(name) for name in ("model.safetensors", "partial.safetensors", "pytorch_model.bin")
     )
-    repo("own", {**own, "model.safetensors": full})
-    repo("partial", {**own, "model.safetensors": partial})
-    repo("pickle", {**own, "pytorch_model.bin": pickle})
+    repo("own", {**whole, "model.safetensors": full})
+    repo("partial", {**whole, "model.safetensors": partial})
+    repo("pickle", {**whole, "pytorch_model.bin": pickle})
     repo("base", checkpoint)
     repo("good", {**adapter_files("me/base"), "adapter_model.safetensors": weights})
     repo("pickled", {**adapter_files("me/base"), "adapter_model.bin": b"pickle"})
@@ -255,25 +258,159 @@ print(json.dumps(0))
 names = ("good", "own", "partial", "pickle", "pickled", "climbing", "outside", "absolute", "named", "unpinned", "other")
 print(json.dumps({name: attempt(AutoUnifiedModel.from_pretrained, f"me/{name}") for name in names}))
 """
-    found, _ = client(server, tmp_path, code)
-    assert found["good"].startswith("ok") and found["own"].startswith("ok")
+    results, _ = client(server, tmp_path, code)
+    assert results["good"].startswith("ok") and results["own"].startswith("ok")
     assert (
-        found["partial"].startswith("CheckpointError: The weights in me/partial")
-        and "vae2llm.bias" in found["partial"]
+        results["partial"].startswith("CheckpointError: The weights in me/partial")
+        and "vae2llm.bias" in results["partial"]
     )
-    assert "no file named model.safetensors" in found["pickle"]
-    assert "adapter_model.bin is a pickle" in found["pickled"] and "refused" in found["pickled"]
-    assert not found["climbing"].startswith("ok") and not list(tmp_path.parent.glob("**/evil.json"))
+    assert "no file named model.safetensors" in results["pickle"]
+    assert "adapter_model.bin is a pickle" in results["pickled"] and "refused" in results["pickled"]
+    assert not results["climbing"].startswith("ok") and not list(tmp_path.parent.glob("**/evil.json"))
     for name in ("outside", "absolute", "named"):
-        assert "is a path and not a Hub repository; pass base_model" in found[name]
-    assert "RevisionNotFoundError" in found["unpinned"]
-    assert "does not fit me/base" in found["other"]
+        assert "is a path and not a Hub repository; pass base_model" in results[name]
+    assert "RevisionNotFoundError" in results["unpinned"]
+    assert "does not fit me/base" in results["other"]
 
 
 def test_a_folder_without_weights_is_not_pushed(tmp_path):
     (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
     with pytest.raises(CheckpointError, match=r"holds no \.safetensors file"):
         push(tmp_path, "me/model")
+
+
+@pytest.mark.parametrize("family", ["bagel", "harmon", "janus", "openuni", "show_o"])
+@pytest.mark.parametrize("layout", ["transformers", "published"])
+def test_all_that_an_export_writes_is_uploaded(tmp_path, family, layout):
+    folder = CHECKPOINT.parents[1] / family / "checkpoint"
+    if family == "janus":
+        config = janus.Config.tiny(image_size=16)
+        model, processor = janus.Model(config), janus.Processor.tiny(config)
+    else:
+        options = {"vq_model": folder / "magvitv2"} if family == "show_o" else {}
+        folder = folder / "show-o-w-clip-vit" if family == "show_o" else folder
+        model, processor = AutoUnifiedModel.from_pretrained(folder, **options), None
+    export(model, tmp_path / "model", layout, processor=processor, max_shard_size="200KB")
+    assert uploaded_files(tmp_path / "model")[1] == []
+
+
+STRAY = (
+    *(
+        ".env",
+        ".git/config",
+        ".merged/model/model.safetensors",
+        "secrets.json",
+        "nohup.out",
+        "notes.txt",
+        "config.json~",
+    ),
+    *("training_args.bin", "training_args.json", "trainer_state.json", "optimizer.pt", "optimizer.safetensors"),
+    *("weight_average.safetensors", "rng_state_0.pth", "pytorch_model.bin", "pytorch_model_fsdp_0/__0_0.distcp"),
+    *("runs/checkpoint-5/model.safetensors", "checkpoint-5/model.safetensors", "checkpoint-5/config.json", "model.py"),
+    *("previews/secrets.json", "previews/a/step-1.png", "wandb/config.json", "sana/secrets.json", "sana/config.json"),
+)
+
+
+def test_only_what_belongs_to_a_model_is_uploaded(tmp_path, server):
+    code = f"""
+export(CHECKPOINT, "model", "transformers")
+names = sorted(path.name for path in Path("model").iterdir())
+for name in {(*STRAY, "previews/before_after.png", "score.md", "LICENSE")!r}:
+    (Path("model") / name).parent.mkdir(parents=True, exist_ok=True)
+    (Path("model") / name).write_text("secret")
+results = [attempt(hub.push, "model", "me/model") for _ in range(2)]
+results.append(attempt(hub.push, "model", "me/more", also=["notes.txt"]))
+results.append(attempt(hub.push, "model", "me/none", also=["no.txt"]))
+print(json.dumps({{"results": results, "names": names}}))
+"""
+    report, output = client(server, tmp_path, code)
+    uploaded = {*report["names"], "previews/before_after.png", "score.md", "LICENSE"}
+    assert [result.split()[0] for result in report["results"]] == ["ok", "ok", "ok", "FileNotFoundError:"]
+    assert server.repos["me/model"].files().keys() == uploaded
+    assert server.repos["me/more"].files().keys() == uploaded | {"notes.txt"}
+    assert "me/none" not in server.repos
+    shown = "previews/a/step-1.png, previews/secrets.json, pytorch_model.bin, pytorch_model_fsdp_0/, rng_state_0.pth"
+    assert output.count("Not uploaded, being no part of a model: .env, .git/, .merged/, checkpoint-5/, ") == 2
+    assert output.count(", nohup.out, notes.txt, ") == 1 and output.count(", nohup.out, optimizer.pt, ") == 1
+    assert output.count(shown) == 2
+
+
+def test_the_command_writes_a_card(tmp_path, server):
+    code = """
+from reca_trainer.cli.push import main
+from peft import LoraConfig
+export(CHECKPOINT, "base", "transformers")
+Path("base/README.md").write_text("---\\nlicense: mit\\n---\\nwritten by hand\\n")
+main(["base", "me/base"])
+model = adapters.attach(AutoUnifiedModel.from_pretrained("me/base"), LoraConfig(r=2))
+model.save_pretrained("adapter")
+main(["adapter", "me/adapter", "--private"])
+print(json.dumps(Path("adapter/README.md").read_text()))
+"""
+    card, _ = client(server, tmp_path, code)
+    assert b"written by hand" in server.repos["me/base"].files()["README.md"]
+    assert server.repos["me/adapter"].files()["README.md"].decode() == card
+    assert server.repos["me/adapter"].private
+    for part in ("license: mit", "base_model: me/base\n", "# adapter\n", "| rank, alpha | 2, 8 |", "Inherited"):
+        assert part in card, part
+
+
+MERGE = """
+import numpy as np
+from datasets import Dataset
+from peft import LoraConfig
+from PIL import Image
+export(CHECKPOINT, "base")
+hub.push("base", "me/base")
+processor = AutoUnifiedProcessor.from_pretrained("me/base", generation_size=(64, 32, 16), condition_size=(42, 42, 14))
+trainer = RecATrainer(
+    "me/base", RecAConfig(output_dir="a run", use_cpu=True, report_to="none", preview_steps=0),
+    train_dataset=Dataset.from_dict({"image": [Image.fromarray(np.zeros((48, 64, 3), np.uint8))]}),
+    processing_class=processor, peft_config=LoraConfig(r=4),
+)
+merged = Path("a run/.merged/model")
+results = {}
+for name in ("down", "up"):
+    try:
+        trainer.push_merged_to_hub(f"me/{name}", private=True)
+        results[name] = []
+    except Exception as error:
+        results[name] = [type(error).__name__, *error.__notes__]
+        names = sorted(path.name for path in merged.iterdir())
+        AutoUnifiedModel.from_pretrained(merged)
+        hub.push(merged, "me/again")
+print(json.dumps({**results, "names": names, "left": merged.parent.exists()}))
+"""
+
+
+def test_a_merged_copy_outlives_the_hub(tmp_path, server):
+    server.fail += [
+        ["GET", r"^/api/models/me/base$", 0, 1000],  # where the card would look up the licence
+        ["POST", "me/down/commit", 0, 1000],
+    ]
+    report, _ = client(server, tmp_path, MERGE)
+    command = "reca-trainer push 'a run/.merged/model' me/down --private"
+    assert report["down"] == [
+        "ConnectionError",
+        f"a run/.merged/model is unharmed. To push it again: {command}",
+    ]
+    assert report["up"] == [] and not report["left"]
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} < set(report["names"])
+    assert sorted(server.repos["me/up"].files()) == sorted(server.repos["me/again"].files()) == report["names"]
+    assert b"That of the base model." in server.repos["me/up"].files()["README.md"]
+    assert "GET /api/models/me/base" in server.requests
+
+
+def test_a_token_that_cannot_be_sent_is_not_shown(tmp_path, server):
+    code = """
+export(CHECKPOINT, "model", "transformers")
+tokens = {"spaced": f" {os.environ['HF_TOKEN']}\\n", "broken": "hf_sec\\nret", "quoted": "“hf_secret”"}
+print(json.dumps({name: attempt(hub.push, "model", "me/model", token=token) for name, token in tokens.items()}))
+"""
+    results, output = client(server, tmp_path, code)
+    assert results["spaced"].startswith("ok")
+    assert results["broken"] == results["quoted"] and results["broken"].startswith("ValueError: The Hub token holds")
+    assert "hf_sec" not in output and "ret" not in results["broken"].split()
 
 
 def test_card_of_an_adapter_on_a_local_base_says_how_to_load_it():

@@ -21,6 +21,8 @@ from reca_trainer import adapters
 from reca_trainer.config import PREVIEW_PROMPTS
 from reca_trainer.data import RowDataset, SamplingPlan, TaskBatchSampler
 from reca_trainer.data.task_datasets import target_rule
+from reca_trainer.files import replacing
+from reca_trainer.images import ImageError, decode_image
 
 logger = logging.get_logger(__name__)
 
@@ -111,7 +113,10 @@ class PreviewCallback(TrainerCallback):
 
     Each picture (`output_dir/previews/step-NNNNNN.png`, and the tracker) has one column per image: the input above its
     reconstruction from the model's own understanding embeddings; and one per prompt: its text-to-image. After training
-    `before_after.png` shows the first above the last.
+    `before_after.png` shows the first above the last. Trackio, which closes its run before that, has all but the last.
+
+    A picture that does not fit into the device's memory, or cannot be written or tracked, is warned of, and the run
+    goes on. Other errors of the model, and those of the data, are raised.
 
     Args:
         trainer: a `RecATrainer`; images come from its evaluation set if it has one, else from the training set.
@@ -134,20 +139,38 @@ class PreviewCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         after = self.draw()
         before = after and after.with_name("step-000000.png")
-        if before is not None and before.is_file():
-            sheets = [Image.open(before), Image.open(after)]
-            both = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
-            both.paste(sheets[0], (0, 0))
-            both.paste(sheets[1], (0, sheets[0].height))
-            both.save(after.with_name("before_after.png"))
+        if before is None or not before.is_file():
+            return
+        try:
+            sheets = [decode_image(before), decode_image(after)]
+        except ImageError as error:
+            logger.warning(f"There is no before_after.png: {error}")
+            return
+        both = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
+        both.paste(sheets[0], (0, 0))
+        both.paste(sheets[1], (0, sheets[0].height))
+        self._save(both, after.with_name("before_after.png"))
 
     def draw(self) -> Path | None:
-        """Generate and save the picture of the current step. All processes generate, since all may hold a part of the
-        model; the first saves."""
-        with self.trainer.averaged_weights():
-            return self._draw()
+        """Generate, save and track the picture of the current step, and return its path; `None` if it was not saved.
+        All processes generate, since all may hold a part of the model; the first saves."""
+        trainer = self.trainer
+        try:
+            with trainer.averaged_weights():
+                picture = self._picture()
+        except torch.OutOfMemoryError as error:
+            if trainer.args.world_size > 1:  # the other processes wait for this one's part
+                raise
+            logger.warning(f"No preview of step {trainer.state.global_step}, for want of memory: {error}")
+            return None
+        if picture is None:
+            return None
+        self._track(picture)
+        path = Path(trainer.args.output_dir) / "previews" / f"step-{trainer.state.global_step:06d}.png"
+        return path if self._save(picture, path) else None
 
-    def _draw(self) -> Path | None:
+    def _picture(self) -> Image.Image | None:
+        """The picture of the current step; `None` in all processes but the first."""
         trainer = self.trainer
         if self.rows is None:
             self.rows = fixed_rows(trainer, "reconstruct", trainer.args.preview_images)
@@ -182,20 +205,31 @@ class PreviewCallback(TrainerCallback):
             return None
         columns = [("input | reconstruction", (image, reconstructions[index])) for index, image in enumerate(inputs)]
         columns += [(prompt, (None, image)) for prompt, image in zip(self.prompts, drawn, strict=True)]
-        picture = contact_sheet(columns)
-        path = Path(trainer.args.output_dir) / "previews" / f"step-{trainer.state.global_step:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
-        self._track(picture)
-        return path
+        return contact_sheet(columns)
+
+    def _save(self, picture: Image.Image, path: Path) -> bool:
+        """Whether the picture was written."""
+        try:
+            with replacing(path) as temporary:
+                picture.save(temporary, format="PNG")
+        except OSError as error:
+            logger.warning(f"The preview {path} was not written: {error}.")
+            return False
+        return True
 
     def _track(self, picture: Image.Image) -> None:
+        step = self.trainer.state.global_step
         for callback in self.trainer.callback_handler.callbacks:
-            step = self.trainer.state.global_step
-            if (writer := getattr(callback, "tb_writer", None)) is not None:
-                writer.add_image("preview", np.asarray(picture), step, dataformats="HWC")
-            elif (tracker := getattr(callback, "_wandb", None) or getattr(callback, "_trackio", None)) is not None:
-                tracker.log({"preview": tracker.Image(picture), "train/global_step": step})
+            writer = getattr(callback, "tb_writer", None)
+            tracker = getattr(callback, "_wandb", None) or getattr(callback, "_trackio", None)
+            is_open = getattr(callback, "_initialized", True)  # Trackio's run is over when training ends
+            try:
+                if writer is not None:
+                    writer.add_image("preview", np.asarray(picture), step, dataformats="HWC")
+                elif tracker is not None and is_open:
+                    tracker.log({"preview": tracker.Image(picture), "train/global_step": step})
+            except Exception as error:  # each tracker has its own, and most are the network's
+                logger.warning(f"{type(callback).__name__} did not take the preview of step {step}: {error!r}")
 
 
 class ReconstructionScores(TrainerCallback):
@@ -281,11 +315,11 @@ class UnderstandingProbe(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.measure()
-        found = [entry["understanding_loss"] for entry in state.log_history if "understanding_loss" in entry]
-        if len(found) > 1 and found[-1] > self.tolerated_rise * found[0]:
+        losses = [entry["understanding_loss"] for entry in state.log_history if "understanding_loss" in entry]
+        if len(losses) > 1 and losses[-1] > self.tolerated_rise * losses[0]:
             logger.warning(
-                f"Understanding drifted: the image-to-text loss on fixed captions rose from {found[0]:.4g} to "
-                f"{found[-1]:.4g}. Raise image_to_text_weight, or lower the learning rate."
+                f"Understanding drifted: the image-to-text loss on fixed captions rose from {losses[0]:.4g} to "
+                f"{losses[-1]:.4g}. Raise image_to_text_weight, or lower the learning rate."
             )
 
     @torch.no_grad()

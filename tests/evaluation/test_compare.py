@@ -64,7 +64,7 @@ def test_the_table_gives_paired_differences(runs, tmp_path):
     text = compare_runs(runs, tmp_path / "out")
     assert (tmp_path / "out/compare.md").read_text() == text
     assert "|  | base | tuned | difference |" in text and "| overall | 50.0 (" in text and "| +0.0 (" in text
-    assert "Not comparable <to papers>." in text
+    assert "Not comparable &lt;to papers&gt;." in text
     result = json.loads((tmp_path / "out/compare.json").read_text())
     assert result["names"] == ["base", "tuned"]
     [difference] = result["differences"]
@@ -73,11 +73,38 @@ def test_the_table_gives_paired_differences(runs, tmp_path):
     )
 
 
+@pytest.mark.parametrize("place", ["../secret.png", "/absolute", "images/link.png"])
+def test_only_pictures_of_the_run_itself_are_shown(tmp_path, place):
+    runs = [write_run(tmp_path / name, {"p": [1, 1]}) for name in ("base", "tuned")]
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (300, 200), "green").save(secret)
+    (tmp_path / "tuned/images/link.png").symlink_to(secret)
+    compare_runs(runs, tmp_path / "out")
+    assert (tmp_path / "out/compare.html").read_text().count("<img") == 4
+
+    for run in runs:  # both name the picture by the same place
+        rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+        rows[0]["filename"] = str(secret) if place == "/absolute" else place
+        (run / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "base/images/link.png").symlink_to(secret)
+    compare_runs(runs, tmp_path / "out")
+    page = (tmp_path / "out/compare.html").read_text()
+    assert page.count("<figure") == 4 and page.count("<img") == 2
+    assert page.count("not shown: it lies outside the run's folder") == 2
+
+
+def test_names_and_notes_cannot_change_the_table(tmp_path):
+    runs = [write_run(tmp_path / name, {"p": [1]}, notes=["<script>\n| a | b |"]) for name in ("a|b", "[x](evil)\n`")]
+    text = compare_runs(runs, tmp_path / "out")
+    assert r"|  | a\|b | \[x\](evil) \` | difference |" in text
+    assert text.endswith(r"&lt;script&gt; \| a \| b \|" + "\n")
+
+
 @pytest.mark.parametrize(("name", "value"), [("seed", 1), ("sampling", {"guidance_scale": 2}), ("scorer", {"d": 1})])
 def test_runs_under_other_conditions_are_not_compared(tmp_path, name, value):
-    one, other = write_run(tmp_path / "a", {"p": [1]}), write_run(tmp_path / "b", {"p": [1]}, **{name: value})
+    base, other = write_run(tmp_path / "a", {"p": [1]}), write_run(tmp_path / "b", {"p": [1]}, **{name: value})
     with pytest.raises(ValueError, match=f"b has {name} .*a has "):
-        compare_runs([one, other], tmp_path)
+        compare_runs([base, other], tmp_path)
 
 
 def test_a_base_its_adapter_and_a_finished_run(bagel_folder, detector_folder, clip_folder, tmp_path, capsys):

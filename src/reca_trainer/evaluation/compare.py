@@ -7,7 +7,6 @@ import base64
 import html
 import io
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from reca_trainer.evaluation.generation import processes
 from reca_trainer.evaluation.report import compare_rows, interval, percent
 from reca_trainer.files import replacing
 from reca_trainer.images import decode_image
+from reca_trainer.saving.card import escaped
 
 DESCRIPTION = """Run one benchmark on several models with the same seeds and compare them, image by image, with the first.
 Each of them is a model, an adapter of the first one, or the output folder of `reca-trainer evaluate`."""
@@ -64,7 +64,8 @@ def _run(args: argparse.Namespace, name: str, number: int) -> Path:
 def compare(runs: list[str | Path], folder: str | Path, thumbnail: int = 224) -> str:
     """Compare runs of `reca-trainer evaluate` with the first of them.
 
-    Writes `compare.json`, `compare.md` (for a model card) and `compare.html`, one file with the images in it.
+    Writes `compare.json`, `compare.md` (for a model card) and `compare.html`, one file with the images in it. Of a run's
+    images only those inside its folder are shown: what a results file names elsewhere may be anything.
 
     Args:
         thumbnail: longest side of the images in the page, in pixels.
@@ -135,10 +136,10 @@ def _about(reports: list[dict[str, Any]]) -> list[str]:
 
 
 def _table(names: list[str], reports: list[dict[str, Any]], differences: list[dict[str, Any]]) -> str:
-    header = _header(names)
-    lines = [f"### {reports[0]['title']}", "", f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-    lines += [f"| {' | '.join(cells)} |" for cells in _cells(reports, differences)]
-    lines += [line for note in _about(reports) for line in ("", note)]
+    header = [escaped(cell) for cell in _header(names)]
+    lines = [f"### {escaped(reports[0]['title'])}", "", f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    lines += [f"| {' | '.join(map(escaped, cells))} |" for cells in _cells(reports, differences)]
+    lines += [line for note in _about(reports) for line in ("", escaped(note))]
     return "\n".join(lines) + "\n"
 
 
@@ -179,9 +180,10 @@ const category = document.querySelector('#category'), differ = document.querySel
 const shown = document.querySelector('#shown');
 function filter() {
   let count = 0;
-  for (const one of articles) {
-    one.hidden = (category.value && one.dataset.category !== category.value) || (differ.checked && !one.dataset.differ);
-    count += !one.hidden;
+  for (const article of articles) {
+    const {category: tag, differ: differs} = article.dataset;
+    article.hidden = (category.value && tag !== category.value) || (differ.checked && !differs);
+    count += !article.hidden;
   }
   shown.textContent = `${count} of ${articles.length} prompts`;
 }
@@ -242,17 +244,21 @@ def _html_row(cell: str, texts: list[str]) -> str:
 
 
 def _figure(row: dict[str, Any], run: Path, thumbnail: int) -> str:
-    image = decode_image(os.path.normpath(run / row["filename"]))
-    image.thumbnail((thumbnail, thumbnail), Image.Resampling.LANCZOS)
-    data = io.BytesIO()
-    image.save(data, format="WEBP", quality=80)
-    source = f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
+    path = (run / row["filename"]).resolve()
+    shown = "not shown: it lies outside the run's folder"
+    if path.is_relative_to(run.resolve()):
+        image = decode_image(path)
+        image.thumbnail((thumbnail, thumbnail), Image.Resampling.LANCZOS)
+        data = io.BytesIO()
+        image.save(data, format="WEBP", quality=80)
+        source = f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
+        shown = f'<img src="{source}" loading="lazy" decoding="async" alt="{html.escape(row["prompt"])}">'
     right = row["score"] == 1
     mark = ("✓" if right else "✗") if row["score"] in (0, 1) else f"{percent(row['score'])} %"
     reason = html.escape(row["reason"])
     return (
-        f'<figure class="{"right" if right else "wrong"}"><img src="{source}" loading="lazy" decoding="async" '
-        f'alt="{html.escape(row["prompt"])}"><figcaption><b>{mark}</b> {reason}</figcaption></figure>'
+        f'<figure class="{"right" if right else "wrong"}">{shown}'
+        f"<figcaption><b>{mark}</b> {reason}</figcaption></figure>"
     )
 
 

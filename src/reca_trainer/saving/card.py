@@ -2,34 +2,60 @@
 
 from __future__ import annotations
 
+import html
+import json
+import os
 import platform
-from importlib.metadata import version
+import re
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlsplit
 
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from transformers.utils import logging
+
+from reca_trainer.files import replacing
+from reca_trainer.models.registry import is_adapter as holds_adapter
+from reca_trainer.saving.describe import describe
+
+logger = logging.get_logger(__name__)
 
 PAPER = "https://arxiv.org/abs/2509.07295"
+PREVIEW = "previews/before_after.png"
+PACKAGES = ("reca-trainer", "torch", "transformers", "peft", "diffusers", "bitsandbytes")
 
 
-def public_name(model: str | None) -> str | None:
-    """A Hub id as it is, the path of a folder without what lies above it."""
+def public_name(model: str | os.PathLike | None) -> str | None:
+    """A Hub id as it is, the path of a folder without what lies above it, an address without its user and query."""
     if not model:
         return None
+    name = str(model)
     try:
-        if not Path(model).exists():
-            validate_repo_id(model)
-            return model
+        if not os.path.exists(name):
+            validate_repo_id(name)
+            return name
     except HFValidationError:
         pass
-    return Path(model).name
+    return Path(urlsplit(name).path if "://" in name else name).name
+
+
+def escaped(value: Any) -> str:
+    """`value` as one line of Markdown that shows it as it is: no markup, no HTML, no further cell of a table. What
+    looks like a Hub token is left out."""
+    return re.sub(r"([\\`*\[\]{}|~#!$]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", html.escape(_line(value), quote=False))
+
+
+def _line(value: Any) -> str:
+    text = "".join(character if character.isprintable() else " " for character in str(value))
+    return re.sub(r"\bhf_\w{8,}", "hf_…", " ".join(text.split()))
 
 
 def base_license(model: str | None, token: str | None = None) -> str | None:
-    """The licence in a base model's card, from its folder or the Hub; `None` if it does not say."""
+    """The licence in a base model's card, from its folder or the Hub; `None` if it does not say or cannot be read."""
     if not model:
         return None
     folder = Path(model)
@@ -40,16 +66,17 @@ def base_license(model: str | None, token: str | None = None) -> str | None:
             card = ModelCard.load(folder / "README.md").data
         else:
             return None
-    except (HfHubHTTPError, OSError, ValueError):  # a card can do without it
+        name = card.get("license") if card else None
+    except Exception:  # whatever stands there or the network answers, a card can do without it
         return None
-    return card.get("license") if card else None
+    return name if isinstance(name, str) else None
 
 
 SNIPPET = """
 from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor
 
-model = AutoUnifiedModel.from_pretrained("{repo_id}"{base})
-processor = AutoUnifiedProcessor.from_pretrained("{repo_id}"{base})
+model = AutoUnifiedModel.from_pretrained({repo_id}{base})
+processor = AutoUnifiedProcessor.from_pretrained({repo_id}{base})
 image = model.generate_images(processor, text=["a red circle above a blue square"])[0]
 image.save("image.png")
 """
@@ -63,53 +90,128 @@ def model_card(
     datasets: list[str],
     hyperparameters: dict[str, Any],
     losses: dict[str, float],
-    steps: int,
+    steps: int | None,
     license: str | None = None,
     preview: str | None = None,
     notes: list[str] | None = None,
+    weights: dict[str, Any] | None = None,
+    environment: dict[str, str] | None = None,
 ) -> ModelCard:
     """The card of a RecA run: what it started from, how it was trained, what came out, how to use it.
+
+    Names and values are shown as they are, whatever markup is in them.
 
     Args:
         base_model: as it was loaded; only a folder's name is shown.
         hyperparameters: name and value of what was set, for a table.
         losses: name and last value of what was logged.
+        steps: how many were trained; `None` if that is not known.
         preview: path of a picture in the repository.
-        notes: further sentences about the weights.
+        notes: further sentences about the weights, in Markdown.
+        weights: name and value of what the weights are, for a table.
+        environment: `device`, and the version of each package, of the training.
     """
     base = public_name(base_model)
     on_hub = base is not None and base == base_model
-    where = f', base_model="path/to/{base}"' if is_adapter and not on_hub else ""
+    repository = json.dumps(_line(repo_id), ensure_ascii=False)
+    where = json.dumps(_line(f"path/to/{base}"), ensure_ascii=False)
+    where = f", base_model={where}" if is_adapter and not on_hub else ""
     tags = ["reca-trainer", "reconstruction-alignment", "unified-multimodal-model", *(["lora"] if is_adapter else [])]
     data = ModelCardData(
         base_model=base if on_hub else None,
         base_model_relation=("adapter" if is_adapter else "finetune") if on_hub else None,
-        datasets=[name for name in datasets if "/" in name and not Path(name).exists()] or None,
+        datasets=[name for name in datasets if "/" in name and public_name(name) == name] or None,
         library_name="peft" if is_adapter else "reca-trainer",
-        license=license,
+        license=license and _line(license),
         pipeline_tag="text-to-image",
         tags=tags,
     )
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    packages = ("reca-trainer", "torch", "transformers", "peft", "diffusers", "bitsandbytes")
-    rows = "\n".join(f"| {name} | {value} |" for name, value in hyperparameters.items())
-    results = "\n".join(f"| {name} | {value:.4g} |" for name, value in losses.items())
+    is_trained = is_adapter or steps is not None
+    kind = "A LoRA adapter for" if is_adapter else "A fine-tuned version of"
+    packages = dict(environment or {})
+    device = packages.pop("device", None)
+    data_names = [escaped(public_name(name)) for name in datasets]
     lines = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {repo_id.rpartition('/')[2]}",
-        f"{'A LoRA adapter for' if is_adapter else 'A fine-tuned version of'} {base or 'a unified multimodal model'}, "
+        f"# {escaped(repo_id.rpartition('/')[2])}",
+        f"{kind} {escaped(base or 'a unified multimodal model')}, "
         f"post-trained with [Reconstruction Alignment (RecA)]({PAPER}): the model reconstructs images from its own "
-        "understanding embeddings of them, which teaches its generator to draw what it can see.",
+        "understanding embeddings of them, which teaches its generator to draw what it can see."
+        if is_trained
+        else "A unified multimodal model. How it was trained is not recorded beside it.",
         *(notes or []),
-        f"![Input, reconstruction and text-to-image, before and after training]({preview})" if preview else "",
+        f"![Input, reconstruction and text-to-image, before and after training]({quote(preview)})" if preview else "",
+        _table("weights", "", weights),
         "## Usage",
-        f"```python{SNIPPET.format(repo_id=repo_id, base=where)}```",
-        "## Training",
-        f"Data: {', '.join(map(str, datasets)) or 'not recorded'}. {steps:,} steps on {device}.",
-        f"| hyper-parameter | value |\n|---|---|\n{rows}",
-        f"| last logged | value |\n|---|---|\n{results}" if results else "",
-        "Versions: " + ", ".join(f"{name} {version(name)}" for name in packages) + ".",
+        f"```python{SNIPPET.format(repo_id=repository, base=where)}```",
+        "## Training" if is_trained else "",
+        f"Data: {', '.join(data_names) or 'not recorded'}." if is_trained else "",
+        f"{steps:,} steps{f' on {escaped(device)}' if device else ''}." if steps is not None else "",
+        _table("hyper-parameter", "value", hyperparameters),
+        _table("last logged", "value", {name: f"{value:.4g}" for name, value in losses.items()}),
+        "Versions: " + ", ".join(f"{name} {number}" for name, number in packages.items()) + "." if packages else "",
         "## Licence",
-        f"Inherited from the base model: {license}." if license else "That of the base model.",
+        f"Inherited from the base model: {escaped(license)}." if license else "That of the base model.",
     ]
     return ModelCard("\n\n".join(line for line in lines if line) + "\n")
+
+
+def folder_card(folder: Path, repo_id: str, token: str | None = None) -> ModelCard:
+    """The card of an adapter or a model by what lies in its folder, `trainer_state.json` included."""
+    weights: dict[str, Any] = {}
+    state: dict[str, Any] = {}
+    try:
+        weights = describe(folder)
+        state = json.loads((folder / "trainer_state.json").read_text())
+    except (OSError, ValueError, KeyError):  # another tool's folder, or no trainer's: the card says what is known
+        pass
+    base = weights.pop("base model", None)
+    return model_card(
+        repo_id,
+        base_model=base,
+        is_adapter=holds_adapter(folder),
+        datasets=[],
+        hyperparameters={},
+        losses=last_losses(state.get("log_history", [])),
+        steps=state.get("global_step"),
+        license=base_license(base, token),
+        preview=PREVIEW if (folder / PREVIEW).is_file() else None,
+        weights=weights,
+    )
+
+
+def save_card(card: ModelCard, path: Path) -> None:
+    """Write a card. Where that fails a warning says so, since the weights do not depend on it."""
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text(str(card), encoding="utf-8")
+    except OSError as error:
+        logger.warning(f"The model card was not written to {path}: {error}.")
+
+
+def last_losses(log_history: list[dict[str, Any]]) -> dict[str, float]:
+    """The last value of each loss that a `Trainer` logged."""
+    last: dict[str, float] = {}
+    for entry in log_history:
+        last |= {name: value for name, value in entry.items() if name.endswith("loss")}
+    if "train_loss" in last:
+        last["mean train_loss"] = last.pop("train_loss")
+    return last
+
+
+def this_environment() -> dict[str, str]:
+    """The `device` of this process, and the versions of the packages that decide how it computes."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    versions = {"device": device}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # run from its source, or not needed
+            continue
+    return versions
+
+
+def _table(name: str, value: str, rows: dict[str, Any] | None) -> str:
+    lines = [f"| {name} | {value} |", "|---|---|"]
+    lines += [f"| {escaped(name)} | {escaped(value)} |" for name, value in (rows or {}).items()]
+    return "\n".join(lines) if rows else ""

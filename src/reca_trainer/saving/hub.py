@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
+import re
+import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +20,31 @@ from reca_trainer.saving.card import public_name
 
 logger = logging.get_logger(__name__)
 
-# The files in a training's output that only serve to go on with it here, or may hold a token or a path.
-LEFT_OUT = (
-    "checkpoint-*",
-    ".*",
-    "runs/*",
-    "logs/*",
-    "wandb/*",
-    "training_args.bin",
-    "*.pt",
-    "rng_state*",
-    "trainer_state.json",
-    "checkpoint_files.json",
-    "data_order.json",
-    "weight_average.safetensors",
+# What goes up, by its place in the folder; everything else stays on this machine.
+PARTS = (
+    *("sana/transformer", "sana/scheduler", "dc-ae", "internvl3", "internvl3-hf"),  # of a published OpenUni
+    *("show-o", "show-o-w-clip-vit", "magvitv2", "phi-1_5", "clip-vit-large-patch14-336"),  # of a published Show-o
+)
+WEIGHTS = r"(adapter_model|model|model_bf16|pytorch_model|diffusion_pytorch_model|ema|ae)"
+WEIGHTS += r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+CONFIGS = r"((adapter_|generation_|llm_|vit_|openuni_|quantization_|scheduler_)?config|ae_params)\.json"
+PROCESSOR = r"((preprocessor|processor|video_preprocessor|tokenizer)_config|tokenizer|vocab|special_tokens_map)\.json"
+PROCESSOR += r"|added_tokens\.json|vocab\.txt|merges\.txt|(tokenizer|spiece|sentencepiece\.bpe)\.model"
+PROCESSOR += r"|chat_template\.(jinja|json)|additional_chat_templates/\w+\.jinja"
+DOCUMENTS = r"README\.md|score\.md|(LICENSE|NOTICE)(\.txt|\.md)?|previews/(step-\d+|before_after)\.png"
+UPLOADED = re.compile(
+    rf"(({'|'.join(map(re.escape, PARTS))})/)?({WEIGHTS}|{CONFIGS}|{PROCESSOR})|openuni[\w-]*\.pth|{DOCUMENTS}"
 )
 RETRIED, WAITS = {429, 500, 502, 503, 504}, (1, 2, 4, 8, 16)  # status codes; seconds before each further try
+
+
+def uploaded_files(folder: Path, also: Sequence[str] = ()) -> tuple[dict[str, Path], list[str]]:
+    """What of a folder goes up, by name, and the names of what does not: weights as safetensors (and OpenUni's own
+    `.pth`), configs, tokenizer, processor, card, licence, scores and previews do. Names are relative to the folder,
+    with forward slashes."""
+    names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {name: path for name, path in names.items() if name in also or UPLOADED.fullmatch(name)}
+    return files, [name for name in names if name not in files]
 
 
 def push(
@@ -45,11 +56,13 @@ def push(
     token: str | None = None,
     create_pr: bool = False,
     commit_message: str = "Upload with reca_trainer",
+    also: Sequence[str] = (),
 ) -> CommitInfo:
     """Upload an adapter or a model in one commit, which either is there or is not.
 
     What of an interrupted upload has arrived is not sent again. Busy or failing servers (429, 5xx) are tried again, at
-    most five times. Of a training's output neither its checkpoints nor its arguments are uploaded.
+    most five times. Only what belongs to a model is uploaded, see `uploaded_files`; what is left out is named in a
+    warning. An error carries a note with the command that uploads the folder again.
 
     Args:
         folder: an adapter, a model or a trainer's `output_dir`.
@@ -58,18 +71,27 @@ def push(
         revision: branch to commit to; created from `main` if it is not there.
         token: by default the one that `hf auth login` stored.
         create_pr: open a pull request instead of committing.
+        also: further files to upload, by their paths in the folder.
 
     Raises:
         CheckpointError: the folder has no weights as safetensors.
+        FileNotFoundError: a file of `also` is not there.
         PermissionError: not logged in, or no right to write there.
         ConnectionError: the Hub cannot be reached, or stopped answering.
         HfHubHTTPError: what else the Hub answers.
+        ValueError: the token cannot be one.
     """
-    folder = Path(folder)
-    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    files = {name: path for name, path in files.items() if not any(fnmatch.fnmatch(name, left) for left in LEFT_OUT)}
+    folder, token = Path(folder), checked_token(token)
+    files, left_out = uploaded_files(folder, also)
+    if missing := sorted(set(also) - files.keys()):
+        raise FileNotFoundError(f"{folder} does not hold {', '.join(missing)}.")
     if not any(name.endswith(".safetensors") for name in files):
-        raise CheckpointError(f"{folder} holds no .safetensors file, so there is nothing to push.")
+        raise CheckpointError(f"{folder} holds no .safetensors file of a model, so there is nothing to push.")
+    if left_out:
+        within = {name.partition("/")[0] for name in files}
+        tops = {name: name.partition("/")[0] for name in left_out}
+        shown = sorted({name if top == name or top in within else f"{top}/" for name, top in tops.items()})
+        logger.warning_once(f"Not uploaded, being no part of a model: {', '.join(shown)}.")
     contents: dict[str, Any] = dict(files)
     if "adapter_config.json" in files:
         contents["adapter_config.json"] = _without_local_base(files["adapter_config.json"])
@@ -82,27 +104,56 @@ def push(
             repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
         )
 
+    again = ["reca-trainer", "push", str(folder), repo_id]
+    again += ["--private"] * bool(private) + ["--create_pr"] * create_pr
+    again += ["--revision", revision] if revision else []
+    again += ["--also", *also] if also else []
     try:
         repo_id = _retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
         if revision is not None:
             _retried(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
         return _retried(commit)
-    except HfHubHTTPError as error:
+    except BaseException as error:
+        error = _explained(error, repo_id, api.endpoint)
+        error.add_note(f"{folder} is unharmed. To push it again: {shlex.join(again)}")
+        raise error
+
+
+def checked_token(token: str | None) -> str | None:
+    """A token without the white space around it.
+
+    Raises:
+        ValueError: it holds what a request's header may not; HTTP clients would show it in their errors.
+    """
+    if not isinstance(token, str):
+        return token
+    token = token.strip()
+    if not re.fullmatch(r"[!-~]*", token):
+        raise ValueError("The Hub token holds characters that no token has; copy it again from hf.co/settings/tokens.")
+    return token or None
+
+
+def _explained(error: BaseException, repo_id: str, endpoint: str) -> BaseException:
+    """What went wrong in an upload, in words that say what to do."""
+    if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         if status in (401, 403):
-            raise PermissionError(
+            explained: BaseException = PermissionError(
                 f"The Hub does not let you write to {repo_id} ({status}). Log in with `hf auth login`, or pass a token "
                 "with write access to it."
-            ) from error
+            )
+            explained.__cause__ = error
+            return explained
         if status in (409, 412):
             error.append_to_message(f"\n{repo_id} was changed by someone else during the upload; push again.")
-        raise
-    except (HTTPError, RuntimeError) as error:
-        if not isinstance(error, HTTPError) and not isinstance(error.__cause__, HTTPError):
-            raise  # uploads in threads wrap what went wrong
-        raise ConnectionError(
-            f"The connection to {api.endpoint} failed ({error!r}). Push again: what has arrived is not sent again."
-        ) from error
+    # Uploads in threads wrap what went wrong.
+    elif isinstance(error, HTTPError) or (isinstance(error, RuntimeError) and isinstance(error.__cause__, HTTPError)):
+        explained = ConnectionError(
+            f"The connection to {endpoint} failed ({error!r}). Push again: what has arrived is not sent again."
+        )
+        explained.__cause__ = error
+        return explained
+    return error
 
 
 def _retried(request: Any) -> Any:

@@ -15,7 +15,7 @@ from transformers.utils import PushInProgress, logging
 
 from reca_trainer import adapters
 from reca_trainer.saving import hub
-from reca_trainer.saving.card import base_license, model_card, public_name
+from reca_trainer.saving.card import PREVIEW, base_license, last_losses, model_card, save_card, this_environment
 from reca_trainer.saving.export import export
 from reca_trainer.saving.merge import merge_adapter
 from reca_trainer.tasks import TASKS
@@ -27,9 +27,10 @@ class HubUploads(Trainer if TYPE_CHECKING else object):
     """The part of `RecATrainer` that writes model cards and uploads."""
 
     def create_model_card(self, model_name: str | None = None, *, merged: bool = False, **card: Any) -> None:
-        """Write `README.md` into the output folder; `card` replaces entries of `card.model_card`."""
+        """Write `README.md` into the output folder; `card` replaces entries of `card.model_card`. Where it cannot be
+        written, a warning says so."""
         if self.is_world_process_zero():
-            self._model_card(model_name, merged, **card).save(Path(self.args.output_dir) / "README.md")
+            save_card(self._model_card(model_name, merged, **card), Path(self.args.output_dir) / "README.md")
 
     def push_to_hub(
         self,
@@ -41,9 +42,10 @@ class HubUploads(Trainer if TYPE_CHECKING else object):
         create_pr: bool = False,
         **card: Any,
     ):
-        """Upload the adapter, or the fully trained model, with processor, card and previews, to `args.hub_model_id`; see
-        `hub.push`. It always waits for the upload to end, whatever `blocking` says."""
-        args, token = self.args, token or self.args.hub_token
+        """Upload the adapter, or the fully trained model, with processor, card and previews, to `args.hub_model_id`;
+        see `hub.push`. It always waits for the upload to end, whatever `blocking` says."""
+        args = self.args
+        token = hub.checked_token(token or args.hub_token)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
@@ -75,11 +77,13 @@ class HubUploads(Trainer if TYPE_CHECKING else object):
             token=args.hub_token,
             commit_message=f"Training in progress, step {self.state.global_step}",
         )
-        job.add_done_callback(
-            lambda done: (
-                done.exception() and logger.warning(f"{checkpoint_folder} was not uploaded: {done.exception()}")
-            )
-        )
+
+        def report(done: Any) -> None:
+            if error := done.exception():
+                notes = " ".join(getattr(error, "__notes__", ()))
+                logger.warning(f"{checkpoint_folder} was not uploaded: {error} {notes}")
+
+        job.add_done_callback(report)
         self.push_in_progress = PushInProgress([job])
 
     def push_merged_to_hub(
@@ -94,28 +98,40 @@ class HubUploads(Trainer if TYPE_CHECKING else object):
         **upload: Any,
     ):
         """Merge the adapter (see `merge_adapter` for `into`, `dtype` and `layout`) and upload the whole model;
-        `upload` as for `hub.push`. The merged copy lies in the output folder meanwhile."""
+        `upload` as for `hub.push`. The merged copy lies in `.merged` in the output folder meanwhile, and stays there if
+        it could not be uploaded; the error's note has the command that pushes it again."""
         folder = Path(self.args.output_dir) / ".merged"
+        token = hub.checked_token(token or self.args.hub_token)
+        if self.is_world_process_zero():
+            shutil.rmtree(folder, ignore_errors=True)  # of an upload that failed before
         self.save_model(str(folder / "adapter"), _internal_call=True)
         if not self.is_world_process_zero():
             return None
-        base = adapters.unwrap(self.model)
+        base, model = adapters.unwrap(self.model), folder / "model"
         options = {"dtype": dtype, "layout": layout, "processor": self.processing_class}
-        token = token or self.args.hub_token
         try:
             if isinstance(self.model, PeftModel):
                 source = base.name_or_path or base
-                merge_adapter(source, folder / "adapter", folder / "model", into, token=token, **options)
+                merge_adapter(source, folder / "adapter", model, into, token=token, **options)
             else:
-                export(base, folder / "model", **options)
-            self._model_card(repo_id, merged=True).save(folder / "model" / "README.md")
-            for picture in Path(self.args.output_dir).glob("previews/before_after.png"):
-                (folder / "model" / "previews").mkdir()
-                shutil.copy(picture, folder / "model" / "previews")
-            private = self.args.hub_private_repo if private is None else private
-            return hub.push(folder / "model", repo_id, token=token, private=private, **upload)
-        finally:
+                export(base, model, **options)
+        except BaseException:
             shutil.rmtree(folder)
+            raise
+        shutil.rmtree(folder / "adapter")
+        # A family from outside the package names its published files as it likes.
+        others = [*hub.uploaded_files(model)[1], *upload.pop("also", ())]
+        save_card(self._model_card(repo_id, merged=True), model / "README.md")
+        if (picture := Path(self.args.output_dir) / PREVIEW).is_file():
+            try:
+                (model / PREVIEW).parent.mkdir()
+                shutil.copy(picture, model / PREVIEW)
+            except OSError as error:
+                logger.warning(f"{picture} is not uploaded: {error}.")
+        private = self.args.hub_private_repo if private is None else private
+        commit = hub.push(model, repo_id, token=token, private=private, also=others, **upload)
+        shutil.rmtree(folder)
+        return commit
 
     def _model_card(self, repo_id: str | None, merged: bool, **card: Any):
         args, base = self.args, adapters.unwrap(self.model)
@@ -134,21 +150,16 @@ class HubUploads(Trainer if TYPE_CHECKING else object):
                 "4 bits" if getattr(base, "is_loaded_in_4bit", False)
                 else "8 bits" if getattr(base, "is_loaded_in_8bit", False) else str(base.dtype)
             )  # fmt: skip
-        last: dict[str, float] = {}
-        for entry in self.state.log_history:
-            last |= {name: value for name, value in entry.items() if name.endswith("loss")}
-        if "train_loss" in last:
-            last["mean train_loss"] = last.pop("train_loss")
         source = base.name_or_path or None
-        preview = Path("previews/before_after.png")
         defaults = {
             "base_model": source,
             "is_adapter": is_adapter,
-            "datasets": [public_name(name) for name in (args.dataset_name, args.caption_dataset_name) if name],
+            "datasets": [name for name in (args.dataset_name, args.caption_dataset_name) if name],
             "hyperparameters": settings,
-            "losses": last,
+            "losses": last_losses(self.state.log_history),
             "steps": self.state.global_step,
             "license": base_license(source, args.hub_token),
-            "preview": str(preview) if (Path(args.output_dir) / preview).is_file() else None,
+            "preview": PREVIEW if (Path(args.output_dir) / PREVIEW).is_file() else None,
+            "environment": this_environment(),
         }
         return model_card(repo_id or args.hub_model_id or Path(args.output_dir).absolute().name, **(defaults | card))
