@@ -197,3 +197,12 @@ def test_a_batch_that_does_not_fit_is_halved(tmp_path, model, dataset, processor
     monkeypatch.setattr(run, "training_step", training_step)
     run.train()
     assert max(sizes[1:]) <= 3 and sizes[-2:] == [2, 2]
+
+
+def test_tokens_are_shown_and_kept_nowhere(tmp_path):
+    args = RecAConfig(output_dir=str(tmp_path), use_cpu=True, hub_token="hf_do_not_tell")
+    assert not any("do_not_tell" in text for text in (repr(args), str(args), args.to_json_string()))
+    for given in ({"token": "hf_do_not_tell"}, '{"token": "hf_do_not_tell"}'):
+        with pytest.raises(ValueError, match="hf auth login") as error:
+            RecAConfig(output_dir=str(tmp_path), use_cpu=True, model_init_kwargs=given)
+        assert "do_not_tell" not in str(error.value)

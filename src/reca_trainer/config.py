@@ -16,7 +16,7 @@ from reca_trainer.tasks import TASKS, parse_task_mix
 PREVIEW_PROMPTS = ["a red apple on a wooden table", "two cats beside a blue chair", "a street in the rain at night"]
 
 
-@dataclass
+@dataclass(repr=False)  # that of TrainingArguments hides tokens
 class RecAConfig(TrainingArguments):
     r"""Arguments of a [`RecATrainer`]: those of `transformers.TrainingArguments`, and what RecA adds.
 
@@ -99,7 +99,13 @@ class RecAConfig(TrainingArguments):
     # --- the data ---
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Images to train on: a folder, .tar, .parquet or a dataset id on the Hub."},
+        metadata={"help": "Images to train on: a folder, an archive, a table or a dataset id on the Hub."},
+    )
+    data_files: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Patterns of the files in it to read, such as '**/*.tar'; without, all that are of one kind."
+        },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Its split to train on."})
@@ -235,6 +241,11 @@ class RecAConfig(TrainingArguments):
         weights = {name: getattr(self, task.weight_option) or 0.0 for name, task in TASKS.items()}
         if min(weights.values()) < 0 or max(weights.values()) == 0:
             raise ValueError(f"Loss weights are non-negative and not all zero; got {weights}.")
+        if isinstance(self.model_init_kwargs, dict) and self.model_init_kwargs.get("token"):
+            raise ValueError(
+                "A token in model_init_kwargs would be written into every checkpoint: log in with `hf auth login`, or set "
+                "HF_TOKEN, instead."
+            )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is at least 0 and below 1, not {self.ema_decay}.")
         if not 0 <= self.max_bad_share <= 1:
@@ -244,6 +255,8 @@ class RecAConfig(TrainingArguments):
                 raise ValueError(f"{name} is a probability, not {getattr(self, name)}.")
         if self.token_weighting not in ("target", "micro_batch"):
             raise ValueError(f"token_weighting is 'target' or 'micro_batch', not {self.token_weighting!r}.")
+        if self.data_files is not None and self.dataset_name is None:
+            raise ValueError("data_files are patterns in dataset_name, which is not set.")
         if self.instructions_file is not None:
             self.read_instructions()
         if self.on_bad_image not in ("raise", "skip"):
