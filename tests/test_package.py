@@ -40,7 +40,11 @@ def test_families_do_not_know_each_other_nor_the_trainer():
 
 
 def test_only_auto_knows_the_families():
-    for path in [*SOURCE.glob("*.py"), *(SOURCE / "evaluation").glob("*.py"), SOURCE / "models" / "contract.py"]:
+    shared = [
+        *(SOURCE / "models" / "common").glob("*.py"),
+        *(SOURCE / "models" / f"{name}.py" for name in ("contract", "inference")),
+    ]
+    for path in [*SOURCE.glob("*.py"), *(SOURCE / "evaluation").glob("*.py"), *shared]:
         known = [module for module in imports(path) if module.startswith("reca_trainer.models.")]
         assert not [module for module in known if module.split(".")[2] in FAMILIES], f"{path} imports {known}"
 

@@ -1,13 +1,13 @@
 """A whole family in one small module: what `ADDING_A_FAMILY.md` explains. It draws 8 × 8 pixels from an embedding."""
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from transformers import PreTrainedConfig
 
-from reca_trainer import UnifiedModel, UnifiedOutput, UnifiedProcessor, register_family
-from reca_trainer.models.contract import check_only_size, evaluating, one_per_sample, per_sample
+from reca_trainer import UnifiedModel, UnifiedProcessor, register_family
+from reca_trainer.models.common.flow_matching import flow_loss, interpolate
+from reca_trainer.models.common.pixels import to_images, to_pixels
+from reca_trainer.models.contract import check_only_size, one_per_sample, per_sample
 
 
 class Config(PreTrainedConfig):
@@ -78,32 +78,24 @@ class Model(UnifiedModel):
     def _flow_loss(self, condition, pixel_values, corruption, understanding_embeds=None):
         clean, noise = self.encode_target(pixel_values), corruption["noise"].to(self.device)
         time = corruption["timesteps"].to(self.device)
-        velocity = self.velocity(clean + time * (noise - clean), condition, time)  # [B, N]
-        errors = (velocity.float() - (noise - clean)) ** 2
-        return UnifiedOutput(
-            loss=errors.mean(),
-            per_sample_loss=errors.mean(1).detach(),
-            prediction=velocity,
-            target=noise - clean,
-            understanding_embeds=understanding_embeds,
-        )
+        velocity = self.velocity(interpolate(clean, noise, time), condition, time)  # [B, N]
+        return flow_loss(velocity, noise - clean, understanding_embeds=understanding_embeds)
 
     def velocity(self, noisy, condition, time):
         return self.generator(torch.cat([noisy, condition, time], dim=1).to(self.dtype))
 
-    @evaluating
-    def generate_images(self, processor, text=None, images=None, *, task="generate", generator=None, **sampling):
+    def _generate_images(self, processor, text, images, *, task, generator, num_inference_steps=4):
         prompts = text or [""] * len(images)
         batch = processor(images, prompts, prompts, task)
         condition = self.read(batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device))
         if task == "reconstruct":
             condition = condition + self.encode_condition(batch["condition_pixel_values"].to(self.device))[:, 0]
-        steps, size = sampling.get("num_inference_steps", 4), 3 * self.config.image_size**2
+        size = 3 * self.config.image_size**2
         image = per_sample(lambda draw: torch.randn(size, generator=draw), len(prompts), generator).to(self.device)
-        for step in range(steps, 0, -1):
-            image = image - self.velocity(image, condition, torch.full_like(image[:, :1], step / steps)) / steps
-        pixels = ((self.decode_target(image).clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
-        return [Image.fromarray(array) for array in pixels.cpu().numpy()]
+        for step in range(num_inference_steps, 0, -1):
+            time = torch.full_like(image[:, :1], step / num_inference_steps)
+            image = image - self.velocity(image, condition, time) / num_inference_steps
+        return to_images(self.decode_target(image))
 
 
 class Processor(UnifiedProcessor):
@@ -120,8 +112,7 @@ class Processor(UnifiedProcessor):
     ):
         batch = {"task": task}
         if images is not None:
-            arrays = [np.asarray(image.resize((self.image_size, self.image_size))) for image in images]
-            pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
+            pixels = to_pixels([image.resize((self.image_size, self.image_size)) for image in images])
             batch["pixel_values"] = pixels
             if task == "reconstruct":
                 batch["condition_pixel_values"] = pixels

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
-from reca_trainer.models.bagel import modeling_bagel
-from reca_trainer.models.bagel.modeling_bagel import patchify, shift_timesteps
+from reca_trainer.models.bagel import generation_bagel
+from reca_trainer.models.bagel.latents_bagel import patchify, shift_timesteps
 from reca_trainer.models.bagel.processing_bagel import resized_size
 from tests.conftest import Golden
 
@@ -209,8 +209,8 @@ def check_image_generation(model, processor, case, tensors, monkeypatch):
 
     for name in ("encode_condition", "encode_target", "decode_target"):
         record(model, name)
-    record(modeling_bagel, "unpatchify")
-    velocity, guide = model.velocity, modeling_bagel.guide
+    record(generation_bagel, "unpatchify")
+    velocity, guide = model.velocity, generation_bagel.guide
 
     def recorded_velocity(context, noisy, timesteps, grid):
         result = velocity(context, noisy, timesteps, grid)
@@ -222,7 +222,7 @@ def check_image_generation(model, processor, case, tensors, monkeypatch):
         return steps[list(steps)[-1]]
 
     monkeypatch.setattr(model, "velocity", recorded_velocity)
-    monkeypatch.setattr(modeling_bagel, "guide", recorded_guide)
+    monkeypatch.setattr(generation_bagel, "guide", recorded_guide)
     height, width = case["context"]["image_shape"]
     result = model.generate_images(
         processor,

@@ -8,9 +8,11 @@ import torch
 from PIL import Image
 
 from reca_trainer.models import harmon
+from reca_trainer.models.common.pixels import to_pixels
 from reca_trainer.models.contract import IMAGE_MARK, conversations_of
-from reca_trainer.models.harmon.modeling_harmon import GaussianDiffusion, Visible, hidden_counts, mask_rate, positions
-from reca_trainer.models.harmon.processing_harmon import IMAGE_POSITION, to_pixels
+from reca_trainer.models.harmon.mar_harmon import GaussianDiffusion, Visible, hidden_counts, mask_rate
+from reca_trainer.models.harmon.modeling_harmon import positions
+from reca_trainer.models.harmon.processing_harmon import IMAGE_POSITION
 from tests.conftest import Golden
 
 golden = Golden("harmon")
@@ -41,7 +43,7 @@ def check(record_property):
 
 def pixels(images):
     """`[B, 3, H, W]` in [-1, 1] from uint8 `[B, H, W, 3]`."""
-    return torch.stack([to_pixels(Image.fromarray(image.numpy())) for image in images])
+    return to_pixels([Image.fromarray(image.numpy()) for image in images])
 
 
 def corruption(model, tensors):

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from reca_trainer.models import harmon
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
-from reca_trainer.models.harmon.modeling_harmon import Visible, hidden_counts, kept_timesteps
+from reca_trainer.models.harmon.mar_harmon import Visible, hidden_counts, kept_timesteps
 from reca_trainer.models.weights import CheckpointError
 from tests.conftest import GOLDEN
 

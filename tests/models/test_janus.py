@@ -338,7 +338,7 @@ def test_generation_leaves_the_training_mode(model, processor):
 
 
 def test_generation_refuses_what_the_model_cannot_do(model, processor):
-    with pytest.raises(ValueError, match="height=64, but this Janus always has height=16"):
+    with pytest.raises(ValueError, match=r"height=64, but Janus.* always has height=16"):
         model.generate_images(processor, ["red"], height=64)
     with pytest.raises(ValueError, match="num_inference_steps=16"):
         model.generate_images(processor, ["red"], num_inference_steps=50)

@@ -366,7 +366,7 @@ def test_reconstruction_is_guided_only_by_another_instruction(model, processor):
         return image.tobytes()
 
     assert generate(guidance_scale=4.0) == generate(guidance_scale=1.0)
-    assert generate(guidance_scale=4.0, negative_text="Nothing.") != generate(guidance_scale=1.0)
+    assert generate(guidance_scale=4.0, negative_prompt="Nothing.") != generate(guidance_scale=1.0)
 
 
 def test_answers_are_greedy_unless_a_generator_draws(model, processor):

@@ -29,7 +29,31 @@ from PIL import Image
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import ModelOutput
 
+from reca_trainer.models.inference import check_generators, check_sampling, check_side, read_images, read_text, spread
+
 Generators = torch.Generator | list[torch.Generator] | None
+
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def evaluating(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Decorates a method of a `UnifiedModel` that samples: it runs in eval mode and without gradients, and leaves the
+    model in the mode it was in, also where it fails."""
+
+    @functools.wraps(method)
+    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        model: Any = args[0]
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                return method(*args, **kwargs)
+        finally:
+            model.train(training)
+
+    return run
 
 
 @dataclass
@@ -55,7 +79,7 @@ class UnifiedModel(PreTrainedModel):
     """A model that understands and generates images, as RecA sees it.
 
     A family sets the attributes, and implements one method per task (`_reconstruct`, `_caption`, `_generate`), the three
-    encodings, the two methods about randomness and the two that generate.
+    encodings, the two methods about randomness and the two that generate (`_generate_images`, `_generate_text`).
 
     Attributes:
         tasks: the tasks that the family can do; others are refused by name.
@@ -65,6 +89,8 @@ class UnifiedModel(PreTrainedModel):
             property that depends on the config.
         quantized_modules: regular expression that fully matches the names of the linear layers a `BitsAndBytesConfig`
             quantises; by default `lora_target_modules`. All others stay as they are.
+        image_tasks: the tasks of `generate_images`.
+        image_sides: in pixels, what `generate_images` can make a side of; `None` where that is the processor's `fixed_size`.
         no_guidance_scale: the `guidance_scale` of `generate_images` that turns classifier-free guidance off. Scales are
             the original's numbers, so that published values stay valid.
         frozen_encoders: names of the submodules that `encode_batch` computes with; none where a family has no such
@@ -77,11 +103,16 @@ class UnifiedModel(PreTrainedModel):
     shares_weights: bool = False
     lora_target_modules: str = ""
     quantized_modules: str = ""
+    image_tasks: tuple[str, ...] = ("generate", "reconstruct")
     no_guidance_scale: float = 1.0
     frozen_encoders: tuple[str, ...] = ()
     supports_timesteps_per_image: bool = False
     config_class: type[PreTrainedConfig]  # a family always has one
     main_input_name = "pixel_values"
+
+    @property
+    def image_sides(self) -> range | None:
+        return None
 
     @property
     def generation_modules(self) -> list[str]:
@@ -182,29 +213,158 @@ class UnifiedModel(PreTrainedModel):
         """
         raise NotImplementedError
 
+    @evaluating
     def generate_images(
         self,
         processor: UnifiedProcessor,
-        text: list[str] | None = None,
-        images: list[Image.Image] | None = None,
+        text: str | list[str] | None = None,
+        images: Image.Image | list[Image.Image] | None = None,
         *,
         task: str = "generate",
         generator: Generators = None,
+        height: int | None = None,
+        width: int | None = None,
+        negative_prompt: str | list[str] | None = None,
         **sampling: Any,
     ) -> list[Image.Image]:
         """Generate one image per prompt (`task="generate"`), per image from its understanding embeddings
         (`task="reconstruct"`, `text` is then the instruction), or edit (`task="edit"`, where the family can).
 
+        It runs in eval mode and without gradients.
+
         Args:
-            generator: one generator, or one per image.
-            sampling: `num_inference_steps`, `guidance_scale`, `height`, `width` and what else the family documents.
+            text: prompts or instructions: a list with one per image, or one for all. An empty one leaves the words out.
+                A reconstruction does without.
+            images: PIL images, paths or encoded bytes: a list, or one for all texts. They are read as for training, see
+                `reca_trainer.images.decode_image`.
+            generator: one generator, or a list with one per image: then an image does not depend on the others.
+            height, width: of the output in pixels; by default what the processor makes.
+            negative_prompt: what classifier-free guidance leads away from, in place of the family's unconditional prompt:
+                one per image, or one for all.
+            sampling: `num_inference_steps`, `guidance_scale` and what else `_generate_images` of the family takes.
+
+        Returns:
+            A list of RGB images, also for a single prompt.
+
+        Raises:
+            ValueError: a task, size or argument that the family does not have; texts, images or generators that are
+                missing or differ in number; a negative prompt without guidance.
+        """
+        name = type(self).__name__
+        if task not in self.image_tasks:
+            raise ValueError(f"task={task!r}, but {name} makes images for {', '.join(self.image_tasks)}.")
+        if text is None and task != "reconstruct":
+            raise ValueError(f'task={task!r} needs text; "" leaves the words out.')
+        if (images is None) != (task == "generate"):
+            needs = "takes no images" if task == "generate" else "needs images"
+            raise ValueError(f"task={task!r} {needs}.")
+        inputs = spread(
+            {
+                "text": None if text is None else read_text("text", text),
+                "images": None if images is None else read_images("images", images),
+                "negative_prompt": None if negative_prompt is None else read_text("negative_prompt", negative_prompt),
+            }
+        )
+        check_generators(generator, len(inputs["images"] or inputs["text"] or []))
+        self._check_size(processor, height, width)
+        if sampling.get("num_inference_steps") is not None and sampling["num_inference_steps"] < 1:
+            raise ValueError(f"num_inference_steps is at least 1, got {sampling['num_inference_steps']}.")
+        parameters = inspect.signature(self._generate_images).parameters
+        if negative_prompt is not None:
+            if "negative_prompt" not in parameters:
+                raise ValueError(f"{name} has no classifier-free guidance that a negative_prompt could lead.")
+            if sampling.get("guidance_scale", parameters["guidance_scale"].default) <= self.no_guidance_scale:
+                raise ValueError(
+                    f"A negative_prompt needs guidance: a guidance_scale above {self.no_guidance_scale:g}."
+                )
+            sampling["negative_prompt"] = inputs["negative_prompt"]
+        check_sampling(name, self._generate_images, sampling)
+        sides = {"height": height, "width": width}
+        sampling.update({side: value for side, value in sides.items() if side in parameters})
+        return self._generate_images(
+            processor, inputs["text"], inputs["images"], task=task, generator=generator, **sampling
+        )
+
+    def _check_size(self, processor: UnifiedProcessor, height: int | None, width: int | None) -> None:
+        fixed = processor.fixed_size
+        for index, (name, side) in enumerate({"height": height, "width": width}.items()):
+            sides = self.image_sides
+            if sides is None and fixed is not None:
+                sides = range(fixed[index], fixed[index] + 1)
+            if sides is not None:
+                check_side(type(self).__name__, name, side, sides)
+
+    def _generate_images(
+        self,
+        processor: Any,
+        text: list[str] | None,
+        images: list[Image.Image] | None,
+        *,
+        task: str,
+        generator: Generators,
+        **sampling: Any,
+    ) -> list[Image.Image]:
+        """What `generate_images` of the family does, once everything is checked.
+
+        Args:
+            text, images: lists of one length; images are upright RGB. `text` is `None` where a reconstruction has no
+                instructions, `images` is `None` in text-to-image.
+            task: one of `image_tasks`.
+            sampling: the family names each of its arguments, with defaults: they alone are taken. Among them are `height`
+                and `width` where it has `image_sides`, `negative_prompt` (a list, or `None`) where it has guidance.
         """
         raise NotImplementedError
 
+    @evaluating
     def generate_text(
-        self, processor: UnifiedProcessor, text: list[str], images: list[Image.Image] | None = None, **sampling: Any
+        self,
+        processor: UnifiedProcessor,
+        text: str | list[str],
+        images: Image.Image | list[Image.Image] | None = None,
+        *,
+        generator: Generators = None,
+        **sampling: Any,
     ) -> list[str]:
-        """Answer each question in `text`, about the image at the same place in `images` if given."""
+        """Answer each question in `text`, about the image at the same place in `images` if given.
+
+        Args:
+            text, images: as in `generate_images`; a single question is asked about every image, a single image serves
+                every question.
+            generator: of the draws, where there are any; answers are greedy by default. One, or a list with one per
+                question where the family draws them apart.
+            sampling: `max_new_tokens`, `temperature` and what else `_generate_text` of the family takes.
+
+        Returns:
+            A list of answers, also for a single question.
+
+        Raises:
+            ValueError: the family answers no questions, or has no such argument; texts, images or generators that differ
+                in number.
+        """
+        name = type(self).__name__
+        if "caption" not in self.tasks:
+            raise ValueError(f"{name} answers no questions; it can do {', '.join(self.tasks)}.")
+        inputs = spread(
+            {
+                "text": read_text("text", text),
+                "images": None if images is None else read_images("images", images),
+            }
+        )
+        questions = inputs["text"] or []
+        check_generators(generator, len(questions))
+        check_sampling(name, self._generate_text, sampling)
+        return self._generate_text(processor, questions, inputs["images"], generator=generator, **sampling)
+
+    def _generate_text(
+        self,
+        processor: Any,
+        text: list[str],
+        images: list[Image.Image] | None,
+        *,
+        generator: Generators,
+        **sampling: Any,
+    ) -> list[str]:
+        """What `generate_text` of the family does, once everything is checked; arguments as in `_generate_images`."""
         raise NotImplementedError
 
     @classmethod
@@ -365,28 +525,6 @@ def check_only_size(side: int, *bounds: int | None) -> None:
     """Raise `ValueError` where one of the `bounds` asks of a family for targets of another side than its only one."""
     if any(bound not in (None, side) for bound in bounds):
         raise ValueError(f"This model makes targets of {side} x {side} pixels only; leave other sizes out.")
-
-
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
-
-
-def evaluating(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Decorates a method of a `UnifiedModel` that samples: it runs in eval mode and without gradients, and leaves the
-    model in the mode it was in, also where it fails."""
-
-    @functools.wraps(method)
-    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        model: Any = args[0]
-        training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                return method(*args, **kwargs)
-        finally:
-            model.train(training)
-
-    return run
 
 
 def token_cross_entropy(

@@ -14,42 +14,32 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
-from PIL import Image
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.qwen2.modeling_qwen2 import (
-    Qwen2MLP,
-    Qwen2RMSNorm,
-    Qwen2RotaryEmbedding,
-    apply_rotary_pos_emb,
-)
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from reca_trainer.models.bagel.configuration_bagel import BagelConfig
-from reca_trainer.models.bagel.processing_bagel import BagelProcessor, resized_size
+from reca_trainer.models.bagel.decoder_bagel import GENERATION, BagelLanguageModel
+from reca_trainer.models.bagel.generation_bagel import BagelGeneration
+from reca_trainer.models.bagel.latents_bagel import patchify, shift_timesteps
+from reca_trainer.models.bagel.processing_bagel import resized_size
+from reca_trainer.models.common.flow_matching import flow_loss, interpolate
 from reca_trainer.models.contract import (
     Generators,
     UnifiedModel,
     UnifiedOutput,
     count_answer_tokens,
-    evaluating,
     per_sample,
     token_cross_entropy,
 )
-
-UNDERSTANDING, GENERATION = "", "_moe_gen"  # suffixes of an expert's module names, as published
 
 
 class SinCosPositions(nn.Module):
@@ -146,167 +136,6 @@ class BagelTimestepEmbedder(nn.Module):
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
 
 
-class RMSNorm(torch.autograd.Function):
-    """`Qwen2RMSNorm`, bit for bit, that keeps its input and one number a token for the backward pass: neither the input
-    in float32 nor the normalised one."""
-
-    @staticmethod
-    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        x = hidden.float()
-        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)  # [..., 1]
-        ctx.save_for_backward(hidden, weight, scale)
-        return weight * (x * scale).to(hidden.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        hidden, weight, scale = ctx.saved_tensors
-        grad, normed, grad_weight = grad.float(), hidden.float() * scale, None
-        if ctx.needs_input_grad[1]:
-            grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        grad = grad * weight.float()
-        grad = (grad - normed * (grad * normed).mean(-1, keepdim=True)) * scale
-        return grad.to(hidden.dtype), grad_weight, None
-
-
-class BagelRMSNorm(Qwen2RMSNorm):
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return RMSNorm.apply(hidden, self.weight, self.variance_epsilon)
-
-
-class SwiGLU(torch.autograd.Function):
-    """`silu(gate) · up`, bit for bit; the backward pass computes `silu(gate)` again rather than keeping it."""
-
-    @staticmethod
-    def forward(ctx, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
-
-
-class BagelMLP(Qwen2MLP):
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(SwiGLU.apply(self.gate_proj(hidden), self.up_proj(hidden)))
-
-
-class BagelAttention(nn.Module):
-    """Grouped-query attention whose projections and query/key norms exist once per expert."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        q_dim, kv_dim = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.groups = config.num_attention_heads // config.num_key_value_heads
-        for expert in (UNDERSTANDING, GENERATION):
-            self.add_module(f"q_proj{expert}", nn.Linear(config.hidden_size, q_dim))
-            self.add_module(f"k_proj{expert}", nn.Linear(config.hidden_size, kv_dim))
-            self.add_module(f"v_proj{expert}", nn.Linear(config.hidden_size, kv_dim))
-            self.add_module(f"o_proj{expert}", nn.Linear(q_dim, config.hidden_size, bias=False))
-            self.add_module(f"q_norm{expert}", BagelRMSNorm(self.head_dim, eps=config.rms_norm_eps))
-            self.add_module(f"k_norm{expert}", BagelRMSNorm(self.head_dim, eps=config.rms_norm_eps))
-
-    def project(self, hidden: torch.Tensor, expert: str) -> list[torch.Tensor]:
-        """`[B, T, D]` -> queries, keys, values `[B, heads, T, head_dim]`, normalised but not yet rotated."""
-        heads = (*hidden.shape[:2], -1, self.head_dim)
-        query = getattr(self, f"q_norm{expert}")(getattr(self, f"q_proj{expert}")(hidden).view(heads))
-        key = getattr(self, f"k_norm{expert}")(getattr(self, f"k_proj{expert}")(hidden).view(heads))
-        value = getattr(self, f"v_proj{expert}")(hidden).view(heads)
-        return [tensor.transpose(1, 2) for tensor in (query, key, value)]
-
-    def output(self, attended: torch.Tensor, expert: str) -> torch.Tensor:
-        """`[B, heads, T, head_dim]` -> `[B, T, D]`."""
-        return getattr(self, f"o_proj{expert}")(attended.transpose(1, 2).flatten(2))
-
-
-class BagelDecoderLayer(GradientCheckpointingLayer):
-    """One layer of both experts over one split of the sequence."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.self_attn = BagelAttention(config)
-        for expert in (UNDERSTANDING, GENERATION):
-            self.add_module(f"mlp{expert}", BagelMLP(config))
-            self.add_module(f"input_layernorm{expert}", BagelRMSNorm(config.hidden_size, eps=config.rms_norm_eps))
-            self.add_module(
-                f"post_attention_layernorm{expert}", BagelRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-            )
-
-    def forward(
-        self,
-        understanding: torch.Tensor | None,
-        generation: torch.Tensor | None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        past: tuple[torch.Tensor, torch.Tensor] | None,
-        attention_mask: torch.Tensor | None,
-        is_causal: bool,
-        frozen: bool,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """Both experts' tokens through one layer.
-
-        Args:
-            understanding: `[B, U, D]` or `None`; they come first in the split.
-            generation: `[B, G, D]` or `None`.
-            position_embeddings: cosine and sine, `[B, U + G, head_dim]`.
-            past: keys and values `[B, kv_heads, S, head_dim]` of the splits before.
-            attention_mask: bool, broadcastable to `[B, 1, U + G, S + U + G]`, `True` where attention is allowed.
-            frozen: whether understanding tokens are constants: their queries, keys, values and outputs are computed
-                without gradients (section "Freezing" of the official run; a gradient would otherwise pass through the
-                markers around the target).
-
-        Returns:
-            The new `understanding` and `generation`, and all keys and values, those of `past` included.
-        """
-        streams = [(UNDERSTANDING, understanding), (GENERATION, generation)]
-        streams = [(expert, hidden) for expert, hidden in streams if hidden is not None]
-        grad = torch.is_grad_enabled()
-        needs_grad = {UNDERSTANDING: grad and not frozen, GENERATION: grad}
-
-        projected = []
-        for expert, hidden in streams:
-            with torch.set_grad_enabled(needs_grad[expert]):
-                projected.append(self.self_attn.project(getattr(self, f"input_layernorm{expert}")(hidden), expert))
-        query, key, value = (torch.cat(parts, dim=2) for parts in zip(*projected, strict=True))
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if past is not None:
-            key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
-
-        with torch.set_grad_enabled(any(needs_grad[expert] for expert, _ in streams)):
-            attended = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=attention_mask, is_causal=is_causal, enable_gqa=self.self_attn.groups > 1
-            )
-
-        outputs: dict[str, torch.Tensor] = {}
-        lengths = [hidden.shape[1] for _, hidden in streams]
-        for (expert, hidden), part in zip(streams, attended.split(lengths, dim=2), strict=True):
-            with torch.set_grad_enabled(needs_grad[expert]):
-                hidden = hidden + self.self_attn.output(part, expert)
-                normed = getattr(self, f"post_attention_layernorm{expert}")(hidden)
-                outputs[expert] = hidden + getattr(self, f"mlp{expert}")(normed)
-        return outputs.get(UNDERSTANDING), outputs.get(GENERATION), key, value
-
-
-class BagelDecoder(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([BagelDecoderLayer(config) for _ in range(config.num_hidden_layers)])
-        self.norm = BagelRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.norm_moe_gen = BagelRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = Qwen2RotaryEmbedding(config)
-
-
-class BagelLanguageModel(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.model = BagelDecoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-
-
 @dataclass
 class Context:
     """What the language model has read so far.
@@ -332,7 +161,7 @@ class Context:
         return Context(past, self.position.repeat_interleave(times, 0), mask)
 
 
-class BagelModel(UnifiedModel):
+class BagelModel(BagelGeneration, UnifiedModel):
     """BAGEL, under its published module names."""
 
     config_class = BagelConfig
@@ -346,6 +175,7 @@ class BagelModel(UnifiedModel):
     lora_target_modules = (
         r"language_model\.model\.layers\.\d+\.(self_attn\.[qkvo]_proj_moe_gen|mlp_moe_gen\.(gate|up|down)_proj)"
     )
+    image_tasks = ("generate", "reconstruct", "edit")
     quantized_modules = r"language_model\.model\.layers\.\d+\..*"  # both experts
     frozen_encoders = ("vit_model", "connector", "vae")
     supports_timesteps_per_image = True
@@ -393,6 +223,11 @@ class BagelModel(UnifiedModel):
     @property
     def frozen_modules(self) -> list[str]:
         return ["vae"]
+
+    @property
+    def image_sides(self) -> range:
+        stride = self.config.latent_token_stride
+        return range(stride, self.config.max_latent_size * stride + 1, stride)
 
     @property
     def understanding_is_frozen(self) -> bool:
@@ -520,24 +355,15 @@ class BagelModel(UnifiedModel):
         return self.sample_latents(posterior, corruption["posterior_noise"])
 
     def _flow_matching(self, context, latents, corruption, understanding_embeds=None) -> UnifiedOutput:
-        """Rectified flow: `x_t = (1 - t) x_0 + t ε`, and the velocity `ε - x_0` is the target (BAGEL, section 2). With
-        K timesteps an image, all of them are behind the one `context` of their image."""
+        """Rectified flow (BAGEL, section 2). With K timesteps an image, all of them are behind the one `context` of
+        their image."""
         clean, grid = patchify(latents, self.config.latent_patch_size)  # [B, N, p²C]
         noise = corruption["noise"].to(clean)  # [B · K, N, p²C]
         timesteps = corruption["timesteps"].to(clean.device)  # [B · K]
         if (repeats := len(timesteps) // len(clean)) > 1:
             context, clean = context.repeat(repeats), clean.repeat_interleave(repeats, 0)
-        t = timesteps.to(clean.dtype)[:, None, None]
-        prediction = self.velocity(context, (1 - t) * clean + t * noise, timesteps, grid)
-        target = noise - clean
-        error = (prediction.float() - target.float()).square().mean(dim=(1, 2))  # [B · K]
-        return UnifiedOutput(
-            loss=error.mean(),
-            per_sample_loss=error.detach().view(len(latents), repeats).mean(1),
-            prediction=prediction,
-            target=target,
-            understanding_embeds=understanding_embeds,
-        )
+        prediction = self.velocity(context, interpolate(clean, noise, timesteps), timesteps, grid)
+        return flow_loss(prediction, noise - clean, repeats, understanding_embeds)
 
     def encode_condition(self, condition_pixel_values: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
         """Understanding embeddings, RecA's dense prompt, before positions are added: images `[B, 3, h, w]`, or a list of
@@ -837,200 +663,6 @@ class BagelModel(UnifiedModel):
             "pixel_values": torch.zeros(batch_size, 3, height, width),
             "input_ids": torch.zeros(batch_size, text_length, dtype=torch.long),
         }
-
-    @evaluating
-    def generate_images(
-        self,
-        processor: BagelProcessor,
-        text: list[str] | None = None,
-        images: list[Image.Image] | None = None,
-        *,
-        task: str = "generate",
-        generator: Generators = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 49,
-        guidance_scale: float = 4.0,
-        image_guidance_scale: float = 1.0,
-        guidance_interval: tuple[float, float] = (0.4, 1.0),
-        guidance_renorm: str = "global",
-        guidance_renorm_min: float = 0.0,
-        timestep_shift: float = 3.0,
-        latents: torch.Tensor | None = None,
-        posterior_noise: torch.Tensor | None = None,
-    ) -> list[Image.Image]:
-        """See `UnifiedModel.generate_images`.
-
-        Args:
-            height, width: of the output; by default the resized input image's, or the largest square size.
-            num_inference_steps: Euler steps (the original counts the 50 time points between which its 49 steps lie).
-            guidance_scale: of the text; guidance is off at 1.
-            image_guidance_scale: of the images, on top; needs `guidance_scale > 1`.
-            guidance_interval: guidance acts at shifted timesteps `low < t <= high`.
-            guidance_renorm: `"global"` (one factor an image), `"channel"` (one a token) or `"text_channel"` (one a
-                token, between text and image guidance).
-            latents: the initial noise `[B, N, p²C]` in token order, instead of drawing it.
-            posterior_noise: `[B, C, h, w]`, noise of the source's VAE posterior in editing, instead of drawing it.
-        """
-        count = len(images if text is None else text)
-        if images is not None and len({image.size for image in images}) > 1:
-            options = {
-                "task": task,
-                "height": height,
-                "width": width,
-                "num_inference_steps": num_inference_steps,
-                "guidance_scale": guidance_scale,
-                "image_guidance_scale": image_guidance_scale,
-                "guidance_interval": guidance_interval,
-                "guidance_renorm": guidance_renorm,
-                "guidance_renorm_min": guidance_renorm_min,
-                "timestep_shift": timestep_shift,
-            }
-            return self._one_by_one(processor, text, images, generator, latents, options)
-        tokens = None if text is None else {k: v.to(self.device) for k, v in processor.tokenize(text).items()}
-
-        def read_prompt(context: Context) -> Context:
-            return context if tokens is None else self.read_text(context, **tokens)
-
-        pictures = self.new_context(count)  # what remains without the text
-        if task in ("edit", "reconstruct"):
-            resized = [processor.resize(image, processor.generation_size) for image in images]
-            width, height = width or resized[0].width, height or resized[0].height
-            if task == "edit":
-                pixels = processor.to_pixels(resized, processor.generation_size).to(self.device)
-                if posterior_noise is None:
-                    posterior_noise = self.sample_corruption({"pixel_values": pixels}, generator)["posterior_noise"]
-                pictures = self.read_latents(pictures, self.encode_target(pixels, posterior_noise))
-            rule = processor.understanding_size if task == "edit" else processor.condition_size
-            pixels = processor.to_pixels(resized, rule).to(self.device)
-            pictures = self.read_image(pictures, self.encode_condition(pixels), pixels.shape[-2:])
-        contexts = {"full": read_prompt(pictures), "no_text": pictures}
-        if guidance_scale > 1 and image_guidance_scale > 1:
-            contexts["no_image"] = read_prompt(self.new_context(count))
-
-        stride = self.config.latent_token_stride
-        height, width = (side or processor.generation_size[0] for side in (height, width))
-        grid = (height // stride, width // stride)
-        if latents is None:
-            shape = (grid[0] * grid[1], self.config.latent_token_dim)
-            latents = per_sample(lambda g: torch.randn(shape, generator=g), count, generator)
-        x = latents.to(self.device, torch.float32)
-        times = shift_timesteps(torch.linspace(1, 0, num_inference_steps + 1), timestep_shift).tolist()
-        low, high = guidance_interval
-        for now, following in pairwise(times):
-            timesteps = torch.full((count,), now, device=self.device)
-            guided = guidance_scale > 1 and low < now <= high
-            velocities = {
-                name: self.velocity(context, x, timesteps, grid).float()
-                for name, context in contexts.items()
-                if guided or name == "full"
-            }
-            v = velocities["full"]
-            if guided:
-                v = guide(velocities, guidance_scale, image_guidance_scale, guidance_renorm, guidance_renorm_min)
-            x = x - v * (now - following)
-        decoded = self.decode_target(unpatchify(x, grid, self.config.latent_patch_size))
-        array = ((decoded * 0.5 + 0.5).clamp(0, 1) * 255).permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
-        return [Image.fromarray(np.ascontiguousarray(image)) for image in array]
-
-    def _one_by_one(self, processor, text, images, generator, latents, sampling) -> list[Image.Image]:
-        """Images of different sizes do not form a rectangular batch."""
-        result = []
-        for index, image in enumerate(images):
-            result += self.generate_images(
-                processor,
-                text=None if text is None else [text[index]],
-                images=[image],
-                generator=generator[index] if isinstance(generator, list) else generator,
-                latents=None if latents is None else latents[index : index + 1],
-                **sampling,
-            )
-        return result
-
-    @evaluating
-    def generate_text(
-        self,
-        processor: BagelProcessor,
-        text: list[str],
-        images: list[Image.Image] | None = None,
-        *,
-        max_new_tokens: int = 500,
-        temperature: float = 0.0,
-        generator: torch.Generator | None = None,
-    ) -> list[str]:
-        """See `UnifiedModel.generate_text`. Greedy at `temperature` 0, else sampled; the original's limit is 500."""
-        if images is not None and len({image.size for image in images}) > 1:
-            options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "generator": generator}
-            pairs = zip(text, images, strict=True)
-            return [self.generate_text(processor, [question], [image], **options)[0] for question, image in pairs]
-        context = self.new_context(len(text))
-        if images is not None:
-            resized = [processor.resize(image, processor.generation_size) for image in images]
-            pixels = processor.to_pixels(resized, processor.understanding_size).to(self.device)
-            context = self.read_image(context, self.encode_condition(pixels), pixels.shape[-2:])
-        tokens = {name: tensor.to(self.device) for name, tensor in processor.tokenize(text).items()}
-        context = self.read_text(context, **tokens)
-        ids = torch.full((len(text), 1), self.config.bos_token_id, device=self.device)
-        done = torch.zeros(len(text), dtype=torch.bool, device=self.device)
-        generated = []
-        for _ in range(max_new_tokens):
-            hidden, _, context = self._read(context, self.embed(ids), causal=True)
-            logits = self.language_model.lm_head(self.language_model.model.norm(hidden[:, -1])).float()
-            if temperature > 0:
-                ids = torch.multinomial((logits / temperature).softmax(-1).cpu(), 1, generator=generator)
-                ids = ids.to(self.device)
-            else:
-                ids = logits.argmax(-1, keepdim=True)
-            done |= ids[:, 0] == self.config.eos_token_id
-            generated.append(ids.masked_fill(done[:, None], self.config.eos_token_id))
-            if done.all():
-                break
-        rows = torch.cat(generated, dim=1).tolist() if generated else [[] for _ in text]
-        return [processor.tokenizer.decode([i for i in row if i != self.config.eos_token_id]) for row in rows]
-
-
-def patchify(images: torch.Tensor, patch_size: int) -> tuple[torch.Tensor, tuple[int, int]]:
-    """`[B, C, H, W]` -> tokens `[B, h · w, p²C]`, row-major, each ordered (row, column, channel); and the grid `(h, w)`."""
-    batch_size, channels, height, width = images.shape
-    grid = (height // patch_size, width // patch_size)
-    if (grid[0] * patch_size, grid[1] * patch_size) != (height, width):
-        raise ValueError(f"{height} × {width} is not a multiple of the patch size {patch_size}.")
-    tokens = images.reshape(batch_size, channels, grid[0], patch_size, grid[1], patch_size)
-    return tokens.permute(0, 2, 4, 3, 5, 1).reshape(batch_size, grid[0] * grid[1], -1), grid
-
-
-def unpatchify(tokens: torch.Tensor, grid: tuple[int, int], patch_size: int) -> torch.Tensor:
-    """Inverse of `patchify`."""
-    height, width = grid
-    images = tokens.view(len(tokens), height, width, patch_size, patch_size, -1).permute(0, 5, 1, 3, 2, 4)
-    return images.reshape(len(tokens), -1, height * patch_size, width * patch_size)
-
-
-def shift_timesteps(timesteps: torch.Tensor, shift: float) -> torch.Tensor:
-    return shift * timesteps / (1 + (shift - 1) * timesteps)
-
-
-def guide(
-    velocities: dict[str, torch.Tensor], text_scale: float, image_scale: float, renorm: str, renorm_min: float
-) -> torch.Tensor:
-    """Classifier-free guidance with respect to the text, then to the images, and BAGEL's renormalisation, which never
-    lets guidance lengthen the velocity. All `[B, N, C]`; `renorm` is described in `BagelModel.generate_images`."""
-    full = velocities["full"]
-
-    def shorten(v: torch.Tensor, dim: tuple[int, ...]) -> torch.Tensor:
-        norm, reference = (torch.linalg.vector_norm(x, dim=dim, keepdim=True) for x in (v, full))
-        return v * (reference / (norm + 1e-8)).clamp(renorm_min, 1.0)
-
-    v = velocities["no_text"] + text_scale * (full - velocities["no_text"])
-    if renorm == "text_channel":
-        v = shorten(v, (-1,))
-    if image_scale > 1:
-        v = velocities["no_image"] + image_scale * (v - velocities["no_image"])
-    if renorm == "text_channel":
-        return v
-    if renorm not in ("global", "channel"):
-        raise ValueError(f"guidance_renorm is 'global', 'channel' or 'text_channel', not {renorm!r}.")
-    return shorten(v, (-2, -1) if renorm == "global" else (-1,))
 
 
 def build_autoencoder(vae_config: dict[str, Any]) -> AutoencoderKL:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
+from reca_trainer.models.common.padding import pad_rows, padding_mask
+from reca_trainer.models.common.pixels import to_pixels
 from reca_trainer.models.contract import (
     IMAGE_MARK,
     Conversation,
@@ -197,17 +198,12 @@ class BagelProcessor(UnifiedProcessor):
         return ids, labels, image_position
 
     def _pad(self, rows: list[list[int]], labels: list[list[int]] | None = None) -> dict[str, torch.Tensor]:
-        length = max(map(len, rows))
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eos_token_id
-
-        def rectangle(lists: list[list[int]], value: int) -> torch.Tensor:
-            return torch.tensor([row + [value] * (length - len(row)) for row in lists], dtype=torch.long)
-
-        batch = {"input_ids": rectangle(rows, pad)}
-        if any(len(row) < length for row in rows):
-            batch["attention_mask"] = rectangle([[1] * len(row) for row in rows], 0)
+        batch = {"input_ids": pad_rows(rows, pad)}
+        if len(set(map(len, rows))) > 1:
+            batch["attention_mask"] = padding_mask(rows)
         if labels is not None:
-            batch["labels"] = rectangle(labels, -100)
+            batch["labels"] = pad_rows(labels, -100)
         return batch
 
     def _split(self, text: str) -> list[int]:
@@ -233,8 +229,7 @@ class BagelProcessor(UnifiedProcessor):
                 f"The images of one batch come out at different sizes (width, height): {sizes}. "
                 "Batch images of one aspect ratio, or pass `size`."
             )
-        pixels = np.stack([np.asarray(image.convert("RGB")) for image in images]).astype(np.float32) / 255.0
-        return torch.from_numpy((pixels - 0.5) / 0.5).permute(0, 3, 1, 2).contiguous()
+        return to_pixels(images)
 
     def to_conditions(
         self, images: list[Image.Image | None], rule: tuple[int, int, int]

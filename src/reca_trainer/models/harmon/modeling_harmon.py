@@ -12,433 +12,30 @@ tokens, E / D MAR encoder / decoder width, H language model width, M noise draws
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from diffusers.models.embeddings import get_timestep_embedding
 from PIL import Image
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen2ForCausalLM
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from reca_trainer.models.common.padding import Side, stack_padded
+from reca_trainer.models.common.pixels import to_images
+from reca_trainer.models.common.token_sampling import seeded
 from reca_trainer.models.contract import (
     Generators,
     UnifiedModel,
     UnifiedOutput,
     check_only_size,
     count_answer_tokens,
-    evaluating,
     per_sample,
     token_cross_entropy,
 )
-from reca_trainer.models.harmon.configuration_harmon import HarmonConfig, HarmonMarConfig
-from reca_trainer.models.harmon.processing_harmon import HarmonProcessor
-
-# --- masking -------------------------------------------------------------------------------------------------------
-
-
-def mask_rate(quantile: Tensor, minimum: float = 0.7) -> Tensor:
-    """Share of tokens to hide: the normal distribution N(1, 0.25²) truncated to [`minimum`, 1], at `quantile`
-    (float64, in [0, 1])."""
-    low = torch.special.ndtr(quantile.new_tensor((minimum - 1) / 0.25))
-    return 1 + 0.25 * torch.special.ndtri(low + quantile * (0.5 - low))
-
-
-def hidden_counts(num_tokens: int, num_iterations: int) -> list[int]:
-    """Tokens still hidden after each sampling iteration: a quarter cosine that reveals at least one per iteration. The
-    last iteration reveals what is left."""
-    counts = [num_tokens]
-    for iteration in range(1, num_iterations):
-        target = math.floor(num_tokens * math.cos(math.pi / 2 * iteration / num_iterations))
-        counts.append(max(1, min(target, counts[-1] - 1)))
-    return [*counts[1:], 0]
-
-
-class Visible(NamedTuple):
-    """The visible tokens of a batch of masked images, in raster order.
-
-    Attributes:
-        index: `[B, V]` int64, their places; V is the largest number of visible tokens in the batch.
-        valid: `[B, V]` bool, false where a row has fewer than V; `None` if no row has.
-    """
-
-    index: Tensor
-    valid: Tensor | None
-
-    @classmethod
-    def of(cls, mask: Tensor) -> Visible:
-        """From `mask`, `[B, L]` bool, true where hidden."""
-        counts = (~mask).sum(1)
-        most = int(counts.max())
-        index = mask.int().argsort(dim=1, stable=True)[:, :most]
-        if int(counts.min()) == most:
-            return cls(index, None)
-        return cls(index, torch.arange(most, device=mask.device) < counts[:, None])
-
-    def to(self, device: torch.device) -> Visible:
-        return Visible(self.index.to(device), None if self.valid is None else self.valid.to(device))
-
-
-# --- MAR encoder and decoder ---------------------------------------------------------------------------------------
-
-
-class MarAttention(nn.Module):
-    """Bidirectional self-attention."""
-
-    def __init__(self, dim: int, num_heads: int, attn_dropout: float, proj_dropout: float):
-        super().__init__()
-        self.num_heads, self.attn_dropout = num_heads, attn_dropout
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_dropout)
-
-    def forward(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
-        batch, length, dim = x.shape
-        query, key, value = self.qkv(x).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        dropout = self.attn_dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout)
-        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, length, dim)))
-
-
-class MarMLP(nn.Module):
-    def __init__(self, dim: int, hidden_dim: int, dropout: float):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
-
-
-class MarBlock(GradientCheckpointingLayer):
-    """Pre-norm ViT block."""
-
-    def __init__(self, dim: int, num_heads: int, config: HarmonMarConfig):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = MarAttention(dim, num_heads, config.attn_dropout, config.proj_dropout)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MarMLP(dim, int(dim * config.mlp_ratio), config.proj_dropout)
-
-    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        x = x + self.attn(self.norm1(x), attention_mask)
-        return x + self.mlp(self.norm2(x))
-
-
-class Mar(nn.Module):
-    """Masked autoregressive image model: encoder, decoder and diffusion head, without the language model between."""
-
-    def __init__(self, config: HarmonMarConfig):
-        super().__init__()
-        self.buffer_size, self.native_grid = config.buffer_size, config.native_grid
-        encoder_dim, decoder_dim, native = config.encoder_embed_dim, config.decoder_embed_dim, config.native_grid**2
-
-        # Published checkpoints hold a class table that Harmon never uses: a buffer, so that no optimizer and no
-        # distributed reducer waits for its gradient.
-        self.class_emb = nn.Module()
-        self.class_emb.register_buffer("weight", torch.zeros(config.class_num, encoder_dim))
-
-        self.fake_latent = nn.Parameter(torch.zeros(1, encoder_dim))
-        self.z_proj = nn.Linear(config.vae_embed_dim, encoder_dim)
-        self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, config.buffer_size + native, encoder_dim))
-        self.z_proj_ln = nn.LayerNorm(encoder_dim, eps=1e-6)
-        self.encoder_blocks = nn.ModuleList(
-            MarBlock(encoder_dim, config.encoder_num_heads, config) for _ in range(config.encoder_depth)
-        )
-        self.encoder_norm = nn.LayerNorm(encoder_dim, eps=1e-6)
-
-        self.decoder_embed = nn.Linear(encoder_dim, decoder_dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
-        self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, config.buffer_size + native, decoder_dim))
-        self.decoder_blocks = nn.ModuleList(
-            MarBlock(decoder_dim, config.decoder_num_heads, config) for _ in range(config.decoder_depth)
-        )
-        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
-        self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, native, decoder_dim))
-        self.diffloss = DiffusionHead(config)
-
-    def position_embeddings(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Fit a position table `[1, (K +) native, D]` to `grid`: bilinear for the image part, buffers unchanged.
-
-        Returns `[1, (K +) h*w, D]`.
-        """
-        native = self.native_grid
-        if grid == (native, native):
-            return table
-        buffers, image = table.split([table.shape[1] - native**2, native**2], dim=1)
-        image = image.unflatten(1, (native, native)).permute(0, 3, 1, 2)  # [1, D, native, native]
-        image = F.interpolate(image.float(), size=grid, mode="bilinear").to(table.dtype)
-        return torch.cat([buffers, image.flatten(2).mT], dim=1)
-
-    def encode(self, latents: Tensor, visible: Visible | None = None) -> Tensor:
-        """Encode latents `[B, h, w, C]`, all of them or the `visible` ones, to `[B, K + V, E]`, buffers first."""
-        x = self.z_proj(latents.flatten(1, 2).to(self.fake_latent.dtype))  # [B, L, E]
-        buffers = self.fake_latent.to(x.dtype).expand(len(x), self.buffer_size, -1)
-        x = torch.cat([buffers, x], dim=1)
-        x = self.z_proj_ln(x + self.position_embeddings(self.encoder_pos_embed_learned, latents.shape[1:3]))
-        attention_mask = None
-        if visible is not None:
-            buffers, x = x.split([self.buffer_size, x.shape[1] - self.buffer_size], dim=1)
-            x = x.gather(1, visible.index[..., None].expand(-1, -1, x.shape[-1]))
-            x = torch.cat([buffers, x], dim=1)  # [B, K + V, E]
-            if visible.valid is not None:
-                attention_mask = F.pad(visible.valid, (self.buffer_size, 0), value=True)[:, None, None]
-        for block in self.encoder_blocks:
-            x = block(x, attention_mask)
-        return self.encoder_norm(x)
-
-    def decode(self, x: Tensor, visible: Visible, grid: tuple[int, int]) -> Tensor:
-        """From the fused `[B, K + V, E]` to what the diffusion head is conditioned on, `[B, L, D]`."""
-        x = self.decoder_embed(x)
-        buffers, tokens = x.split([self.buffer_size, x.shape[1] - self.buffer_size], dim=1)
-        mask_token = self.mask_token.to(x.dtype)
-        if visible.valid is not None:
-            tokens = torch.where(visible.valid[..., None], tokens, mask_token)
-        slots = mask_token.expand(len(x), grid[0] * grid[1], -1)
-        slots = slots.scatter(1, visible.index[..., None].expand_as(tokens), tokens)
-        x = torch.cat([buffers, slots], dim=1)
-        x = x + self.position_embeddings(self.decoder_pos_embed_learned, grid)
-        for block in self.decoder_blocks:
-            x = block(x)
-        x = self.decoder_norm(x)[:, self.buffer_size :]
-        return x + self.position_embeddings(self.diffusion_pos_embed_learned, grid)
-
-
-# --- diffusion of one token ----------------------------------------------------------------------------------------
-
-
-def kept_timesteps(spacing: str, num_timesteps: int = 1000) -> list[int]:
-    """The training timesteps that a sampler keeps, ascending.
-
-    `"N"` keeps N evenly spaced ones including both ends, `"N,M,…"` that many in each of as many equal sections, and
-    `"ddimN"` every k-th from 0, for the integer k that gives N.
-    """
-    if spacing.startswith("ddim"):
-        count = int(spacing.removeprefix("ddim"))
-        for stride in range(1, num_timesteps):
-            if len(range(0, num_timesteps, stride)) == count:
-                return list(range(0, num_timesteps, stride))
-        raise ValueError(f"num_sampling_steps={spacing!r}: no integer stride keeps {count} of {num_timesteps} steps.")
-    counts = [int(count) for count in spacing.split(",")]
-    short, longer = divmod(num_timesteps, len(counts))
-    kept, start = [], 0
-    for section, count in enumerate(counts):
-        length = short + (section < longer)
-        if not 1 <= count <= length:
-            raise ValueError(f"num_sampling_steps={spacing!r}: cannot keep {count} of a section's {length} steps.")
-        stride = (length - 1) / (count - 1) if count > 1 else 0.0
-        kept += [start + round(stride * step) for step in range(count)]
-        start += length
-    return kept
-
-
-class GaussianDiffusion:
-    """The noise schedule of improved DDPM (arXiv:2102.09672): squared cosine, ε prediction, learned variance range.
-
-    diffusers' `DDPMScheduler` samples from this model, but has neither the variational bound that trains the variance
-    nor float64 tables, which ε prediction needs at the cosine schedule's last steps (ᾱ ≈ 2e-9).
-
-    Args:
-        spacing: which of the 1000 training timesteps to keep, see `kept_timesteps`; all by default.
-    """
-
-    def __init__(self, spacing: str | None = None):
-        edges = torch.arange(1001, dtype=torch.float64, device="cpu") / 1000
-        alphas_cumprod = torch.cos((edges + 0.008) / 1.008 * math.pi / 2) ** 2
-        betas = (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
-        self.timestep_map = torch.arange(1000, device="cpu")
-        if spacing is not None:
-            self.timestep_map = torch.tensor(kept_timesteps(spacing), device="cpu")
-            alphas_cumprod = F.pad((1 - betas).cumprod(0)[self.timestep_map], (1, 0), value=1.0)
-            betas = 1 - alphas_cumprod[1:] / alphas_cumprod[:-1]
-
-        self.betas = betas
-        self.alphas_cumprod = (1 - betas).cumprod(0)
-        previous = F.pad(self.alphas_cumprod[:-1], (1, 0), value=1.0)
-        variance = betas * (1 - previous) / (1 - self.alphas_cumprod)
-        self.posterior_log_variance_clipped = torch.cat([variance[1:2], variance[1:]]).log()  # 0 at the first step
-        self.posterior_mean_x0 = betas * previous.sqrt() / (1 - self.alphas_cumprod)
-        self.posterior_mean_xt = (1 - previous) * (1 - betas).sqrt() / (1 - self.alphas_cumprod)
-
-    def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t = √ᾱ_t x0 + √(1 - ᾱ_t) ε, float32; `timesteps` has the shape of `noise` without its last dimension."""
-        signal, sigma = self._at(timesteps, self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt())
-        return signal * x0 + sigma * noise
-
-    def posterior(self, output: Tensor, noise_prediction: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of p(x_{t-1} | x_t) for the head's `output` `[..., 2C]`, whose second half places the
-        variance between the posterior's and β; the first half is replaced by `noise_prediction` `[..., C]`."""
-        recip, recip_minus_one, mean_x0, mean_xt, low, high = self._at(
-            t,
-            (1 / self.alphas_cumprod).sqrt(),
-            (1 / self.alphas_cumprod - 1).sqrt(),
-            self.posterior_mean_x0,
-            self.posterior_mean_xt,
-            self.posterior_log_variance_clipped,
-            self.betas.log(),
-        )
-        x0 = recip * x_t - recip_minus_one * noise_prediction
-        share = (output.chunk(2, dim=-1)[1] + 1) / 2
-        return mean_x0 * x0 + mean_xt * x_t, share * high + (1 - share) * low
-
-    def losses(
-        self, output: Tensor, x0: Tensor, x_t: Tensor, noise: Tensor, timesteps: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Squared error of ε and variational bound in bits, each the mean over channels: two `[...]` float32 tensors.
-
-        The bound (eq. 16 of arXiv:2102.09672) trains the variance only: ε is detached in it.
-        """
-        prediction = output.chunk(2, dim=-1)[0]
-        error = (noise - prediction).square().mean(-1)
-
-        mean, log_variance = self.posterior(output, prediction.detach(), x_t, timesteps)
-        mean_x0, mean_xt, true_log_variance = self._at(
-            timesteps, self.posterior_mean_x0, self.posterior_mean_xt, self.posterior_log_variance_clipped
-        )
-        true_mean = mean_x0 * x0 + mean_xt * x_t
-        divergence = 0.5 * (
-            log_variance
-            - true_log_variance
-            + torch.exp(true_log_variance - log_variance)
-            + (true_mean - mean).square() * torch.exp(-log_variance)
-            - 1
-        )
-        likelihood = discretized_gaussian_log_likelihood(x0, mean, 0.5 * log_variance)
-        bound = torch.where(timesteps[..., None] == 0, -likelihood, divergence).mean(-1) / math.log(2)
-        return error, bound
-
-    @staticmethod
-    def _at(timesteps: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
-        """The tables' values at `timesteps`, float32, with a trailing channel dimension."""
-        return torch.stack(tables).float().to(timesteps.device)[:, timesteps, None].unbind()
-
-
-def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Log of the mass that a Gaussian puts on x's bin of width 2/255, the outermost bins open (as in DDPM). The CDF is
-    the tanh approximation that improved DDPM trains with."""
-
-    def cdf(value: Tensor) -> Tensor:
-        value = (value - mean) * torch.exp(-log_scale)
-        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (value + 0.044715 * value**3)))
-
-    upper, lower = cdf(x + 1 / 255), cdf(x - 1 / 255)
-    mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
-    return mass.clamp(min=1e-12).log()
-
-
-class TimestepEmbedding(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, timesteps: Tensor) -> Tensor:
-        features = get_timestep_embedding(timesteps.flatten(), 256, flip_sin_to_cos=True, downscale_freq_shift=0)
-        return self.mlp(features.to(self.mlp[0].weight.dtype)).unflatten(0, timesteps.shape)
-
-
-class ResidualBlock(GradientCheckpointingLayer):
-    """MLP with adaptive layer norm: shift, scale and gate come from the condition."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.in_ln = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale, gate = self.adaLN_modulation(condition).chunk(3, dim=-1)
-        return x + gate * self.mlp(self.in_ln(x) * (1 + scale) + shift)
-
-
-class FinalLayer(nn.Module):
-    def __init__(self, width: int, out_channels: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.linear = nn.Linear(width, out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
-        return self.linear(self.norm(x) * (1 + scale) + shift)
-
-
-class DenoisingMLP(nn.Module):
-    """Predicts noise and variance of a noised token `[..., C]` at `timesteps` `[...]`, given `z` `[..., D]`."""
-
-    def __init__(self, channels: int, z_dim: int, width: int, depth: int):
-        super().__init__()
-        self.time_embed = TimestepEmbedding(width)
-        self.cond_embed = nn.Linear(z_dim, width)
-        self.input_proj = nn.Linear(channels, width)
-        self.res_blocks = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
-        self.final_layer = FinalLayer(width, 2 * channels)
-
-    def forward(self, x: Tensor, timesteps: Tensor, z: Tensor) -> Tensor:
-        dtype = self.input_proj.weight.dtype
-        condition = self.time_embed(timesteps) + self.cond_embed(z.to(dtype))
-        x = self.input_proj(x.to(dtype))
-        for block in self.res_blocks:
-            x = block(x, condition)
-        return self.final_layer(x, condition).float()  # [..., 2C]
-
-
-class DiffusionHead(nn.Module):
-    """The diffusion loss of MAR (arXiv:2406.11838, section 3.2), and the sampler that goes with it."""
-
-    def __init__(self, config: HarmonMarConfig):
-        super().__init__()
-        self.net = DenoisingMLP(config.vae_embed_dim, config.decoder_embed_dim, config.diffloss_w, config.diffloss_d)
-        self.training_diffusion = GaussianDiffusion()
-        self.sampling_diffusion = GaussianDiffusion(config.num_sampling_steps)
-
-    def forward(self, z: Tensor, x0: Tensor, timesteps: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss per noised token `[...]`, and the predicted noise `[..., C]`. `z` and `x0` broadcast to `noise`."""
-        x_t = self.training_diffusion.add_noise(x0, noise, timesteps)
-        output = self.net(x_t, timesteps, z)
-        error, bound = self.training_diffusion.losses(output, x0, x_t, noise, timesteps)
-        return error + bound, output.chunk(2, dim=-1)[0]
-
-    def sample(
-        self,
-        z: Tensor,
-        noise: Tensor,
-        guidance_scale: float = 1.0,
-        temperature: float = 1.0,
-        diffusion: GaussianDiffusion | None = None,
-    ) -> Tensor:
-        """Draw tokens by ancestral sampling.
-
-        Args:
-            z: `[N, D]`, or `[2N, D]` with guidance, the conditional half first.
-            noise: `[N, 1 + steps, C]`, the starting point and the noise of each step in the order of the steps.
-            guidance_scale: s in ε = ε_uncond + s (ε_cond - ε_uncond). The variance is the conditional one.
-            temperature: factor on the noise of the steps.
-
-        Returns `[N, C]` float32.
-        """
-        diffusion = diffusion or self.sampling_diffusion
-        x = noise[:, 0]
-        steps = len(diffusion.timestep_map)
-        for step, t in enumerate(reversed(range(steps))):
-            index = torch.full((len(x),), t, device=x.device)
-            timestep = torch.full((len(z),), int(diffusion.timestep_map[t]), device=x.device)
-            output = self.net(x if len(z) == len(x) else torch.cat([x, x]), timestep, z)
-            prediction = output.chunk(2, dim=-1)[0]
-            if len(z) != len(x):
-                conditional, unconditional = prediction.chunk(2)
-                prediction = unconditional + guidance_scale * (conditional - unconditional)
-                output = output[: len(x)]
-            x, log_variance = diffusion.posterior(output, prediction, x, index)
-            if t > 0:
-                x = x + torch.exp(0.5 * log_variance) * noise[:, 1 + step] * temperature
-        return x
-
-
-# --- the model -----------------------------------------------------------------------------------------------------
+from reca_trainer.models.harmon.configuration_harmon import HarmonConfig
+from reca_trainer.models.harmon.mar_harmon import FinalLayer, Mar, ResidualBlock, Visible, hidden_counts, mask_rate
+from reca_trainer.models.harmon.processing_harmon import MAX_SIDE, HarmonProcessor
 
 
 class HarmonModel(UnifiedModel):
@@ -512,6 +109,11 @@ class HarmonModel(UnifiedModel):
     @property
     def frozen_modules(self) -> list[str]:
         return ["vae"]
+
+    @property
+    def image_sides(self) -> range:
+        stride = self.config.mar_config.vae_stride
+        return range(stride, MAX_SIDE + 1, stride)
 
     # losses
 
@@ -736,19 +338,19 @@ class HarmonModel(UnifiedModel):
             "attention_mask": torch.ones_like(input_ids),
         }
 
-    @evaluating
-    def generate_images(
+    def _generate_images(
         self,
         processor: HarmonProcessor,
-        text: list[str] | None = None,
-        images: list[Image.Image] | None = None,
+        text: list[str] | None,
+        images: list[Image.Image] | None,
         *,
-        task: str = "generate",
-        generator: Generators = None,
+        task: str,
+        generator: Generators,
         num_inference_steps: int = 64,
         guidance_scale: float = 3.0,
         guidance_schedule: str = "constant",
         temperature: float = 1.0,
+        negative_prompt: list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
     ) -> list[Image.Image]:
@@ -759,21 +361,12 @@ class HarmonModel(UnifiedModel):
             guidance_scale: classifier-free guidance against "Generate an image."; 1 turns it off.
             guidance_schedule: `"constant"`, or `"linear"` from 1 to `guidance_scale` as tokens are revealed.
             temperature: factor on the diffusion head's step noise.
+            negative_prompt: captions for the prompt that guidance leads away from; it shows no image.
             height, width: in pixels, multiples of the autoencoder's stride; the processor's `image_size` by default.
         """
-        given = {"generate": text, "reconstruct": images}
-        if task not in given:
-            raise ValueError(f"task is {task!r}; Harmon generates images for 'generate' and 'reconstruct'.")
-        if given[task] is None:
-            raise ValueError(f"task {task!r} needs {'text' if task == 'generate' else 'images'}.")
-        count = len(given[task])
-        text = [""] * count if text is None else text
-        if len(text) != count:
-            raise ValueError(f"Got {count} images and {len(text)} instructions; pass one per image.")
-        stride = self.config.mar_config.vae_stride
+        count, stride = len(text or images), self.config.mar_config.vae_stride
+        text = text or [""] * count
         size = (height or processor.image_size, width or processor.image_size)
-        if size[0] % stride or size[1] % stride:
-            raise ValueError(f"height and width must be multiples of {stride}, got {size}.")
         grid = (size[0] // stride, size[1] // stride)
 
         prompts, understanding = processor.prompt_ids(text, task), None
@@ -782,7 +375,8 @@ class HarmonModel(UnifiedModel):
             understanding = self.encode_condition(pixel_values.to(self.device))
         context, context_mask = self._embed_prompts(processor, prompts, understanding)
         if guidance_scale != 1:
-            prompts = processor.prompt_ids([""] * count, "generate", dropped=[True] * count)
+            dropped = [negative_prompt is None] * count
+            prompts = processor.prompt_ids(negative_prompt or [""] * count, "generate", dropped)
             unconditional = self._embed_prompts(processor, prompts, None)
             context, context_mask = stack_prompts((context, context_mask), unconditional)
         latents = self.sample_latents(
@@ -795,8 +389,7 @@ class HarmonModel(UnifiedModel):
             guidance_schedule=guidance_schedule,
             temperature=temperature,
         )
-        pixels = (127.5 * self.decode_target(latents) + 128).clamp(0, 255).to(torch.uint8)
-        return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+        return to_images(self.decode_target(latents))
 
     def sample_noise(self, batch_size: int, grid: tuple[int, int], generator: Generators = None) -> dict[str, Tensor]:
         """Draw everything random in sampling: `order` `[B, L]` int64 (tokens are revealed from its end) and `noise`
@@ -864,27 +457,32 @@ class HarmonModel(UnifiedModel):
         return tokens.unflatten(1, grid)
 
     def _embed_prompts(
-        self, processor: HarmonProcessor, prompts: list[list[int]], image_embeds: Tensor | None, side: str = "right"
+        self, processor: HarmonProcessor, prompts: list[list[int]], image_embeds: Tensor | None, side: Side = "right"
     ) -> tuple[Tensor, Tensor]:
         ids, mask = processor.pad(prompts, side)
         return self._embed(ids.to(self.device), mask.to(self.device), image_embeds)[:2]
 
-    @evaluating
-    def generate_text(
+    def _generate_text(
         self,
         processor: HarmonProcessor,
         text: list[str],
-        images: list[Image.Image] | None = None,
+        images: list[Image.Image] | None,
         *,
-        generator: torch.Generator | None = None,
+        generator: Generators,
         max_new_tokens: int = 128,
+        temperature: float = 0.0,
         **sampling: Any,
     ) -> list[str]:
-        """Answer questions, greedily unless `sampling` (arguments of transformers' `generate`) says otherwise;
-        `generator` then seeds the draws."""
-        with torch.random.fork_rng(enabled=generator is not None):
-            if generator is not None:
-                torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        """See `UnifiedModel.generate_text`.
+
+        Args:
+            generator: one, which seeds the draws of all answers.
+            temperature: greedy at 0.
+            sampling: further arguments of transformers' `generate`, such as `do_sample` and `top_p`.
+        """
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature, **sampling}
+        with seeded(generator, self.device):
             understanding = None
             if images is not None:
                 pixel_values = processor.condition_pixels(images).to(self.device)
@@ -907,6 +505,5 @@ def positions(attention_mask: Tensor) -> Tensor:
 
 def stack_prompts(*prompts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Stack batches of embeddings `[B, T, H]` and masks `[B, T]`, padded on the right to the longest."""
-    longest = max(embeds.shape[1] for embeds, _ in prompts)
-    embeds = torch.cat([F.pad(embeds, (0, 0, 0, longest - embeds.shape[1])) for embeds, _ in prompts])
-    return embeds, torch.cat([F.pad(mask, (0, longest - mask.shape[1])) for _, mask in prompts])
+    embeds, masks = zip(*prompts, strict=True)
+    return stack_padded(embeds), stack_padded(masks)

@@ -6,12 +6,12 @@ import copy
 from itertools import dropwhile
 from typing import Any
 
-import numpy as np
-import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from reca_trainer.models.common.padding import Side, pad_rows, padding_mask
+from reca_trainer.models.common.pixels import to_pixels
 from reca_trainer.models.contract import IMAGE_MARK, Conversation, UnifiedProcessor, conversations_of, one_per_sample
 from reca_trainer.models.harmon.configuration_harmon import HarmonConfig
 from reca_trainer.tasks import TASKS
@@ -128,7 +128,7 @@ class HarmonProcessor(UnifiedProcessor):
             pictures = [self.cut(image.convert("RGB"), size, place) for image, place in cuts]
         return {
             "task": task,
-            "pixel_values": torch.stack([to_pixels(picture) for picture in pictures]),
+            "pixel_values": to_pixels(pictures),
             "input_ids": input_ids,
             "attention_mask": attention_mask,
         }
@@ -200,22 +200,13 @@ class HarmonProcessor(UnifiedProcessor):
             except ValueError as error:
                 raise ValueError(f"Conversation {place} of the batch has {error}.") from error
         input_ids, attention_mask = self.pad([ids for ids, _ in rows])
-        labels = torch.full_like(input_ids, -100)
-        for row, (_, supervised) in zip(labels, rows, strict=True):
-            row[: len(supervised)] = torch.tensor(supervised)
+        labels = pad_rows([supervised for _, supervised in rows], -100)
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         return batch if images is None else {**batch, "condition_pixel_values": self.condition_pixels(images)}
 
-    def pad(self, rows: list[list[int]], side: str = "right") -> tuple[Tensor, Tensor]:
+    def pad(self, rows: list[list[int]], side: Side = "right") -> tuple[Tensor, Tensor]:
         """Stack rows of ids, padded with `<|im_end|>`: `input_ids` and `attention_mask`, `[B, T]` int64."""
-        longest = max(len(row) for row in rows)
-        input_ids = torch.full((len(rows), longest), self.end_id)
-        attention_mask = torch.zeros(len(rows), longest, dtype=torch.int64)
-        for place, row in enumerate(rows):
-            kept = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
-            input_ids[place, kept] = torch.tensor(row)
-            attention_mask[place, kept] = 1
-        return input_ids, attention_mask
+        return pad_rows(rows, self.end_id, side), padding_mask(rows, side)
 
     def _turn(self, text: str, max_length: int) -> list[int]:
         end = self._tokenize(ANSWER)
@@ -234,7 +225,7 @@ class HarmonProcessor(UnifiedProcessor):
 
     def condition_pixels(self, images: list[Image.Image]) -> Tensor:
         """Images to be understood: padded to a square with grey, then resized. `[B, 3, S, S]`."""
-        return torch.stack([to_pixels(self.pad_to_square(image.convert("RGB"))) for image in images])
+        return to_pixels([self.pad_to_square(image.convert("RGB")) for image in images])
 
     def squeeze(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
         """Resize to `(height, width)` whatever the aspect ratio, by way of a square of the longer side as in the
@@ -264,11 +255,6 @@ class HarmonProcessor(UnifiedProcessor):
         square = Image.new("RGB", (longer, longer), (127, 127, 127))
         square.paste(image, ((longer - image.width) // 2, (longer - image.height) // 2))
         return square.resize((self.image_size, self.image_size))
-
-
-def to_pixels(image: Image.Image) -> Tensor:
-    """`[3, H, W]` float32 in [-1, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 * 2 - 1
 
 
 def exchanges_of(conversation: Conversation) -> list[tuple[str, str]]:

@@ -21,13 +21,15 @@ from PIL import Image
 from torch import nn
 from transformers import DynamicCache, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
 
+from reca_trainer.models.common.guidance import guided
+from reca_trainer.models.common.padding import stack_padded
+from reca_trainer.models.common.pixels import to_images
 from reca_trainer.models.contract import (
     Generators,
     UnifiedModel,
     UnifiedOutput,
     check_only_size,
     count_answer_tokens,
-    evaluating,
     per_sample,
     token_cross_entropy,
 )
@@ -245,77 +247,82 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
             "attention_mask": torch.ones_like(input_ids),
         }
 
-    @evaluating
-    def generate_images(
+    def _generate_images(
         self,
         processor: JanusProcessor,
-        text: list[str] | None = None,
-        images: list[Image.Image] | None = None,
+        text: list[str] | None,
+        images: list[Image.Image] | None,
         *,
-        task: str = "generate",
-        generator: Generators = None,
+        task: str,
+        generator: Generators,
         guidance_scale: float = 5.0,
         temperature: float = 1.0,
-        height: int | None = None,
-        width: int | None = None,
+        negative_prompt: list[str] | None = None,
         num_inference_steps: int | None = None,
     ) -> list[Image.Image]:
         """Generate one image per prompt, or per image from its understanding embeddings (`task="reconstruct"`).
 
         Args:
-            text: prompts; for reconstruction the instructions, none by default.
+            text: prompts, of which empty ones become unconditional; for reconstruction the instructions, none by default.
             images: for reconstruction, cropped to their central square.
             generator: CPU generator, or one per image.
             guidance_scale: s in `uncond + s (cond - uncond)` of the logits. The unconditional prompt has padding in
                 place of everything but the first token and begin-of-image. 1 turns guidance off.
             temperature: divides the logits; 0 takes the likeliest token.
-            height, width, num_inference_steps: the model has one size and takes one step per image token; other
-                values are refused.
+            negative_prompt: prompts, without an image, instead of the unconditional one.
+            num_inference_steps: one per image token; other values are refused.
 
         Raises:
-            ValueError: the task is unknown, its inputs are missing, or the model cannot do what is asked.
+            ValueError: another number of steps.
         """
-        fixed = dict(zip(("height", "width"), processor.fixed_size, strict=True))
-        fixed["num_inference_steps"] = self.config.vq_config.num_patches**2
-        asked = {"height": height, "width": width, "num_inference_steps": num_inference_steps}
-        for name, value in asked.items():
-            if value not in (None, fixed[name]):
-                raise ValueError(f"{name}={value}, but this Janus always has {name}={fixed[name]}.")
-        if task == "reconstruct" and images:
+        steps = self.config.vq_config.num_patches**2
+        if num_inference_steps not in (None, steps):
+            raise ValueError(
+                f"num_inference_steps={num_inference_steps}, but this Janus always has num_inference_steps={steps}."
+            )
+        if task == "reconstruct":
             images = processor.squares(images)
-            inputs = processor.prompts(text or [""] * len(images), images, generation_mode="image").to(self.device)
-        elif task == "generate" and text:
-            inputs = processor.prompts(text, generation_mode="image").to(self.device)
-        else:
-            raise ValueError(f"task={task!r}: Janus generates from text, or reconstructs images; pass text or images.")
+        inputs = processor.prompts(text or [""] * len(images), images, generation_mode="image").to(self.device)
         input_ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        understanding = self.encode_condition(inputs["pixel_values"]) if task == "reconstruct" else None
+        understanding = None
+        if task == "reconstruct":
+            understanding = self.encode_condition(inputs["pixel_values"])
+        else:
+            input_ids = self._without_empty(processor, input_ids, text)
         prompt = self.embed_prompt(input_ids, understanding)
         if guidance_scale != 1:
-            blank = self.embed_prompt(processor.unconditional(input_ids))
-            prompt, mask = torch.cat([prompt, blank]), mask.repeat(2, 1)
+            if negative_prompt is None:
+                blank, blank_mask = self.embed_prompt(processor.unconditional(input_ids)), mask
+            else:
+                inputs = processor.prompts(negative_prompt, generation_mode="image").to(self.device)
+                blank = self.embed_prompt(self._without_empty(processor, inputs["input_ids"], negative_prompt))
+                blank_mask = inputs["attention_mask"]
+            prompt, mask = (stack_padded(parts, side="left") for parts in ((prompt, blank), (mask, blank_mask)))
         tokens = self._sample_tokens(
             prompt,
             mask,
             head=self.model.generation_head,
             embed=self.prepare_embeddings_for_image_generation,
-            max_tokens=fixed["num_inference_steps"],
+            max_tokens=steps,
             guidance_scale=guidance_scale,
             temperature=temperature,
             generator=generator,
         )
-        pixels = self.decode_target(tokens)
-        pixels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
-        return [Image.fromarray(one) for one in pixels.cpu().numpy()]
+        return to_images(self.decode_target(tokens))
 
-    @evaluating
-    def generate_text(
+    @staticmethod
+    def _without_empty(processor: JanusProcessor, input_ids: torch.Tensor, text: list[str]) -> torch.Tensor:
+        """The prompts `[B, T]`, unconditional where their text is empty."""
+        empty = torch.tensor([not prompt for prompt in text], device=input_ids.device)
+        return torch.where(empty[:, None], processor.unconditional(input_ids), input_ids)
+
+    def _generate_text(
         self,
         processor: JanusProcessor,
         text: list[str],
-        images: list[Image.Image] | None = None,
+        images: list[Image.Image] | None,
         *,
-        generator: Generators = None,
+        generator: Generators,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
     ) -> list[str]:
@@ -326,7 +333,7 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
             max_new_tokens: length at which an answer is cut.
             temperature: divides the logits; 0 takes the likeliest token.
         """
-        inputs = processor.prompts(text, [image.convert("RGB") for image in images or []]).to(self.device)
+        inputs = processor.prompts(text, images).to(self.device)
         understanding = self.encode_condition(inputs["pixel_values"]) if images else None
         tokens = self._sample_tokens(
             self.embed_prompt(inputs["input_ids"], understanding),
@@ -357,10 +364,10 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
         The prompt is `[B, T, D]`; with guidance `[2B, T, D]`, first the conditional half, then the unconditional one.
         Every sample draws its own uniform numbers up front, so what it becomes does not depend on its batch.
         """
-        guided = guidance_scale != 1
-        batch_size = len(prompt) // 2 if guided else len(prompt)
+        is_guided = guidance_scale != 1
+        batch_size = len(prompt) // 2 if is_guided else len(prompt)
         uniform = per_sample(
-            lambda one: torch.rand(max_tokens, generator=one, dtype=torch.float64), batch_size, generator
+            lambda draw: torch.rand(max_tokens, generator=draw, dtype=torch.float64), batch_size, generator
         )
         uniform = uniform.to(prompt.device)
         cache, inputs, tokens = DynamicCache(config=self.config.text_config), prompt, []
@@ -368,9 +375,8 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
         for step in range(max_tokens):
             hidden = self._run_language_model(inputs, attention_mask, cache)
             logits = head(hidden[:, -1]).float()
-            if guided:
-                conditional, unconditional = logits.chunk(2)
-                logits = unconditional + guidance_scale * (conditional - unconditional)
+            if is_guided:
+                logits = guided(*logits.chunk(2), guidance_scale)
             if temperature == 0:
                 token = logits.argmax(dim=-1)
             else:
@@ -383,7 +389,7 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
             if stop is not None and finished.all():
                 break
             inputs = embed(token[:, None])
-            if guided:
+            if is_guided:
                 inputs = inputs.repeat(2, 1, 1)
             attention_mask = F.pad(attention_mask, (0, 1), value=1)
         return torch.stack(tokens, dim=1)

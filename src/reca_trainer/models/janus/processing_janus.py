@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from PIL import Image
@@ -12,6 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import BatchFeature, PreTrainedTokenizerFast
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
+from reca_trainer.models.common.padding import pad_rows, padding_mask
+from reca_trainer.models.common.pixels import to_pixels
 from reca_trainer.models.contract import IMAGE_MARK, Conversation, UnifiedProcessor, conversations_of, one_per_sample
 from reca_trainer.models.janus.configuration_janus import TINY_SPECIAL_TOKENS, JanusConfig
 from reca_trainer.tasks import TASKS
@@ -123,7 +124,7 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
         batch = {"task": task}
         if images:
             images = self.squares(images, crop)
-            batch["pixel_values"] = torch.stack([_to_tensor(image) for image in images])
+            batch["pixel_values"] = to_pixels(images)
         if task == "reconstruct":
             requests = one_per_sample(instruction, len(images), "")
             inputs = self.prompts([request or "" for request in requests], images, generation_mode="image")
@@ -216,13 +217,11 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
                 target += [-100] * len(prompt) + answer_ids
             sequences.append(sequence)
             targets.append(target)
-        padded = self.tokenizer.pad({"input_ids": sequences}, padding_side="right", return_tensors="pt")
-        longest = padded["input_ids"].shape[1]
         return {
             "condition_pixel_values": inputs["pixel_values"],
-            "input_ids": padded["input_ids"],
-            "attention_mask": padded["attention_mask"],
-            "labels": torch.tensor([target + [-100] * (longest - len(target)) for target in targets]),
+            "input_ids": pad_rows(sequences, self.tokenizer.pad_token_id),
+            "attention_mask": padding_mask(sequences),
+            "labels": pad_rows(targets, -100),
         }
 
     def _later_prompts(self, texts: list[str]) -> list[list[int]]:
@@ -246,11 +245,6 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
         for token in (self.image_token, self.image_start_token, self.image_end_token):
             if token in text:
                 raise ValueError(f"The text {text!r} contains {token}, which stands for an image; remove it.")
-
-
-def _to_tensor(image: Image.Image) -> torch.Tensor:
-    """`[3, H, W]` float32 in [-1, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def _message(role: str, text: str, with_image: bool = False) -> dict[str, Any]:

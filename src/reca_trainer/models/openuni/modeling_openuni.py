@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaTransformer2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -20,13 +19,16 @@ from torch import nn
 from transformers import InternVLForConditionalGeneration, initialization
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
+from reca_trainer.models.common.flow_matching import flow_loss, interpolate
+from reca_trainer.models.common.guidance import guided
+from reca_trainer.models.common.pixels import to_images
+from reca_trainer.models.common.token_sampling import seeded
 from reca_trainer.models.contract import (
     Generators,
     UnifiedModel,
     UnifiedOutput,
     check_only_size,
     count_answer_tokens,
-    evaluating,
     per_sample,
     token_cross_entropy,
 )
@@ -34,6 +36,7 @@ from reca_trainer.models.openuni.configuration_openuni import OpenUniConfig
 from reca_trainer.models.openuni.processing_openuni import OpenUniProcessor
 
 NUM_TRAIN_TIMESTEPS = 1000
+MAX_SIDE = 8192  # pixels
 
 
 class OpenUniModel(UnifiedModel):
@@ -95,6 +98,11 @@ class OpenUniModel(UnifiedModel):
     def frozen_modules(self) -> list[str]:
         return ["vae"]
 
+    @property
+    def image_sides(self) -> range:
+        stride = self.config.spatial_compression_ratio * self.transformer.config.patch_size
+        return range(stride, MAX_SIDE + 1, stride)
+
     def train(self, mode: bool = True) -> OpenUniModel:
         super().train(mode)
         if self.transformer.gradient_checkpointing:
@@ -147,20 +155,11 @@ class OpenUniModel(UnifiedModel):
         corruption: dict[str, torch.Tensor],
         understanding_embeds: torch.Tensor | None = None,
     ) -> UnifiedOutput:
-        """Flow matching: with `x_σ = (1 - σ) x + σ n`, SANA predicts the velocity `n - x`; squared error."""
+        """Flow matching: SANA predicts the velocity at `σ`, the share of noise."""
         noise = corruption["noise"].to(latents)  # [B, C, h, w]
         timestep, sigma = noise_levels(corruption["u"].to(latents.device))
-        sigma = sigma.view(-1, 1, 1, 1)
-        prediction = self._predict_velocity((1 - sigma) * latents + sigma * noise, timestep, prompt_embeds)
-        target = noise - latents
-        per_sample_loss = F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))  # [B]
-        return UnifiedOutput(
-            loss=per_sample_loss.mean(),
-            per_sample_loss=per_sample_loss.detach(),
-            prediction=prediction,
-            target=target,
-            understanding_embeds=understanding_embeds,
-        )
+        prediction = self._predict_velocity(interpolate(latents, noise, sigma), timestep, prompt_embeds)
+        return flow_loss(prediction, noise - latents, understanding_embeds=understanding_embeds)
 
     def _caption(
         self,
@@ -290,18 +289,17 @@ class OpenUniModel(UnifiedModel):
             "condition_pixel_values": torch.zeros(batch_size, 3, condition, condition),
         }
 
-    @evaluating
-    def generate_images(
+    def _generate_images(
         self,
         processor: OpenUniProcessor,
-        text: list[str] | None = None,
-        images: list[Image.Image] | None = None,
+        text: list[str] | None,
+        images: list[Image.Image] | None,
         *,
-        task: str = "generate",
-        generator: Generators = None,
+        task: str,
+        generator: Generators,
         num_inference_steps: int = 20,
         guidance_scale: float = 4.5,
-        negative_text: str | None = None,
+        negative_prompt: list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         latents: torch.Tensor | None = None,
@@ -313,21 +311,19 @@ class OpenUniModel(UnifiedModel):
             generator: one generator, or one per image.
             num_inference_steps: steps of DPM-Solver++.
             guidance_scale: classifier-free guidance, off at 1 and below.
-            negative_text: what guidance leads away from: by default the prompt without a caption; for a
-                reconstruction an instruction about the same image, and no guidance without one.
+            negative_prompt: what guidance leads away from: captions, by default the prompt without one; for a
+                reconstruction instructions about the same images, and no guidance without them.
             height, width: of the images, in pixels; by default the size SANA was trained at.
             latents: `[B, C, h, w]` float32, the initial noise if it is not to be drawn from `generator`.
         """
         height, width = height or processor.image_size, width or processor.image_size
         if task == "reconstruct":
             text = text or ["Describe the image in detail."] * len(images)
-            guidance_scale = 1.0 if negative_text is None else guidance_scale
-        elif task != "generate":
-            raise ValueError(f"OpenUni cannot {task!r} images; it has the tasks generate and reconstruct.")
+            guidance_scale = 1.0 if negative_prompt is None else guidance_scale
         batch_size, dropped = len(text), None
         if guidance_scale > 1:
-            text = [*text, *[negative_text or ""] * batch_size]
-            dropped = [False] * batch_size + [negative_text is None] * batch_size
+            text = [*text, *(negative_prompt or [""] * batch_size)]
+            dropped = [False] * batch_size + [negative_prompt is None] * batch_size
             images = images and [*images, *images]
         requests = {"images": images, "instruction": text}
         if task == "generate":
@@ -339,7 +335,7 @@ class OpenUniModel(UnifiedModel):
             shape = (batch_size, self.transformer.config.in_channels, height // ratio, width // ratio)
             latents = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
         pixels = self.decode_target(self.sample_latents(latents, prompt_embeds, num_inference_steps, guidance_scale))
-        return processor.to_images(pixels)
+        return to_images(pixels)
 
     def _encode_batch(self, batch: dict[str, Any]) -> torch.Tensor:
         """`encode_prompt` of a processor's batch."""
@@ -377,37 +373,36 @@ class OpenUniModel(UnifiedModel):
             rows = latents if guidance_scale <= 1 else torch.cat([latents, latents])
             velocity = self._predict_velocity(rows, timestep.expand(len(rows)), prompt_embeds)
             if guidance_scale > 1:
-                velocity, negative = velocity.chunk(2)
-                velocity = negative + guidance_scale * (velocity - negative)
+                velocity = guided(*velocity.chunk(2), guidance_scale)
             latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
             if on_step is not None:
                 on_step(timestep, latents)
         return latents
 
-    @evaluating
-    def generate_text(
+    def _generate_text(
         self,
         processor: OpenUniProcessor,
         text: list[str],
-        images: list[Image.Image] | None = None,
+        images: list[Image.Image] | None,
         *,
-        generator: torch.Generator | None = None,
+        generator: Generators,
         max_new_tokens: int = 256,
+        temperature: float = 0.0,
         **sampling: Any,
     ) -> list[str]:
-        """Answer questions, each about the image at its place in `images` if given.
+        """See `UnifiedModel.generate_text`.
 
         Args:
-            generator: seeds the draws if `sampling` asks for them (`do_sample=True`).
-            sampling: as for transformers' `generate`; greedy by default.
+            generator: one, which seeds the draws of all answers.
+            temperature: greedy at 0.
+            sampling: further arguments of transformers' `generate`, such as `do_sample` and `top_p`.
         """
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature, **sampling}
         batch = {name: tensor.to(self.device) for name, tensor in processor.ask(text, images).items()}
         if images:
             batch["pixel_values"] = batch.pop("condition_pixel_values")
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices, enabled=generator is not None):
-            if generator is not None:
-                torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        with seeded(generator, self.device):
             tokens = self.internvl.generate(
                 **batch,
                 max_new_tokens=max_new_tokens,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
+from reca_trainer.models.common.padding import Side, pad_rows, padding_mask
+from reca_trainer.models.common.pixels import to_pixels
 from reca_trainer.models.contract import IMAGE_MARK, Conversation, UnifiedProcessor, conversations_of, one_per_sample
 from reca_trainer.models.openuni.configuration_openuni import OpenUniConfig
 from reca_trainer.tasks import TASKS
@@ -158,11 +159,6 @@ class OpenUniProcessor(UnifiedProcessor):
         prompts = self._pad(self._tokenize([turn(question) for question in questions]), "left")
         return {**prompts, **self._condition(images)} if images else prompts
 
-    def to_images(self, pixels: torch.Tensor) -> list[Image.Image]:
-        """`[B, 3, H, W]` in about [-1, 1] → PIL images, rounded to the nearest of 256 levels."""
-        levels = (127.5 * pixels.float() + 128).clamp(0, 255).to(torch.uint8)
-        return [Image.fromarray(image) for image in levels.permute(0, 2, 3, 1).cpu().numpy()]
-
     def _turn(self, request: str) -> str:
         return f"<|im_start|>user\n{request}{TURN_END}"
 
@@ -199,30 +195,27 @@ class OpenUniProcessor(UnifiedProcessor):
             rows.append(row)
             labels.append(label)
         batch = self._pad(rows, "left", TRAINING_PAD)
-        length = batch["input_ids"].shape[1]
-        batch["labels"] = torch.tensor([[-100] * (length - len(label)) + label for label in labels])
-        return batch
+        return {**batch, "labels": pad_rows(labels, -100, "left")}
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
-    def _pad(self, rows: list[list[int]], side: str, pad_id: int | None = None) -> dict[str, torch.Tensor]:
+    def _pad(self, rows: list[list[int]], side: Side, pad_id: int | None = None) -> dict[str, torch.Tensor]:
         """`input_ids` and `attention_mask` `[B, T]`, padded with the tokenizer's own id by default."""
-        batch = self.tokenizer.pad({"input_ids": rows}, padding_side=side, return_tensors="pt")
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        return {"input_ids": ids if pad_id is None else ids.masked_fill(mask == 0, pad_id), "attention_mask": mask}
+        pad_id = self.tokenizer.pad_token_id if pad_id is None else pad_id
+        return {"input_ids": pad_rows(rows, pad_id, side), "attention_mask": padding_mask(rows, side)}
 
     def _condition(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
         """Whole images for questions about them."""
         size = (self.condition_size, self.condition_size)
-        return {"condition_pixel_values": self._to_condition(_to_pixels([_resized(image, size) for image in images]))}
+        return {"condition_pixel_values": self._to_condition(to_pixels([_resized(image, size) for image in images]))}
 
     def _target(
         self, images: list[Image.Image], size: tuple[int, int], crop: list[float | None] | None
     ) -> torch.Tensor:
         """`[B, 3, H, W]` float32 in [-1, 1] at `size = (height, width)`, of which each image loses what is too long."""
         places = one_per_sample(crop, len(images))
-        return _to_pixels(
+        return to_pixels(
             [_resized(_cut_to_shape(image, size, place), size) for image, place in zip(images, places, strict=True)]
         )
 
@@ -253,9 +246,3 @@ def _cut_to_shape(image: Image.Image, size: tuple[int, int], place: float | None
 
 def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.convert("RGB").resize(size[::-1], Image.Resampling.BICUBIC)
-
-
-def _to_pixels(images: list[Image.Image]) -> torch.Tensor:
-    """`[B, 3, H, W]` float32 in [-1, 1] of RGB images of one size."""
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    return 2 * (pixels.permute(0, 3, 1, 2).contiguous().float() / 255) - 1

@@ -25,16 +25,20 @@ from PIL import Image
 from torch import nn
 from transformers import CLIPVisionModel, DynamicCache, PhiForCausalLM
 
+from reca_trainer.models.common.padding import stack_padded
+from reca_trainer.models.common.pixels import to_images
+from reca_trainer.models.common.token_sampling import draw_tokens
 from reca_trainer.models.contract import (
     Generators,
     UnifiedModel,
     UnifiedOutput,
     check_only_size,
     count_answer_tokens,
-    evaluating,
+    one_per_sample,
     per_sample,
     token_cross_entropy,
 )
+from reca_trainer.models.inference import read_images, spread
 from reca_trainer.models.show_o.configuration_show_o import CONDITION_TOKEN_ID, ShowOConfig
 from reca_trainer.models.show_o.processing_show_o import ShowOProcessor, resize_and_crop
 
@@ -152,6 +156,7 @@ class ShowOModel(UnifiedModel):
     config_class = ShowOConfig
     base_model_prefix = ""
     shares_weights = True
+    image_tasks = ("generate", "reconstruct", "edit")
     no_guidance_scale = 0.0
     supports_gradient_checkpointing = True
     _supports_sdpa = True
@@ -404,43 +409,34 @@ class ShowOModel(UnifiedModel):
             "attention_mask": (input_ids != config.special_token_id("[PAD]")).long(),
         }
 
-    @evaluating
-    def generate_images(
+    def _generate_images(
         self,
         processor: ShowOProcessor,
-        text: list[str] | None = None,
-        images: list[Image.Image] | None = None,
+        text: list[str] | None,
+        images: list[Image.Image] | None,
         *,
-        task: str = "generate",
-        generator: Generators = None,
+        task: str,
+        generator: Generators,
         mask_images: list[Image.Image] | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 5.0,
         temperature: float = 1.0,
-        height: int | None = None,
-        width: int | None = None,
+        negative_prompt: list[str] | None = None,
     ) -> list[Image.Image]:
         """See `UnifiedModel.generate_images`. `edit` is inpainting; the authors use 16 steps and guidance 1.75 for it.
 
         Args:
-            mask_images: one per image for `edit`; what is white is generated anew, guided by `text`.
+            mask_images: one per image for `edit`, or one for all; what is white is generated anew, guided by `text`.
             guidance_scale: classifier-free guidance away from an empty caption; off at 0.
             temperature: of the noise in the confidences that decide which tokens are kept; it fades over the steps.
-            height, width: nothing but the model's `image_size`.
+            negative_prompt: captions in place of the empty one.
+
+        Raises:
+            ValueError: masks are missing, or are not for `edit`.
         """
-        side = self.config.image_size
-        if (height or side, width or side) != (side, side):
-            raise ValueError(f"This Show-o generates images of {side} × {side} pixels only, not {height} × {width}.")
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}.")
-        if task not in ("generate", "reconstruct", "edit"):
-            raise ValueError(f"Show-o does not generate images for the task {task!r}.")
-        if task == "edit" and (images is None or mask_images is None):
-            raise ValueError("Inpainting needs `images` and `mask_images`.")
-        if task == "reconstruct" and images is None:
-            raise ValueError("Reconstruction needs `images`.")
-        if task != "reconstruct" and text is None:
-            raise ValueError("Text-to-image and inpainting need `text`; an empty string for no guidance by words.")
+        if (mask_images is None) == (task == "edit"):
+            needs = "needs mask_images" if task == "edit" else "takes no mask_images"
+            raise ValueError(f"task={task!r} {needs}.")
         condition, known = None, None
         if task == "reconstruct":
             batch = processor(images=images, instruction=text, task="reconstruct")
@@ -449,8 +445,14 @@ class ShowOModel(UnifiedModel):
             batch = processor.prompts(text)
             if task == "edit":
                 known = self.encode_target(processor.crop(images).to(self.device))
-                known = known.masked_fill(self.token_mask(mask_images), self.config.mask_token_id)
+                masks = read_images("mask_images", mask_images)
+                masks = self.token_mask(spread({"images": images, "mask_images": masks})["mask_images"])
+                known = known.masked_fill(masks, self.config.mask_token_id)
         input_ids, mask = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
+        negative = None
+        if negative_prompt is not None:
+            batch = processor.prompts(negative_prompt)
+            negative = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
         *_, (tokens, _) = self.generate_tokens(
             input_ids,
             mask,
@@ -460,8 +462,9 @@ class ShowOModel(UnifiedModel):
             temperature=temperature,
             condition=condition,
             known=known,
+            negative=negative,
         )
-        return self.to_images(self.decode_target(tokens))
+        return to_images(self.decode_target(tokens), rounding="down")
 
     @torch.no_grad()
     def generate_tokens(
@@ -474,6 +477,7 @@ class ShowOModel(UnifiedModel):
         temperature: float = 1.0,
         condition: torch.Tensor | None = None,
         known: torch.Tensor | None = None,
+        negative: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Masked parallel decoding: each step predicts all unknown tokens and keeps the most confident ones.
 
@@ -481,21 +485,30 @@ class ShowOModel(UnifiedModel):
             input_ids, attention_mask: `[B, L]`, sequences of `generate` or, with `condition`, of `reconstruct`.
             noise: each step's draws, see `sampling_noise`.
             known: `[B, n]` ids to start from; by default the mask token everywhere.
+            negative: `input_ids` and `attention_mask` `[B, M]` of what guidance leads away from, sequences of `generate`;
+                by default those of an empty caption.
 
         Yields:
             After each step the ids `[B, n]` that it predicts, and the same with the mask token where it is not confident,
             which the next step starts from. The last step's prediction is the image.
         """
         config = self.config
+        if negative is not None:  # all prompts get one length, on the left
+            pad = config.special_token_id("[PAD]")
+            input_ids, negative_ids = stack_padded((input_ids, negative[0]), pad, "left").chunk(2)
+            attention_mask, negative_mask = stack_padded((attention_mask, negative[1]), side="left").chunk(2)
+            negative = negative_ids, negative_mask
         masked = input_ids == config.mask_token_id
         count = int(masked[0].sum())
         tokens = input_ids[masked].view(-1, count) if known is None else known
         embeds, _ = self.embed(input_ids, condition)
         mask = self.attention_mask("generate" if condition is None else "reconstruct", input_ids, attention_mask)
         if guidance_scale > 0:
-            empty = self.drop_text(*self._without_condition(input_ids, attention_mask), torch.ones(len(tokens)).bool())
-            embeds = torch.cat([embeds, self.embed(empty[0])[0]])
-            mask = torch.cat([mask, self.attention_mask("generate", *empty)])
+            if negative is None:
+                blank = self._without_condition(input_ids, attention_mask)
+                negative = self.drop_text(*blank, torch.ones(len(tokens)).bool())
+            embeds = torch.cat([embeds, self.embed(negative[0])[0]])
+            mask = torch.cat([mask, self.attention_mask("generate", *negative)])
         # What precedes the target never sees it: its keys and values are computed once.
         prefix = embeds.shape[1] - count - 2
         cache = DynamicCache(config=config.text_config)
@@ -548,12 +561,6 @@ class ShowOModel(UnifiedModel):
         with torch.autocast(target.device.type, enabled=False):
             return self.vq_model.decode(codes).float()
 
-    @staticmethod
-    def to_images(pixels: torch.Tensor) -> list[Image.Image]:
-        """`[B, 3, H, W]` in [-1, 1] -> PIL images."""
-        array = ((pixels + 1) / 2).clamp(0, 1).mul(255).permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
-        return [Image.fromarray(np.ascontiguousarray(image)) for image in array]
-
     def token_mask(self, mask_images: list[Image.Image]) -> torch.Tensor:
         """White areas of masks -> the tokens under them `[B, n]` bool; masks are cut like their images."""
         side = math.isqrt(self.config.num_vq_tokens)
@@ -572,22 +579,21 @@ class ShowOModel(UnifiedModel):
         attention_mask[:, :prefix] = 0
         return input_ids, attention_mask
 
-    @evaluating
-    def generate_text(
+    def _generate_text(
         self,
         processor: ShowOProcessor,
         text: list[str],
-        images: list[Image.Image] | None = None,
+        images: list[Image.Image] | None,
         *,
+        generator: Generators,
         max_new_tokens: int = 100,
         temperature: float = 0.0,
-        generator: Generators = None,
     ) -> list[str]:
         """See `UnifiedModel.generate_text`. Greedy at `temperature` 0, as the authors' evaluation is, else sampled."""
         conditions = [None] * len(text)
         if images is not None:
             conditions = self.encode_condition(processor.understanding_pixels(images).to(self.device)).split(1)
-        generators = generator if isinstance(generator, list) else [generator] * len(text)
+        generators = one_per_sample(generator, len(text))
         questions = processor.questions(text, images is not None)
         answers = []
         for input_ids, condition, row_generator in zip(questions, conditions, generators, strict=True):
@@ -611,11 +617,7 @@ class ShowOModel(UnifiedModel):
         ids, logits = [], []
         while len(ids) < max_new_tokens and self.config.eos_token_id not in ids:
             logits.append(self.language_model.lm_head(self.attend(embeds, mask, cache)[:, -1]).float())
-            if temperature > 0:
-                probabilities = (logits[-1][0] / temperature).softmax(-1).cpu()
-                ids.append(int(torch.multinomial(probabilities, 1, generator=generator)))
-            else:
-                ids.append(int(logits[-1].argmax()))
+            ids.append(int(draw_tokens(logits[-1], temperature, generator)))
             # A new token sees all before it, so it needs no mask.
             embeds, mask = self.language_model.model.embed_tokens(input_ids.new_tensor([ids[-1:]])), None
         return ids, torch.cat(logits)

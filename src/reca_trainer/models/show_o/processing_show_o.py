@@ -18,12 +18,13 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase
 
+from reca_trainer.models.common.padding import Side, pad_rows
+from reca_trainer.models.common.pixels import to_pixels
 from reca_trainer.models.contract import IMAGE_MARK, Conversation, UnifiedProcessor, conversations_of, one_per_sample
 from reca_trainer.models.show_o.configuration_show_o import CONDITION_TOKEN_ID, SPECIAL_TOKENS, ShowOConfig
 from reca_trainer.tasks import TASKS
@@ -264,8 +265,7 @@ class ShowOProcessor(UnifiedProcessor):
             labels.append([-100] * len(head) + label[:room])
         length = self.max_length if padding == "max_length" else None
         batch = self._rectangular(rows, "right", length)
-        longest = batch["input_ids"].shape[1]
-        batch["labels"] = torch.tensor([label + [-100] * (longest - len(label)) for label in labels])
+        batch["labels"] = pad_rows(labels, -100, length=batch["input_ids"].shape[1])
         return batch
 
     def questions(self, text: list[str], with_image: bool) -> list[torch.Tensor]:
@@ -382,13 +382,8 @@ class ShowOProcessor(UnifiedProcessor):
             raise ValueError("no answer to the last question")
         return rounds
 
-    def _rectangular(self, rows: list[list[int]], side: str, length: int | None) -> dict[str, torch.Tensor]:
-        length = length or max(map(len, rows))
-        padded = []
-        for row in rows:
-            pad = [self.pad_id] * (length - len(row))
-            padded.append(pad + row if side == "left" else row + pad)
-        input_ids = torch.tensor(padded)
+    def _rectangular(self, rows: list[list[int]], side: Side, length: int | None) -> dict[str, torch.Tensor]:
+        input_ids = pad_rows(rows, self.pad_id, side, length)
         return {"input_ids": input_ids, "attention_mask": (input_ids != self.pad_id).long()}
 
 
@@ -412,9 +407,3 @@ def resize_and_crop(image: Image.Image, side: int) -> Image.Image:
     size = (side, int(side * height / width)) if width < height else (int(side * width / height), side)
     left, top = (round((length - side) / 2) for length in size)
     return image.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
-
-
-def to_pixels(images: list[Image.Image]) -> torch.Tensor:
-    """Images of one size -> `[B, 3, H, W]` float32 in [-1, 1]."""
-    pixels = np.stack([np.asarray(image) for image in images]).astype(np.float32) / 255.0
-    return torch.from_numpy((pixels - 0.5) / 0.5).permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,196 @@
+"""Pictures and answers from BAGEL."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+
+from reca_trainer.models.bagel.latents_bagel import shift_timesteps, unpatchify
+from reca_trainer.models.bagel.processing_bagel import BagelProcessor
+from reca_trainer.models.common.guidance import guided
+from reca_trainer.models.common.pixels import to_images
+from reca_trainer.models.common.token_sampling import draw_tokens
+from reca_trainer.models.contract import Generators, one_per_sample, per_sample
+
+if TYPE_CHECKING:
+    from reca_trainer.models.bagel.modeling_bagel import Context
+
+
+class BagelGeneration:
+    """The part of `BagelModel` that samples."""
+
+    def _generate_images(
+        self,
+        processor: BagelProcessor,
+        text: list[str] | None,
+        images: list[Image.Image] | None,
+        *,
+        task: str,
+        generator: Generators,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 49,
+        guidance_scale: float = 4.0,
+        image_guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.4, 1.0),
+        guidance_renorm: str = "global",
+        guidance_renorm_min: float = 0.0,
+        timestep_shift: float = 3.0,
+        negative_prompt: list[str] | None = None,
+        latents: torch.Tensor | None = None,
+        posterior_noise: torch.Tensor | None = None,
+    ) -> list[Image.Image]:
+        """See `UnifiedModel.generate_images`.
+
+        Args:
+            height, width: of the output; by default the resized input image's, or the largest square size.
+            num_inference_steps: Euler steps (the original counts the 50 time points between which its 49 steps lie).
+            guidance_scale: of the text; guidance is off at 1.
+            image_guidance_scale: of the images, on top; needs `guidance_scale > 1`.
+            guidance_interval: guidance acts at shifted timesteps `low < t <= high`.
+            guidance_renorm: `"global"` (one factor an image), `"channel"` (one a token) or `"text_channel"` (one a
+                token, between text and image guidance).
+            negative_prompt: read where guidance of the text reads nothing: after the images, if there are any.
+            latents: the initial noise `[B, N, p²C]` in token order, instead of drawing it.
+            posterior_noise: `[B, C, h, w]`, noise of the source's VAE posterior in editing, instead of drawing it.
+        """
+        count = len(text or images)
+        if images is not None and len({image.size for image in images}) > 1:
+            options = {
+                "task": task,
+                "height": height,
+                "width": width,
+                "num_inference_steps": num_inference_steps,
+                "guidance_scale": guidance_scale,
+                "image_guidance_scale": image_guidance_scale,
+                "guidance_interval": guidance_interval,
+                "guidance_renorm": guidance_renorm,
+                "guidance_renorm_min": guidance_renorm_min,
+                "timestep_shift": timestep_shift,
+            }
+            rows = {"negative_prompt": negative_prompt, "latents": latents, "posterior_noise": posterior_noise}
+            return self._one_by_one(processor, text, images, generator, rows, options)
+
+        def read(context: Context, texts: list[str] | None) -> Context:
+            if texts is None:
+                return context
+            return self.read_text(context, **{k: v.to(self.device) for k, v in processor.tokenize(texts).items()})
+
+        pictures = self.new_context(count)  # what remains without the text
+        if task in ("edit", "reconstruct"):
+            resized = [processor.resize(image, processor.generation_size) for image in images]
+            width, height = width or resized[0].width, height or resized[0].height
+            if task == "edit":
+                pixels = processor.to_pixels(resized, processor.generation_size).to(self.device)
+                if posterior_noise is None:
+                    posterior_noise = self.sample_corruption({"pixel_values": pixels}, generator)["posterior_noise"]
+                pictures = self.read_latents(pictures, self.encode_target(pixels, posterior_noise))
+            rule = processor.understanding_size if task == "edit" else processor.condition_size
+            pixels = processor.to_pixels(resized, rule).to(self.device)
+            pictures = self.read_image(pictures, self.encode_condition(pixels), pixels.shape[-2:])
+        contexts = {"full": read(pictures, text), "no_text": read(pictures, negative_prompt)}
+        if guidance_scale > 1 and image_guidance_scale > 1:
+            contexts["no_image"] = read(self.new_context(count), text)
+
+        stride = self.config.latent_token_stride
+        height, width = (side or processor.generation_size[0] for side in (height, width))
+        grid = (height // stride, width // stride)
+        if latents is None:
+            shape = (grid[0] * grid[1], self.config.latent_token_dim)
+            latents = per_sample(lambda g: torch.randn(shape, generator=g), count, generator)
+        x = latents.to(self.device, torch.float32)
+        times = shift_timesteps(torch.linspace(1, 0, num_inference_steps + 1), timestep_shift).tolist()
+        low, high = guidance_interval
+        for now, following in pairwise(times):
+            timesteps = torch.full((count,), now, device=self.device)
+            is_guided = guidance_scale > 1 and low < now <= high
+            velocities = {
+                name: self.velocity(context, x, timesteps, grid).float()
+                for name, context in contexts.items()
+                if is_guided or name == "full"
+            }
+            v = velocities["full"]
+            if is_guided:
+                v = guide(velocities, guidance_scale, image_guidance_scale, guidance_renorm, guidance_renorm_min)
+            x = x - v * (now - following)
+        return to_images(self.decode_target(unpatchify(x, grid, self.config.latent_patch_size)), rounding="down")
+
+    def _one_by_one(self, processor, text, images, generator, rows, sampling) -> list[Image.Image]:
+        """Images of different sizes do not form a rectangular batch."""
+        result = []
+        for index, image in enumerate(images):
+            sample = slice(index, index + 1)
+            result += self._generate_images(
+                processor,
+                None if text is None else text[sample],
+                [image],
+                generator=generator[sample] if isinstance(generator, list) else generator,
+                **{name: None if values is None else values[sample] for name, values in rows.items()},
+                **sampling,
+            )
+        return result
+
+    def _generate_text(
+        self,
+        processor: BagelProcessor,
+        text: list[str],
+        images: list[Image.Image] | None,
+        *,
+        generator: Generators,
+        max_new_tokens: int = 500,
+        temperature: float = 0.0,
+    ) -> list[str]:
+        """See `UnifiedModel.generate_text`. Greedy at `temperature` 0, else sampled; the original's limit is 500."""
+        if images is not None and len({image.size for image in images}) > 1:
+            options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+            samples = zip(text, images, one_per_sample(generator, len(text)), strict=True)
+            return [
+                self._generate_text(processor, [question], [image], generator=sample_generator, **options)[0]
+                for question, image, sample_generator in samples
+            ]
+        context = self.new_context(len(text))
+        if images is not None:
+            resized = [processor.resize(image, processor.generation_size) for image in images]
+            pixels = processor.to_pixels(resized, processor.understanding_size).to(self.device)
+            context = self.read_image(context, self.encode_condition(pixels), pixels.shape[-2:])
+        tokens = {name: tensor.to(self.device) for name, tensor in processor.tokenize(text).items()}
+        context = self.read_text(context, **tokens)
+        ids = torch.full((len(text), 1), self.config.bos_token_id, device=self.device)
+        done = torch.zeros(len(text), dtype=torch.bool, device=self.device)
+        generated = []
+        for _ in range(max_new_tokens):
+            hidden, _, context = self._read(context, self.embed(ids), causal=True)
+            logits = self.language_model.lm_head(self.language_model.model.norm(hidden[:, -1])).float()
+            ids = draw_tokens(logits, temperature, generator)[:, None]
+            done |= ids[:, 0] == self.config.eos_token_id
+            generated.append(ids.masked_fill(done[:, None], self.config.eos_token_id))
+            if done.all():
+                break
+        rows = torch.cat(generated, dim=1).tolist() if generated else [[] for _ in text]
+        return [processor.tokenizer.decode([i for i in row if i != self.config.eos_token_id]) for row in rows]
+
+
+def guide(
+    velocities: dict[str, torch.Tensor], text_scale: float, image_scale: float, renorm: str, renorm_min: float
+) -> torch.Tensor:
+    """Classifier-free guidance with respect to the text, then to the images, and BAGEL's renormalisation, which never
+    lets guidance lengthen the velocity. All `[B, N, C]`; `renorm` is described in `BagelModel._generate_images`."""
+    full = velocities["full"]
+
+    def shorten(v: torch.Tensor, dim: tuple[int, ...]) -> torch.Tensor:
+        norm, reference = (torch.linalg.vector_norm(x, dim=dim, keepdim=True) for x in (v, full))
+        return v * (reference / (norm + 1e-8)).clamp(renorm_min, 1.0)
+
+    v = guided(full, velocities["no_text"], text_scale)
+    if renorm == "text_channel":
+        v = shorten(v, (-1,))
+    if image_scale > 1:
+        v = guided(v, velocities["no_image"], image_scale)
+    if renorm == "text_channel":
+        return v
+    if renorm not in ("global", "channel"):
+        raise ValueError(f"guidance_renorm is 'global', 'channel' or 'text_channel', not {renorm!r}.")
+    return shorten(v, (-2, -1) if renorm == "global" else (-1,))

@@ -1,0 +1,1 @@
+"""What several families compute alike. Nothing in here knows a family."""

@@ -1,0 +1,31 @@
+"""Rectified flow: `x_t = (1 - t) x + t ε`, of which a model predicts the velocity `ε - x`."""
+
+from __future__ import annotations
+
+import torch
+
+from reca_trainer.models.contract import UnifiedOutput
+
+
+def interpolate(clean: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    """`x_t` `[B, ...]` at `time` `[B]`, 0 for the clean `x` and 1 for noise, in the dtype of `clean`."""
+    time = time.to(clean).view(-1, *[1] * (clean.ndim - 1))
+    return (1 - time) * clean + time * noise
+
+
+def flow_loss(
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    repeats: int = 1,
+    understanding_embeds: torch.Tensor | None = None,
+) -> UnifiedOutput:
+    """Mean squared error, in float32, of predicted velocities `[B · repeats, ...]`, the `repeats` of a sample in a row."""
+    squares = (prediction.float() - target.float()).square()
+    errors = squares.mean(dim=tuple(range(1, squares.ndim)))  # [B · repeats]
+    return UnifiedOutput(
+        loss=errors.mean(),
+        per_sample_loss=errors.detach().view(-1, repeats).mean(1),
+        prediction=prediction,
+        target=target,
+        understanding_embeds=understanding_embeds,
+    )

@@ -1,0 +1,35 @@
+"""Rows of different lengths in one rectangle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+Side = Literal["left", "right"]
+
+
+def pad_rows(rows: Sequence[list[int]], value: int, side: Side = "right", length: int | None = None) -> torch.Tensor:
+    """Rows of ids as `[B, T]` int64, filled with `value` on one side up to `length`, by default that of the longest."""
+    length = max(map(len, rows)) if length is None else length
+    filled = [[value] * (length - len(row)) for row in rows]
+    pairs = zip(rows, filled, strict=True)
+    return torch.tensor([[*fill, *row] if side == "left" else [*row, *fill] for row, fill in pairs], dtype=torch.long)
+
+
+def padding_mask(rows: Sequence[list[int]], side: Side = "right", length: int | None = None) -> torch.Tensor:
+    """`[B, T]` int64 of the same rows: 1 where `pad_rows` has an id, 0 where it filled."""
+    return pad_rows([[1] * len(row) for row in rows], 0, side, length)
+
+
+def stack_padded(parts: Sequence[torch.Tensor], value: float = 0, side: Side = "right") -> torch.Tensor:
+    """Batches `[B, T, ...]` of different T, one behind the other, filled with `value` on one side to the longest T."""
+    longest = max(part.shape[1] for part in parts)
+    filled = []
+    for part in parts:
+        missing = longest - part.shape[1]
+        pads = (missing, 0) if side == "left" else (0, missing)
+        filled.append(F.pad(part, (*[0] * (2 * part.ndim - 4), *pads), value=value))
+    return torch.cat(filled)

@@ -1,0 +1,29 @@
+"""Between PIL images and pixels in [-1, 1]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+def to_pixels(images: Sequence[Image.Image]) -> torch.Tensor:
+    """Images of one size -> `[B, 3, H, W]` float32 in [-1, 1]."""
+    arrays = [np.asarray(image if image.mode == "RGB" else image.convert("RGB")) for image in images]
+    pixels = np.stack(arrays).astype(np.float32) / 255.0
+    return torch.from_numpy((pixels - 0.5) / 0.5).permute(0, 3, 1, 2).contiguous()
+
+
+def to_images(pixels: torch.Tensor, rounding: Literal["nearest", "down"] = "nearest") -> list[Image.Image]:
+    """`[B, 3, H, W]`, about [-1, 1] -> RGB images of 8 bits.
+
+    Args:
+        rounding: to the nearest of the 256 levels, or to the one below, as some originals do.
+    """
+    pixels = pixels.float()
+    levels = 127.5 * pixels + 128 if rounding == "nearest" else (pixels * 0.5 + 0.5) * 255
+    array = levels.clamp(0, 255).permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
+    return [Image.fromarray(np.ascontiguousarray(image)) for image in array]

@@ -1,0 +1,87 @@
+"""What comes in at inference: texts and pictures, singly or in lists, made one of each per sample or refused by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from PIL import Image
+
+from reca_trainer.images import decode_image
+
+
+def read_text(name: str, value: Any) -> str | list[str]:
+    """A string, or the strings of a list or tuple.
+
+    Raises:
+        ValueError: something else; the message calls it `name`.
+    """
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{name} is a string or a list of strings, not {type(value).__name__}.")
+    for index, text in enumerate(value):
+        if not isinstance(text, str):
+            raise ValueError(f"{name}[{index}] is a {type(text).__name__}, not a string.")
+    return list(value)
+
+
+def read_images(name: str, value: Any) -> Image.Image | list[Image.Image]:
+    """A picture, or those of a list or tuple, decoded as for training: upright RGB, see `images.decode_image`.
+
+    Raises:
+        ImageError: one of them is no picture.
+    """
+    if isinstance(value, (list, tuple)):
+        return [decode_image(image, f"{name}[{index}]") for index, image in enumerate(value)]
+    return decode_image(value, name)
+
+
+def spread(inputs: dict[str, Any]) -> dict[str, list[Any] | None]:
+    """Lists with one entry per sample of `inputs`, of which each is such a list, one value for all samples, or `None`.
+
+    Raises:
+        ValueError: a list is empty, or two lists differ in length.
+    """
+    lists = {name: value for name, value in inputs.items() if isinstance(value, list)}
+    for name, value in lists.items():
+        if not value:
+            raise ValueError(f"{name} is an empty list.")
+    if len(set(map(len, lists.values()))) > 1:
+        counts = " and ".join(f"{len(value)} {name}" for name, value in lists.items())
+        raise ValueError(f"Got {counts}; pass lists of one length, or one value for all samples.")
+    count = max(map(len, lists.values()), default=1)
+    return {
+        name: value if isinstance(value, list) or value is None else [value] * count for name, value in inputs.items()
+    }
+
+
+def check_generators(generator: Any, count: int) -> None:
+    """Raise `ValueError` where a list of generators has not one for each of `count` samples."""
+    if isinstance(generator, (list, tuple)) and len(generator) != count:
+        raise ValueError(f"Got {len(generator)} generators for {count} samples; pass one per sample, or one for all.")
+
+
+def check_side(model: str, name: str, value: int | None, sides: range) -> None:
+    """Raise `ValueError` where a side, `name`, is none of the `sides` in pixels that `model` can make; the message has
+    the nearest of them."""
+    if value is None or value in sides:
+        return
+    if len(sides) == 1:
+        raise ValueError(f"{name}={value}, but {model} always has {name}={sides[0]}.")
+    below = [side for side in sides if side < value][-1:]
+    above = [side for side in sides if side > value][:1]
+    raise ValueError(
+        f"{name}={value}, but {model} makes multiples of {sides.step} pixels; use {' or '.join(map(str, below + above))}."
+    )
+
+
+def check_sampling(model: str, method: Callable[..., Any], sampling: Iterable[str]) -> None:
+    """Raise `ValueError` where `sampling` has names that are no keywords of `method`, unless that takes any."""
+    parameters = inspect.signature(method).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    if unknown := sorted(set(sampling) - set(known)):
+        raise ValueError(f"{model} has no use for {', '.join(unknown)}; it takes {', '.join(known)}.")
