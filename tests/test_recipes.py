@@ -16,7 +16,6 @@ from reca_trainer import RecAConfig, toy
 from reca_trainer.cli.train import run
 from reca_trainer.recipes import FOLDER, recipe_file
 from reca_trainer.tasks import TASKS
-from tests.conftest import GOLDEN
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 PROGRAM = """
@@ -170,11 +169,11 @@ def test_options_that_would_be_ignored_are_refused(options, message, tmp_path):
 
 
 def test_options_of_loading_reach_the_model(tmp_path):
-    bagel = str(GOLDEN / "bagel" / "checkpoint")
+    bagel = str(toy.CHECKPOINT)
     Image.new("RGB", (64, 64)).save(tmp_path / "picture.png")
     argv = f"--model_name_or_path {bagel} --dataset_name {tmp_path} --output_dir {tmp_path / 'out'} --use_cpu --max_steps 1"
     argv += (
-        " --per_device_train_batch_size 1 --max_image_size 64 --attn_implementation eager --use_peft --lora_r 2 --bf16"
+        " --per_device_train_batch_size 1 --max_image_size 32 --attn_implementation eager --use_peft --lora_r 2 --bf16"
     )
     argv += " --report_to none --config empty.yaml"
     (tmp_path / "empty.yaml").write_text("{}\n")

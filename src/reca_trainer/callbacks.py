@@ -20,6 +20,7 @@ from transformers.utils import logging
 from reca_trainer import adapters
 from reca_trainer.config import PREVIEW_PROMPTS
 from reca_trainer.data import RowDataset, SamplingPlan, TaskBatchSampler
+from reca_trainer.data.collator import NOTES
 from reca_trainer.data.task_datasets import target_rule
 from reca_trainer.files import replacing
 from reca_trainer.images import ImageError, decode_image
@@ -329,8 +330,7 @@ class UnderstandingProbe(TrainerCallback):
         if not rows:
             return
         batch = trainer._prepare_inputs(trainer.data_collator(rows))
-        for note in ("seeds", "sources", "skipped"):
-            del batch[note]
+        batch = {name: value for name, value in batch.items() if name not in NOTES}
         training = trainer.model.training
         trainer.model.eval()
         with trainer.compute_loss_context_manager():

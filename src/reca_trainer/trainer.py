@@ -31,7 +31,7 @@ from reca_trainer.callbacks import (
     WeightAverage,
 )
 from reca_trainer.config import RecAConfig
-from reca_trainer.data import latent_cache
+from reca_trainer.data import collator, latent_cache
 from reca_trainer.data.collator import UnifiedCollator
 from reca_trainer.data.rows import RowDataset
 from reca_trainer.data.sampling import SamplingPlan, TaskBatchSampler
@@ -46,14 +46,7 @@ from reca_trainer.tasks import TASKS
 
 logger = logging.get_logger(__name__)
 
-NOTES = (
-    "seeds",
-    "sources",
-    "skipped",
-    "supervised",
-    "share",
-    "repeated",
-)  # of a batch, for the trainer and not the model
+NOTES = (*collator.NOTES, "supervised", "share")  # of a batch, for the trainer and not the model
 
 
 class RecATrainer(RunCheckpoints, HubUploads, Trainer):
@@ -155,6 +148,7 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
         if isinstance(model, PeftModel):
             if peft_config is not None:
                 raise ValueError("The model already has an adapter; pass it without peft_config to go on training it.")
+            model = adapters.prepare(model)
         elif peft_config is not None:
             set_seed(args.seed)  # an adapter starts from random weights
             model = adapters.attach(model, peft_config)

@@ -88,7 +88,12 @@ def run(
                 before = score(model, processor)
         else:  # the model's own scenes have the captions that the other terms need
             images = load_image_dataset(
-                args.dataset_name, args.dataset_split, args.dataset_config_name, args.dataset_streaming
+                args.dataset_name,
+                args.dataset_split,
+                args.dataset_config_name,
+                args.dataset_streaming,
+                data_files=args.data_files,
+                image_root=args.image_root,
             )
             dataset = dict.fromkeys(TASKS, dataset) | {"reconstruct": images}
         if quantization is not None:

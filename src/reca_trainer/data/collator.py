@@ -9,6 +9,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from reca_trainer.models.contract import UnifiedProcessor
 
+# Entries of a batch that are for the trainer and not the model.
+NOTES = ("seeds", "sources", "skipped", "repeated")
+
 
 class UnifiedCollator:
     """Calls a family's processor on the rows of one micro-batch.

@@ -7,6 +7,8 @@ import os
 import re
 from typing import Any
 
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
 from reca_trainer.adapters import read_quantization
 from reca_trainer.models.auto import open_lazily, resolve
 from reca_trainer.models.registry import detect, is_adapter
@@ -24,15 +26,18 @@ def describe(model_or_path: str | os.PathLike) -> dict[str, Any]:
     if is_adapter(folder):
         config = json.loads((folder / "adapter_config.json").read_text())
         weights = open_weights(folder, "adapter_model.safetensors")
-        targets = sorted({match[1] for key in weights if (match := re.search(r"([^.]+\.[^.]+)\.lora_A\.", key))})
+        prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config["peft_type"], "lora_")
+        pattern = rf"(?:^|\.)((?:[^.]+\.)*?([^.]+\.[^.]+))\.(?:token_adapter\.)?{prefix}"
+        layers = {match[1]: match[2] for key in weights if (match := re.search(pattern, key))}
+        rank, alpha = config.get("r"), config.get("lora_alpha", config.get("alpha"))
         trained, _ = read_quantization(folder)
         description = {
             "kind": f"{config['peft_type']} adapter",
             "base model": config.get("base_model_name_or_path"),
             "base revision": config.get("revision") or "not pinned",
             "base in training": "not quantised" if trained is None else f"{4 if trained.load_in_4bit else 8} bits",
-            "rank, alpha": f"{config.get('r')}, {config.get('lora_alpha')}",
-            "layers": f"{sum('.lora_A.' in key for key in weights)}: {', '.join(targets)}",
+            "rank, alpha": None if rank is None else f"{rank}, {alpha}",
+            "layers": f"{len(layers)}: {', '.join(sorted(set(layers.values())))}" if layers else None,
             "trained in full": ", ".join(config.get("modules_to_save") or ()) or "none",
             "parameters": f"{sum(tensor.shape.numel() for tensor in weights.values()):,}",
         }

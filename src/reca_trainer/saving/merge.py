@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from reca_trainer.adapters import QUANTIZATION_FILE, load_adapter, read_quantization
+from reca_trainer.adapters import QUANTIZATION_FILE, check_kind, load_adapter, name_in_base, read_quantization
 from reca_trainer.models.auto import AutoUnifiedProcessor, adapter_base, open_lazily, resolve
 from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
-from reca_trainer.models.weights import LazyTensor
+from reca_trainer.models.weights import LazyTensor, open_weights
 from reca_trainer.saving.export import write_model
 
 
@@ -97,29 +99,39 @@ def merge_adapter(
 
 
 def _merged(model: UnifiedModel, adapter: Path, dtype_of: Callable[[str], torch.dtype]) -> dict[str, LazyTensor]:
-    """`model.lazy_weights` with the adapter merged in, by PEFT's own layers, when each tensor is read."""
+    """`model.lazy_weights` with the adapter merged in, by PEFT's own layers, when each tensor is read.
+
+    Raises:
+        ValueError: an adapter of this kind cannot be merged into a base as it is stored.
+    """
+    check_kind(PeftConfig.from_pretrained(adapter))
     for module in model.modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[key] = _placeholder(parameter)
     weights = dict(model.lazy_weights)
-    peft_model = load_adapter(model, adapter)
-    trains_bias = getattr(peft_model.active_peft_config, "bias", "none") != "none"
+    for name, tensor in open_weights(adapter, SAFETENSORS_WEIGHTS_NAME).items():
+        name = name_in_base(name)
+        if name in weights:  # a bias that was trained itself
+            weights[name] = tensor
+    load_adapter(model, adapter)
+    layers: dict[str, BaseTunerLayer] = {}  # of each base layer the outermost: PEFT nests them
+    merged = dict(weights)
     for name, module in list(model.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):
             trained = module.modules_to_save[module.active_adapters[0]].state_dict()
-            for key, tensor in trained.items():
-                full_name = f"{name}.{key}"
-                weights[full_name] = LazyTensor(tensor).map(lambda t, name=full_name: t.to(dtype_of(name)))
+            merged |= {f"{name}.{key}": LazyTensor(tensor) for key, tensor in trained.items()}
         elif isinstance(module, BaseTunerLayer):
-            parameters = dict(module.get_base_layer().named_parameters(recurse=False))
-            stored = {key: weights[f"{name}.{key}"] for key in parameters}
-            if trains_bias and "bias" in parameters:
-                stored["bias"] = LazyTensor(parameters["bias"].detach())
-            for key in parameters:
-                merged = LazyTensor(_MergedParameter(module, key, stored))
-                weights[f"{name}.{key}"] = merged.map(lambda t, name=f"{name}.{key}": t.to(dtype_of(name)))
-    return weights
+            layers.setdefault(name_in_base(name), module)
+    for name, layer in layers.items():
+        stored = {key: weights[f"{name}.{key}"] for key, _ in layer.get_base_layer().named_parameters(recurse=False)}
+        merged |= {f"{name}.{key}": LazyTensor(_MergedParameter(layer, key, stored)) for key in stored}
+    return {
+        name: tensor
+        if tensor is model.lazy_weights[name]
+        else tensor.map(lambda tensor, name=name: tensor.to(dtype_of(name)))
+        for name, tensor in merged.items()
+    }
 
 
 def _placeholder(tensor: torch.Tensor) -> nn.Parameter:
@@ -135,18 +147,18 @@ class _MergedParameter:
         self.layer, self.key, self.stored = layer, key, stored
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        base = self.layer.get_base_layer()
-        before = {key: tensor[...] for key, tensor in self.stored.items()}
-        for key, tensor in before.items():
-            setattr(base, key, nn.Parameter(tensor.float(), requires_grad=False))
+        # A layer remembers in its own way that it is merged; the copy does, and shares nothing but the placeholders.
+        placeholders = self.layer.get_base_layer()
+        base = copy.deepcopy(placeholders, {id(parameter): parameter for parameter in placeholders.parameters()})
+        layer = copy.deepcopy(self.layer, {id(placeholders): base})
+        for key, tensor in self.stored.items():
+            values = tensor[...].to(torch.float32, copy=True)  # some kinds add to them in place
+            setattr(base, key, nn.Parameter(values, requires_grad=False))
         with torch.no_grad():
-            self.layer.merge(safe_merge=True)
-        merged = getattr(base, self.key).detach()
-        self.layer.merged_adapters.clear()
-        self.layer._caches.clear()
-        for key, tensor in before.items():
-            setattr(base, key, _placeholder(tensor))
-        return merged[index]
+            for part in reversed(list(layer.modules())):
+                if isinstance(part, BaseTunerLayer):
+                    part.merge(safe_merge=True)
+        return getattr(layer.get_base_layer(), self.key).detach()[index]
 
 
 def _as_quantized(model: UnifiedModel, config: BitsAndBytesConfig, dtype: torch.dtype | None) -> dict[str, LazyTensor]:
