@@ -18,9 +18,12 @@ logger = logging.get_logger(__name__)
 
 Rows = TypeVar("Rows", Dataset, IterableDataset, Dataset | IterableDataset)
 
-IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture")
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "images")
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "txt", "description")
-CONVERSATION_COLUMNS = ("conversations", "conversation", "messages")
+CONVERSATION_COLUMNS = ("conversations", "conversation", "messages", "texts")
+
+# The description of a dataset some of whose images have no captions: no fault, since RecA needs none.
+SOME_CAPTIONS = "Images, some of them with captions."
 
 
 class Columns(NamedTuple):
@@ -44,6 +47,8 @@ def find_columns(
 ) -> Columns:
     """Find the image column by its type, else by its usual names; captions and conversations by their usual names.
 
+    Where a row has a list of images, the first is used, and the log says so.
+
     Raises:
         ValueError: a named column is missing, there is no image column, or there are several and none has a usual
             name. The message lists the columns there are.
@@ -56,38 +61,53 @@ def find_columns(
 
     possible = [name for name, feature in features.items() if _may_hold_images(feature)]
     if image_column is None:
-        typed = [name for name in possible if isinstance(features[name], (Image, dict))]
+        typed = [name for name in possible if isinstance(_item(features[name]), (Image, dict))]
         usual_names = [name for name in IMAGE_COLUMNS if name in (typed or possible)]
         if not usual_names and len(typed) != 1:
             problem = "several image columns" if typed else "no image column"
             raise ValueError(f"The dataset has {problem}; name the one to use. Its columns: {available}.")
         image_column = (usual_names or typed)[0]
     elif image_column not in possible:
-        raise ValueError(
-            f"The column {image_column!r} does not hold one image a row. The dataset's columns: {available}."
-        )
+        raise ValueError(f"The column {image_column!r} does not hold images. The dataset's columns: {available}.")
+    if isinstance(features[image_column], List):
+        logger.warning(f"The column {image_column!r} holds lists of images; the first of each row is used.")
     if caption_column is not None and not _may_hold_captions(features[caption_column]):
         raise ValueError(f"The column {caption_column!r} does not hold text. The dataset's columns: {available}.")
 
     captions = [name for name in CAPTION_COLUMNS if name in features and _may_hold_captions(features[name])]
-    conversations = [name for name in CONVERSATION_COLUMNS if isinstance(features.get(name), (List, dict, type(None)))]
+    conversations = [
+        name for name in CONVERSATION_COLUMNS if name in features and _may_hold_turns(name, features[name])
+    ]
     return Columns(
         image=image_column,
         caption=caption_column or next(iter(captions), None),
-        conversation=conversation_column or next((name for name in conversations if name in features), None),
+        conversation=conversation_column or next(iter(conversations), None),
     )
 
 
 def _may_hold_images(feature: Any) -> bool:
-    """Images by type, or what can be cast to them: encoded bytes, paths, `{bytes, path}`, or a type not known yet."""
+    """Images by type, or what can be cast to them: encoded bytes, paths, `{bytes, path}`, lists of these, or a type not
+    known yet."""
+    feature = _item(feature)
     if isinstance(feature, dict):
         return "bytes" in feature and set(feature) <= {"bytes", "path"}
     return feature is None or isinstance(feature, Image) or _type_name(feature).endswith(("string", "binary"))
 
 
 def _may_hold_captions(feature: Any) -> bool:
-    text = feature.feature if isinstance(feature, List) else feature
+    text = _item(feature)
     return text is None or _type_name(text).endswith("string")
+
+
+def _may_hold_turns(name: str, feature: Any) -> bool:
+    """Lists of turns, objects, JSON text, or a type not known yet; `texts` may as well be captions."""
+    if name == "texts":
+        return isinstance(_item(feature), dict)
+    return feature is None or isinstance(feature, (List, dict)) or _type_name(feature).endswith("string")
+
+
+def _item(feature: Any) -> Any:
+    return feature.feature if isinstance(feature, List) else feature
 
 
 def _type_name(feature: Any) -> str:
@@ -122,6 +142,7 @@ def under_root(
         raise FileNotFoundError(f"image_root={image_root} is no folder.")
 
     def joined(image: Any) -> dict[str, Any]:
+        image = first_image(image)
         image = image if isinstance(image, Mapping) else {"bytes": None, "path": image}
         path = image.get("path")
         if path and image.get("bytes") is None and "://" not in path and not os.path.isabs(path):
@@ -130,11 +151,11 @@ def under_root(
                 raise ValueError(f"The image path {image['path']!r} leads out of image_root={image_root}.")
         return {columns.image: {"bytes": image.get("bytes"), "path": path}}
 
-    if dataset.features is not None and not isinstance(dataset.features[columns.image], Value):
+    if dataset.features is not None and not isinstance(_item(dataset.features[columns.image]), Value):
         return dataset  # images, not paths to them
     if isinstance(dataset, IterableDataset):
         if dataset.features is not None:
-            dataset = dataset.cast_column(columns.image, Image(decode=False))
+            dataset = dataset.cast_column(columns.image, encoded_as(dataset.features[columns.image]))
         return dataset.map(joined, input_columns=[columns.image])
     images = undecoded(dataset, [columns.image], columns.image).map(
         joined,
@@ -156,6 +177,9 @@ def with_images(dataset: Dataset | IterableDataset, columns: Columns) -> Dataset
     has_image: list[bool] = []
     for table in undecoded(dataset, [columns.image], columns.image).with_format("arrow").iter(batch_size=1000):
         cells = pa.chunked_array(table.column(columns.image)).combine_chunks()
+        if pa.types.is_list(cells.type):
+            has_image += [bool(length) for length in pc.list_value_length(cells).to_pylist()]
+            continue
         empty = pc.and_(pc.struct_field(cells, "bytes").is_null(), pc.struct_field(cells, "path").is_null())
         has_image += pc.invert(empty).to_pylist()
     if all(has_image):
@@ -172,7 +196,17 @@ def undecoded(dataset: Rows, columns: Sequence[str], image_column: str) -> Rows:
     dataset = dataset.with_format(None).select_columns([name for name in columns if name])
     if dataset.features is None:  # a stream of unknown types decodes nothing by itself
         return dataset
-    return dataset.cast_column(image_column, Image(decode=False))
+    return dataset.cast_column(image_column, encoded_as(dataset.features[image_column]))
+
+
+def encoded_as(feature: Any) -> Image | List:
+    """The type of an image column, or of one of lists, whose cells are not decoded."""
+    return List(Image(decode=False)) if isinstance(feature, List) else Image(decode=False)
+
+
+def first_image(cell: Any) -> Any:
+    """The image of a cell, the first of a list; `None` of an empty one."""
+    return next(iter(cell), None) if isinstance(cell, (list, tuple)) else cell
 
 
 def needed_columns(dataset: Dataset | IterableDataset, columns: Columns) -> list[str]:

@@ -12,7 +12,7 @@ import fsspec
 import torch
 from datasets import Dataset, Features, List, Value
 
-from reca_trainer.data.columns import Columns, check_columns, needed_columns, undecoded
+from reca_trainer.data.columns import Columns, check_columns, first_image, needed_columns, undecoded
 from reca_trainer.data.sampling import Draw, mixed_hash
 from reca_trainer.images import ImageError, decode_image, image_size, list_problems
 from reca_trainer.models.contract import IMAGE_MARK, Conversation
@@ -21,7 +21,8 @@ from reca_trainer.models.contract import IMAGE_MARK, Conversation
 MAX_BAD_IN_A_ROW = 1000
 
 
-ROLES = {"human": "user", "gpt": "assistant"}  # LLaVA's words, and transformers'
+# What others call the roles of transformers, in lower case.
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
 
 ConversationProblem = Callable[[Conversation], str | None]
 
@@ -172,6 +173,7 @@ def first_good_row(
 
 def has_no_image(image: Any) -> bool:
     """Whether an undecoded image cell is empty."""
+    image = first_image(image)
     if isinstance(image, Mapping):
         return image.get("bytes") is None and not image.get("path")
     return image is None or image == ""
@@ -180,8 +182,8 @@ def has_no_image(image: Any) -> bool:
 def _text(draw: Draw, record: dict[str, Any], columns: Columns, source: str) -> str | Conversation | None:
     if draw.task == "reconstruct":
         return None
-    if draw.task == "caption" and columns.conversation and record[columns.conversation]:
-        return messages(record[columns.conversation], source)
+    if draw.task == "caption" and columns.conversation and (turns := _from_json(record[columns.conversation])):
+        return messages(turns, source)
     captions = _captions(record[columns.caption]) if columns.caption else []
     caption = captions[draw.seed % len(captions)] if captions else None
     if caption is not None and not isinstance(caption, str):
@@ -191,49 +193,74 @@ def _text(draw: Draw, record: dict[str, Any], columns: Columns, source: str) -> 
 
 def _captions(value: Any) -> list[Any]:
     """All captions in a cell: a text, a list of them, or an object of either, as such or as JSON."""
-    if isinstance(value, str) and value.lstrip()[:1] == "{":
-        with contextlib.suppress(ValueError):  # of a caption that begins with a brace
-            value = json.loads(value)
+    stored = _from_json(value)
+    if isinstance(stored, dict) or (isinstance(stored, list) and all(isinstance(item, str) for item in stored)):
+        value = stored
     if isinstance(value, dict):
         value = [caption for part in value.values() for caption in (part if isinstance(part, list) else [part])]
     captions = value if isinstance(value, list) else [value]
     return [caption for caption in captions if caption is not None]
 
 
+def _from_json(value: Any) -> Any:
+    """What JSON text of an object or a list holds; anything else as it is, such as a caption that begins with a brace."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
+
+
 def check_texts(dataset: Dataset, task: str, columns: Columns) -> None:
     """Raises `ValueError` naming the rows that have no caption or answer for `task` to learn from."""
+    missing = [f"row {row}" for row in rows_without_text(dataset, task, columns)]
+    if missing:
+        headline = (
+            f"{len(missing)} of {len(dataset)} rows have no caption, which the task {task!r} learns from; fill in or drop "
+            "such rows, name another column, or give this task the weight 0"
+        )
+        raise ValueError(list_problems(missing, headline))
+
+
+def rows_without_text(dataset: Dataset, task: str, columns: Columns) -> list[int]:
+    """Numbers of the rows that have no caption or answer for `task` to learn from.
+
+    Raises:
+        ValueError: what should be a caption or a conversation is something else.
+    """
     if task == "reconstruct":
-        return
+        return []
     texts = dataset.with_format(None).select_columns([name for name in columns[1:] if name])
     records = (
         dict(zip(batch, values, strict=True))
         for batch in texts.iter(batch_size=1000)
         for values in zip(*batch.values(), strict=True)
     )
-    missing = [
-        f"row {row}"
-        for row, record in enumerate(records)
-        if _text(Draw(task, row, (1, 1), 0, ""), record, columns, f"row {row}") is None
-    ]
-    if missing:
-        headline = (
-            f"{len(missing)} of {len(texts)} rows have no caption, which the task {task!r} learns from; fill in or drop "
-            "such rows, name another column, or give this task the weight 0"
-        )
-        raise ValueError(list_problems(missing, headline))
+    return [row for row, record in enumerate(records) if not has_text(record, task, columns, f"row {row}")]
+
+
+def has_text(record: dict[str, Any], task: str, columns: Columns, source: str = "a row") -> bool:
+    """Whether a row has a caption or an answer for `task` to learn from."""
+    return _text(Draw(task, 0, (1, 1), 0, ""), record, columns, source) is not None
 
 
 def messages(turns: Any, source: str) -> Conversation:
-    """A conversation as `{"role", "content"}` messages, of `{from, value}` or `{role, content}` turns; `<image>` stands
-    where the picture is shown: before the first question, where no message says.
+    """A conversation as `{"role", "content"}` messages, of `{from, value}`, `{role, content}` or `{user, assistant}`
+    turns, or of JSON text of these; `<image>` stands where the picture is shown: before the first question, where no
+    message says.
 
     Raises:
         ValueError: they are no such turns.
     """
-    if isinstance(turns, dict):  # a column of lists, as older `datasets` stored lists of dicts
+    turns = _from_json(turns)
+    if isinstance(turns, dict) and all(isinstance(values, list) for values in turns.values()):
+        # A column of lists, as older `datasets` stored lists of dicts.
         turns = [dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)]
+    turns = [turns] if isinstance(turns, dict) else turns
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f"{source}: a conversation is a list of {{from, value}} or {{role, content}} turns.")
+        raise ValueError(
+            f"{source}: a conversation is a list of {{from, value}}, {{role, content}} or {{user, assistant}} turns."
+        )
+    turns = [part for turn in turns for part in _parts(turn)]
     conversation = []
     for place, turn in enumerate(turns):
         speaker, content = turn.get("from") or turn.get("role"), turn.get("value") or turn.get("content") or ""
@@ -242,11 +269,12 @@ def messages(turns: Any, source: str) -> Conversation:
             content = "\n".join(
                 IMAGE_MARK if part.get("type") == "image" else part.get("text") or "" for part in parts
             )
-        role = ROLES.get(speaker, speaker)
+        role = speaker.strip().lower() if isinstance(speaker, str) else speaker
+        role = ROLES.get(role, role)
         if role not in ("system", "user", "assistant") or not isinstance(content, str):
             raise ValueError(
                 f"{source}: message {place} of the conversation is {type(content).__name__} of role {speaker!r}; roles "
-                "are system, user (or human) and assistant (or gpt), and contents are text."
+                "are system, user (or human) and assistant (or gpt, chatgpt, model), and contents are text."
             )
         conversation.append({"role": role, "content": content})
     questions = [message for message in conversation if message["role"] == "user"]
@@ -255,8 +283,18 @@ def messages(turns: Any, source: str) -> Conversation:
     return conversation
 
 
+def _parts(turn: dict[str, Any]) -> list[dict[str, Any]]:
+    """The turns of a `{user, assistant}` pair; any other turn is its own part."""
+    roles = {role: name for name in turn if (role := str(name).strip().lower()) in ("system", "user", "assistant")}
+    if not {"user", "assistant"} <= set(roles) or turn.get("from") or turn.get("role"):
+        return [turn]
+    order = ("system", "user", "assistant")
+    return [{"role": role, "content": turn[roles[role]]} for role in order if role in roles and turn[roles[role]]]
+
+
 def read_source(image: Any, source: str) -> Any:
     """What `decode_image` can open: rows may point into an archive or, streamed, into a Hub repository."""
+    image = first_image(image)
     path = image.get("path") if isinstance(image, Mapping) and image.get("bytes") is None else image
     if not isinstance(path, str) or "://" not in path:
         return image
@@ -270,6 +308,7 @@ def read_source(image: Any, source: str) -> Any:
 
 
 def source_name(row: int, image: Any, archive: str | None = None) -> str:
+    image = first_image(image)
     path = image.get("path") if isinstance(image, Mapping) else image if isinstance(image, str) else None
     where = " in ".join(part for part in (path, archive) if part)
     return f"row {row} ({where})" if where else f"row {row}"

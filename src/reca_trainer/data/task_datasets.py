@@ -10,8 +10,8 @@ from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
 from reca_trainer.config import RecAConfig
-from reca_trainer.data.columns import find_columns, under_root, with_images
-from reca_trainer.data.rows import check_texts, row_sizes
+from reca_trainer.data.columns import SOME_CAPTIONS, Columns, find_columns, under_root, with_images
+from reca_trainer.data.rows import check_texts, has_text, row_sizes, rows_without_text
 from reca_trainer.data.sampling import SamplingPlan, Size, TaskBatchSampler
 from reca_trainer.data.sources import load_image_dataset
 from reca_trainer.models.contract import UnifiedProcessor
@@ -26,7 +26,8 @@ class TaskDatasets:
     """The datasets of a run: for every task the rows it can use, and their columns."""
 
     def __init__(self, datasets: Mapping[str, Images], columns: dict[str, Any]):
-        self.datasets, self.columns = datasets, columns
+        self.datasets, self.columns = dict(datasets), columns
+        self._whole: dict[str, Dataset] = {}  # the datasets some of whose rows a task leaves out
         self._sizes: dict[int, list[tuple[int, int]]] = {}  # of the images of each dataset
         self._checked: set[str] = set()  # tasks whose rows all have their text
 
@@ -41,12 +42,19 @@ class TaskDatasets:
                     "There is nothing to train on: pass train_dataset, or set dataset_name in the arguments."
                 )
             source = load_image_dataset(
-                args.dataset_name, args.dataset_split, args.dataset_config_name, args.dataset_streaming
+                args.dataset_name,
+                args.dataset_split,
+                args.dataset_config_name,
+                args.dataset_streaming,
+                data_files=args.data_files,
+                image_root=args.image_root,
             )
         if not isinstance(source, Mapping):
             source = dict.fromkeys(TASKS, source)
             if args.caption_dataset_name is not None:
-                source["caption"] = load_image_dataset(args.caption_dataset_name, streaming=args.dataset_streaming)
+                source["caption"] = load_image_dataset(
+                    args.caption_dataset_name, streaming=args.dataset_streaming, image_root=args.image_root
+                )
         if unknown := set(source) - set(TASKS):
             raise ValueError(
                 f"Datasets are given for {', '.join(TASKS)}; not for {', '.join(sorted(map(str, unknown)))}. Of several "
@@ -95,7 +103,8 @@ class TaskDatasets:
         return task in self.columns and self.columns[task].serve(task)
 
     def check(self, tasks: Iterable[str]) -> None:
-        """Raises `ValueError` if one of `tasks` finds no rows it can learn from."""
+        """Raises `ValueError` if one of `tasks` finds no rows it can learn from. Rows without captions are such an error
+        too, except among the pictures of a folder or archive: there a task leaves them out, and the log counts them."""
         for task in tasks:
             if not self.serves(task):
                 raise ValueError(
@@ -103,10 +112,39 @@ class TaskDatasets:
                     f"and the dataset has none. Name it with caption_column, pass a dataset for the task "
                     f"({{'reconstruct': …, {task!r}: …}}), or set {TASKS[task].weight_option}=0."
                 )
-            dataset = self.datasets[task]
-            if isinstance(dataset, Dataset) and task not in self._checked:
-                self._checked.add(task)
-                check_texts(dataset, task, self.columns[task])
+            if task in self._checked:
+                continue
+            self._checked.add(task)
+            dataset, columns = self.datasets[task], self.columns[task]
+            if TASKS[task].columns and dataset.info.description == SOME_CAPTIONS:
+                self.datasets[task] = self._with_texts(task, columns)
+            elif isinstance(dataset, Dataset):
+                check_texts(dataset, task, columns)
+
+    def _with_texts(self, task: str, columns: Columns) -> Images:
+        """The rows of a task's dataset that have a text."""
+        dataset = self.datasets[task]
+        if isinstance(dataset, IterableDataset):
+            logger.warning(f"The task {task!r} leaves out rows of its stream that have no caption.")
+            names = [name for name in columns[1:] if name]
+
+            def keeps(*cells: Any) -> bool:
+                return has_text(dict(zip(names, cells, strict=True)), task, columns)
+
+            return dataset.filter(keeps, input_columns=names)
+        missing = set(rows_without_text(dataset, task, columns))
+        if not missing:
+            return dataset
+        if len(missing) == len(dataset):
+            raise ValueError(
+                f"None of {len(dataset)} images has a caption, which the task {task!r} learns from; set "
+                f"{TASKS[task].weight_option}=0 to train without it."
+            )
+        logger.warning(
+            f"The task {task!r} leaves out {len(missing):,} of {len(dataset):,} images: they have no caption."
+        )
+        self._whole[task] = dataset
+        return dataset.select([row for row in range(len(dataset)) if row not in missing])
 
     def check_batches(self, processor: UnifiedProcessor, args: RecAConfig) -> None:
         """Raises `ValueError` for images that cannot be used, or too few with `drop_last`; warns of a batch that is
@@ -135,7 +173,8 @@ class TaskDatasets:
         if self.is_streaming:
             raise ValueError("eval_size cannot hold rows out of a stream; pass an eval_dataset.")
         parts: dict[int, tuple[Dataset, Dataset]] = {}
-        for dataset in self.datasets.values():
+        whole = {**self.datasets, **self._whole}  # so that no image is in both halves, for another task
+        for dataset in whole.values():
             if isinstance(dataset, Dataset) and id(dataset) not in parts:
                 if len(dataset) <= eval_size:
                     raise ValueError(
@@ -143,8 +182,13 @@ class TaskDatasets:
                     )
                 halves = dataset.train_test_split(test_size=eval_size, seed=seed)
                 parts[id(dataset)] = (halves["train"], halves["test"])
-        train, test = ({task: parts[id(dataset)][half] for task, dataset in self.datasets.items()} for half in (0, 1))
-        return TaskDatasets(train, self.columns), TaskDatasets(test, self.columns)
+        train, test = (
+            TaskDatasets({task: parts[id(dataset)][half] for task, dataset in whole.items()}, self.columns)
+            for half in (0, 1)
+        )
+        for half in (train, test):
+            half.check(self._whole)
+        return train, test
 
     def targets(self, task: str, processor: UnifiedProcessor, args: RecAConfig) -> list[Size]:
         """The `(height, width)` target of every row of a task, whose dataset is no stream."""
