@@ -180,6 +180,6 @@ def test_options_of_loading_reach_the_model(tmp_path):
     trainer = run(None, "bagel_lora_tiny", argv.replace("empty.yaml", str(tmp_path / "empty.yaml")).split())
     base = trainer.model.get_base_model()
     assert base.config._attn_implementation == "eager"
-    assert base.vit_model.dtype == torch.bfloat16  # frozen, and --bf16 was given
+    assert {weight.dtype for weight in base.vit_model.parameters()} == {torch.bfloat16}  # frozen, and --bf16 was given
     with pytest.raises(ValueError, match="garbage"):
         run(None, "", argv.replace("eager", "garbage").replace("empty.yaml", str(tmp_path / "empty.yaml")).split())
