@@ -241,6 +241,22 @@ def name_in_base(name: str) -> str:
     return re.sub(r"\.(base_layer|token_adapter|original_module)(?=\.|$)", "", name.removeprefix("base_model.model."))
 
 
+def base_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a model under the names they have without an adapter, and without the adapter's own."""
+    parts = {
+        name: {*module.adapter_layer_names, *module.other_param_names}
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    }
+
+    def is_of_adapter(name: str) -> bool:
+        words = name.split(".")
+        of_layer = (words[depth] in parts.get(".".join(words[:depth]), ()) for depth in range(1, len(words)))
+        return "modules_to_save" in words or any(of_layer)
+
+    return {name_in_base(name): weight for name, weight in model.state_dict().items() if not is_of_adapter(name)}
+
+
 def load_adapter(model: UnifiedModel, folder: str | os.PathLike[str], is_trainable: bool = False) -> PeftModel:
     """Put the adapter saved in `folder` on `model`. Further ones are loaded, weighted and switched with PEFT's own
     `load_adapter`, `add_weighted_adapter` and `set_adapter`.

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import validate_repo_id
 
-from reca_trainer.adapters import load_adapter, read_quantization
+from reca_trainer.adapters import base_state_dict, load_adapter, read_quantization
 from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
 from reca_trainer.models.registry import detect, is_adapter
 from reca_trainer.models.weights import CheckpointError, LazyTensor, check_fit, load_strict, open_weights
@@ -35,10 +35,7 @@ def open_lazily(model_or_path: UnifiedModel | str | Path, **hub: Any) -> Unified
     """A checkpoint's model on the meta device, with its weights, unread, as `lazy_weights`. A loaded model gives
     its weights without those of an adapter."""
     if isinstance(model_or_path, UnifiedModel):
-        weights = {}
-        for name, tensor in model_or_path.state_dict().items():
-            if ".lora_" not in name and ".modules_to_save." not in name:
-                weights[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = LazyTensor(tensor)
+        weights = {name: LazyTensor(tensor) for name, tensor in base_state_dict(model_or_path).items()}
         model = load_strict(type(model_or_path), model_or_path.config, weights, "the loaded model", lazy=True)
     else:
         folder = resolve(model_or_path, **hub)

@@ -94,6 +94,10 @@ def _open(path: Path) -> dict[str, LazyTensor]:
     return {key: LazyTensor(tensor) for key, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
 
 
+def _are_equal(weights: dict[str, LazyTensor], name: str, twin: str) -> bool:
+    return twin in weights and torch.equal(weights[name][...], weights[twin][...])
+
+
 def load_strict(
     model_class: type[UnifiedModel],
     config: PreTrainedConfig,
@@ -308,7 +312,10 @@ def write_weights(
         save_file(shard, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
         shard.clear()
 
-    for name in sorted(model.lazy_weights.keys() - set(model.all_tied_weights_keys)):
+    # A configuration may call weights tied that the file has apart; then it is the file that counts.
+    twins = {name: twin for name, twin in model.all_tied_weights_keys.items() if name in model.lazy_weights}
+    apart = {name for name, twin in twins.items() if not _are_equal(model.lazy_weights, name, twin)}
+    for name in sorted(model.lazy_weights.keys() - (twins.keys() - apart)):
         tensor = model.lazy_weights[name][...]
         is_kept = any(re.search(module, name) for module in keep)
         if tensor.is_floating_point() and dtype is not None:
@@ -336,6 +343,8 @@ def write_weights(
     config = type(model.config).from_dict(model.config.to_dict())
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    for part in (config, config.get_text_config()) if apart else ():
+        part.tie_word_embeddings = False
     config.architectures = [type(model).__name__]
     config.dtype = max(elements, key=elements.get)
     config.save_pretrained(folder)
