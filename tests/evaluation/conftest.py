@@ -81,10 +81,10 @@ class PainterModel(UnifiedModel):
             colors = self.see(processor(images=images)["condition_pixel_values"].mean((2, 3)))
         else:
             self.drawn += text
-            colors = torch.stack([self.color_of_byte(torch.tensor(list(one.encode()))).mean(0) for one in text])
+            colors = torch.stack([self.color_of_byte(torch.tensor(list(prompt.encode()))).mean(0) for prompt in text])
         noise = per_sample(lambda g: torch.randn(3, SIDE, SIDE, generator=g), len(colors), generator)
         pixels = ((contrast * 4 * colors[..., None, None] + 0.3 * noise).sigmoid() * 255).to(torch.uint8)
-        return [Image.fromarray(one.permute(1, 2, 0).contiguous().numpy()) for one in pixels]
+        return [Image.fromarray(plane.permute(1, 2, 0).contiguous().numpy()) for plane in pixels]
 
     @torch.no_grad()
     def generate_text(self, processor, text, images=None, **sampling):

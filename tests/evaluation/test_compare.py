@@ -6,8 +6,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
-from reca_trainer.evaluation import compare, evaluate
-from reca_trainer.evaluation.compare import compare as compare_runs
+from reca_trainer.cli import compare, evaluate
+from reca_trainer.evaluation.compare import compare_runs
+from reca_trainer.evaluation.report import summarize
 from reca_trainer.models.auto import AutoUnifiedModel
 
 
@@ -23,7 +24,7 @@ def write_run(folder, scores, prompts=None, **report):
             row |= {"prompt": (prompts or {}).get(prompt, f"prompt {prompt}"), "tag": "counting", "reason": ""}
             rows.append({**row, "categories": {"counting": [float(value), 1]}})
     about = {"benchmark": "geneval", "model": folder.name, "adapter": None, "seed": 0, "sampling": {}, "scorer": {}}
-    summary = evaluate.summarize(rows, "mean of categories")
+    summary = summarize(rows, "mean of categories")
     about |= {
         "title": "GenEval",
         "overall_is": "mean of categories",
@@ -100,7 +101,10 @@ def test_names_and_notes_cannot_change_the_table(tmp_path):
     assert text.endswith(r"&lt;script&gt; \| a \| b \|" + "\n")
 
 
-@pytest.mark.parametrize(("name", "value"), [("seed", 1), ("sampling", {"guidance_scale": 2}), ("scorer", {"d": 1})])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("seed", 1), ("protocol", "paper"), ("sampling", {"guidance_scale": 2}), ("scorer", {"d": 1})],
+)
 def test_runs_under_other_conditions_are_not_compared(tmp_path, name, value):
     base, other = write_run(tmp_path / "a", {"p": [1]}), write_run(tmp_path / "b", {"p": [1]}, **{name: value})
     with pytest.raises(ValueError, match=f"b has {name} .*a has "):
@@ -133,5 +137,5 @@ def test_a_base_its_adapter_and_a_finished_run(bagel_folder, detector_folder, cl
 
 
 def test_one_model_is_no_comparison(tmp_path):
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="at least two models"):
         compare.main(["only", "--benchmark", "geneval", "--output_dir", str(tmp_path)])

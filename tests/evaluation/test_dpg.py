@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from reca_trainer.evaluation import dpg, evaluate
+from reca_trainer.cli import evaluate
+from reca_trainer.evaluation import dpg
 from reca_trainer.evaluation.generation import Prompt, find_images
 from reca_trainer.evaluation.judge import EndpointJudge, JudgeError
 
@@ -100,14 +101,14 @@ def test_grids_hold_the_images_in_reading_order(tmp_path):
         path = tmp_path / "images/item/samples" / f"{index:05}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (6, 4), color).save(path)
-    dpg.write_grids([prompt], lambda one: find_images(tmp_path / "images", one.id), tmp_path / "grids")
+    dpg.write_grids([prompt], lambda drawn: find_images(tmp_path / "images", drawn.id), tmp_path / "grids")
     grid = Image.open(tmp_path / "grids/item.png")
     assert grid.size == (12, 8) and grid.getpixel((11, 0)) == (0, 128, 0) and grid.getpixel((0, 7)) == (0, 0, 255)
     dpg.read_grids(tmp_path / "grids", [prompt], tmp_path / "again")
-    for one, other in zip(
+    for first, other in zip(
         find_images(tmp_path / "images", "item"), find_images(tmp_path / "again", "item"), strict=True
     ):
-        assert Image.open(one).tobytes() == Image.open(other).tobytes()
+        assert Image.open(first).tobytes() == Image.open(other).tobytes()
     Image.new("RGB", (5, 4)).save(tmp_path / "grids/item.png")
     with pytest.raises(ValueError, match="even sides"):
         dpg.read_grids(tmp_path / "grids", [prompt], tmp_path / "again")
@@ -172,7 +173,7 @@ def test_dpg_is_scored_by_an_endpoint(server, questions_csv, tmp_path):
     report = json.loads((tmp_path / "out/report.json").read_text())
     # Red balloons: 4 of 4; blue ones: all but "Are they red?", on which nothing depends; the sky: 0 and 1.
     assert report["overall"]["score"] == pytest.approx((1 + 0.75 + 0 + 1) / 4)
-    scores = {name: one["score"] for name, one in report["categories"].items()}
+    scores = {name: estimate["score"] for name, estimate in report["categories"].items()}
     assert scores["entity"] == scores["entity - whole"] == scores["relation"] == 1
     assert scores["attribute"] == scores["attribute - color"] == 0.5
     assert report["scorer"]["judge"] == {"name": "tiny", "endpoint": server.url}

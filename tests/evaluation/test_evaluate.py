@@ -1,6 +1,13 @@
+import sys
+from dataclasses import fields
+
 import pytest
 
-from reca_trainer.evaluation.evaluate import main, parse_sampling, spread
+from reca_trainer.cli import main
+from reca_trainer.cli.compare import make_parser as comparison_parser
+from reca_trainer.cli.evaluate import make_parser
+from reca_trainer.evaluation.arguments import EvaluationArguments, parse_sampling, parse_value
+from reca_trainer.evaluation.evaluate import spread
 from reca_trainer.evaluation.geneval import TAGS, prompts
 
 
@@ -14,15 +21,43 @@ def test_sampling_options_are_json_where_they_can_be():
     }
 
 
+@pytest.mark.parametrize(
+    ("value", "meaning"),
+    [("[0.0,1.0]", [0.0, 1.0]), ("4.5", 4.5), ("global", "global"), (50, 50), (True, True), ("[0.0", "[0.0")],
+)
+def test_what_another_tool_hands_on_as_a_string_is_read(value, meaning):
+    assert parse_value(value) == meaning and type(parse_value(value)) is type(meaning)
+
+
 @pytest.mark.parametrize("pair", ["steps", "=5", "num steps=5"])
 def test_a_sampling_option_without_a_name_is_refused(pair):
-    with pytest.raises(SystemExit, match="NAME=VALUE"):
+    with pytest.raises(ValueError, match="NAME=VALUE"):
         parse_sampling([pair])
 
 
 def test_a_limited_run_still_sees_every_category():
     assert [prompt.metadata["tag"] for prompt in spread(prompts(), 6)] == list(TAGS)
     assert spread([1, 2], 5) == [1, 2] and spread([1, 2], None) == [1, 2]
+
+
+def test_the_command_line_gives_what_python_gives():
+    command = "--model a --benchmark reconstruction --dataset d --output_dir out --lpips --sampling height=32 width=32"
+    [args] = make_parser().parse_args_into_dataclasses(command.split(), look_for_args_file=False)
+    assert args == EvaluationArguments(
+        model="a",
+        benchmark="reconstruction",
+        dataset="d",
+        output_dir="out",
+        lpips=True,
+        sampling={"height": 32, "width": 32},
+    )
+
+
+def test_every_option_is_explained():
+    assert all(option.metadata["help"] for option in fields(EvaluationArguments))
+    text = make_parser().format_help()
+    assert all(f"--{option.name}" in text for option in fields(EvaluationArguments))
+    assert "geneval,dpg}" in comparison_parser().format_help()
 
 
 @pytest.mark.parametrize(
@@ -33,9 +68,21 @@ def test_a_limited_run_still_sees_every_category():
         ("--benchmark reconstruction --images b", "needs a --model"),
         ("--benchmark dpg --model a", "needs --prompts"),
         ("--benchmark understanding --model a", "needs --dataset"),
+        ("--benchmark understanding --model a --dataset b --protocol paper", "about making images"),
+        ("--benchmark geneval --images a --protocol paper", "--protocol is about making images"),
+        ("--benchmark geneval --images a --prompts_file b", "--prompts_file is about making images"),
+        ("--benchmark dpg --model a --prompts b --judge c --prompts_file d", "--prompts_file is GenEval's"),
+        ("--benchmark geneval --model a --sampling steps", "NAME=VALUE"),
+        ("--benchmark geneval --model a --guidance 4", "--guidance"),
     ],
 )
 def test_a_command_that_cannot_work_says_so_at_once(arguments, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main([*arguments.split(), "--output_dir", str(tmp_path)])
-    assert message in f"{stopped.value} {capsys.readouterr().err}"
+    assert main(["evaluate", *arguments.split(), "--output_dir", str(tmp_path)]) == 1
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_package_that_is_missing_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    assert main(["evaluate", "--benchmark", "geneval", "--model", "a", "--output_dir", str(tmp_path)]) == 1
+    assert "pip install 'reca-trainer[evaluation]'" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from reca_trainer.evaluation import evaluate
+from reca_trainer.cli import evaluate
 from reca_trainer.evaluation.geneval import (
     CLASSES,
     COLORS,
@@ -69,9 +69,9 @@ def test_an_empty_image_is_wrong_and_asks_for_no_colour():
 def test_detections_are_tight_boxes_of_masks_of_the_image(detector_folder):
     detector = Detector(detector_folder)
     images = [noise(0), noise(1, (64, 40))]
-    for image, found in zip(images, detector(images, threshold=0.0), strict=True):
-        assert found and set(found) <= set(CLASSES)
-        for boxes, masks in found.values():
+    for image, detected in zip(images, detector(images, threshold=0.0), strict=True):
+        assert detected and set(detected) <= set(CLASSES)
+        for boxes, masks in detected.values():
             assert masks.dtype == bool and masks.shape == (len(boxes), image.height, image.width)
             for (x0, y0, x1, y1, score), mask in zip(boxes, masks, strict=True):
                 rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -98,8 +98,8 @@ def test_a_mask_becomes_the_box_and_score_of_its_class(detector_folder):
     masks[1, 2:4, 1:6] = 50.0
     valid = torch.ones(32, 32, dtype=torch.bool)
     valid[:, 24:] = False  # the right quarter pads the batch
-    found = detector._instances(logits, masks, valid, (64, 48), (32, 32), 0.3)
-    [(name, (boxes, mask))] = found.items()
+    detected = detector._instances(logits, masks, valid, (64, 48), (32, 32), 0.3)
+    [(name, (boxes, mask))] = detected.items()
     assert name == "dog" and 0.95 < mask.sum() / (40 * 16) <= 1  # corners are rounded
     assert boxes[0, :4].tolist() == [8, 16, 48, 32] and boxes[0, 4] > 0.99
 
@@ -148,9 +148,9 @@ def test_an_image_is_scored_as_its_detections_say(detector_folder, clip_folder, 
     scorer = GenEval(Detector(detector_folder), ColorClassifier(clip_folder), Rules(threshold=0.0))
     path = tmp_path / "image.png"
     noise(3).save(path)
-    found = scorer.detector([noise(3)], 0.0)[0]
-    name = max(found, key=lambda one: len(found[one][0]))
-    count = len(found[name][0])
+    detected = scorer.detector([noise(3)], 0.0)[0]
+    name = max(detected, key=lambda name: len(detected[name][0]))
+    count = len(detected[name][0])
     [right] = [
         p for p in prompts() if p.metadata["tag"] == "single_object" and p.metadata["include"][0]["class"] == name
     ]

@@ -27,7 +27,7 @@ def unordered(reason):
 
 
 @pytest.mark.parametrize(
-    ("number", "index"), [(number, index) for number, one in enumerate(SETS) for index in range(len(one["cases"]))]
+    ("number", "index"), [(number, index) for number, cases in enumerate(SETS) for index in range(len(cases["cases"]))]
 )
 def test_decision(number, index):
     case, options = SETS[number]["cases"][index], SETS[number]["options"]
@@ -46,6 +46,8 @@ def test_summary(number):
         score = float(verdict(case, SETS[number]["options"]).correct)
         rows.append({"id": str(index), "score": score, "categories": {case["metadata"]["tag"]: [score, 1]}})
     summary = summarize(rows, overall="mean of categories")
-    assert {tag: one["score"] for tag, one in summary["categories"].items()} == pytest.approx(expected["by_tag"])
+    assert {tag: estimate["score"] for tag, estimate in summary["categories"].items()} == pytest.approx(
+        expected["by_tag"]
+    )
     assert summary["overall"]["score"] == pytest.approx(expected["overall_mean_of_tags"])
     assert summary["images"] == expected["images"]

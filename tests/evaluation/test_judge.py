@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from transformers.utils.import_utils import is_serve_available
 
-from reca_trainer.evaluation import compare, evaluate
+from reca_trainer.cli import compare, evaluate
 from reca_trainer.evaluation.judge import EndpointJudge, LocalJudge
 
 IMAGES = [

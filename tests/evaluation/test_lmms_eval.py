@@ -34,6 +34,7 @@ def test_lmms_eval_finds_the_model():
 def test_images_are_drawn_and_edited(bagel_folder, tmp_path, task):
     def run(batch_size, folder):
         arguments = f"pretrained={bagel_folder},mode=images,dtype=float32,output_dir={folder},num_inference_steps=2"
+        arguments += ",guidance_interval=[0.0,1.0]"
         model = RecALmms.create_from_arg_string(arguments, {"batch_size": batch_size, "device": "cpu"})
         paths = [json.loads(answer)["images"] for answer in ask(model, task)]
         return [Image.open(path).convert("RGB") for [path] in paths]
@@ -41,8 +42,8 @@ def test_images_are_drawn_and_edited(bagel_folder, tmp_path, task):
     images = run(1, tmp_path / "one")
     assert len(images) == len(DOCS[task])
     assert len({image.tobytes() for image in images}) == len(images)  # each has its own seed
-    for one, other in zip(images, run(2, tmp_path / "two"), strict=True):
-        assert max(abs(a - b) for a, b in zip(one.tobytes(), other.tobytes(), strict=True)) <= 1
+    for image, other in zip(images, run(2, tmp_path / "two"), strict=True):
+        assert max(abs(a - b) for a, b in zip(image.tobytes(), other.tobytes(), strict=True)) <= 1
 
 
 def test_questions_are_answered(bagel_folder):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import CLIPModel
 
-from reca_trainer.evaluation import evaluate
+from reca_trainer.cli import evaluate
 from reca_trainer.evaluation.reconstruction import (
     ClipSimilarity,
     evaluate_reconstruction,
@@ -179,7 +179,7 @@ def test_two_processes_report_what_one_reports(bagel_folder, image_folder, tmp_p
     command += " --sampling num_inference_steps=2 --output_dir"
     evaluate.main([*command.split(), str(tmp_path / "one")])
     done = subprocess.run(
-        [*launch, "-m", "reca_trainer.evaluation.evaluate", *command.split(), tmp_path / "two"],
+        [*launch, "-m", "reca_trainer", "evaluate", *command.split(), tmp_path / "two"],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},

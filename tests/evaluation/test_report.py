@@ -60,8 +60,8 @@ def test_nothing_to_summarize_is_an_error():
 
 
 def test_a_model_does_not_differ_from_itself_as_far_as_its_prompts_tell():
-    one = rows([1, 0, 1, 0])
-    result = compare_rows(one, one, "mean of images")["overall"]
+    answers = rows([1, 0, 1, 0])
+    result = compare_rows(answers, answers, "mean of images")["overall"]
     assert result["difference"] == 0 and result["high"] == -result["low"] == pytest.approx(1.96 / 6, abs=1e-3)
 
 

@@ -22,8 +22,8 @@ COMMANDS = {
     "export": ("reca_trainer.cli.export", "write a model in another layout, dtype or quantisation"),
     "push": ("reca_trainer.cli.push", "upload an adapter or a model to the Hub"),
     "info": ("reca_trainer.cli.info", "what a checkpoint or adapter is"),
-    "evaluate": ("reca_trainer.evaluation.evaluate", "score a model on a benchmark"),
-    "compare": ("reca_trainer.evaluation.compare", "compare models on a benchmark, image by image"),
+    "evaluate": ("reca_trainer.cli.evaluate", "score a model on a benchmark"),
+    "compare": ("reca_trainer.cli.compare", "compare models on a benchmark, image by image"),
     "plan": ("reca_trainer.cli.plan", "does a run fit a GPU, which batch, how long"),
 }
 
@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         module, _, function = COMMANDS[argv[0]][0].partition(":")
         getattr(importlib.import_module(module), function or "main")(with_underscores(argv[1:]))
         return 0
-    except (ValueError, OSError) as error:  # what users can mend; anything else is a bug and keeps its traceback
+    # What users can mend, by a value, a file or an installation; anything else is a bug and keeps its traceback.
+    except (ValueError, OSError, ImportError) as error:
         print(f"reca-trainer {argv[0]}: {error}", file=sys.stderr)
         return 1

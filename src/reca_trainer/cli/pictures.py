@@ -16,7 +16,7 @@ from transformers import BitsAndBytesConfig
 
 from reca_trainer import adapters, toy
 from reca_trainer.callbacks import contact_sheet
-from reca_trainer.evaluation.evaluate import parse_sampling
+from reca_trainer.evaluation.arguments import parse_sampling
 from reca_trainer.files import replacing, written_whole
 from reca_trainer.images import decode_image
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor

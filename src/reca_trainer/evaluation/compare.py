@@ -1,88 +1,89 @@
-"""`reca-trainer compare`: several models on one benchmark with the same seeds, side by side."""
+"""Several models on one benchmark with the same seeds, side by side."""
 
 from __future__ import annotations
 
-import argparse
 import base64
 import html
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from reca_trainer.evaluation.evaluate import add_benchmark_arguments, evaluate
+from reca_trainer.evaluation.arguments import BenchmarkArguments, ComparisonArguments, EvaluationArguments
+from reca_trainer.evaluation.evaluate import evaluate
 from reca_trainer.evaluation.generation import processes
 from reca_trainer.evaluation.report import compare_rows, interval, percent
 from reca_trainer.files import replacing
 from reca_trainer.images import decode_image
 from reca_trainer.saving.card import escaped
 
-DESCRIPTION = """Run one benchmark on several models with the same seeds and compare them, image by image, with the first.
-Each of them is a model, an adapter of the first one, or the output folder of `reca-trainer evaluate`."""
-
 # What must agree for a difference between two runs to be one between the models.
-CONDITIONS = ("benchmark", "seed", "sampling", "scorer")
+CONDITIONS = ("benchmark", "seed", "protocol", "sampling", "scorer")
+DEFAULTS = {"protocol": "default"}  # of reports that do not say
 
 
-def make_parser(parser: argparse.ArgumentParser | None = None) -> argparse.ArgumentParser:
-    """The arguments of `reca-trainer compare`, added to `parser` if given."""
-    parser = parser or argparse.ArgumentParser("reca-trainer compare", description=DESCRIPTION)
-    parser.add_argument(
-        "models", nargs="+", metavar="model", help="model, adapter or folder of results; first the base"
-    )
-    add_benchmark_arguments(parser, ("geneval", "dpg"))
-    parser.add_argument("--thumbnail", type=int, default=224, help="longest side of the page's images (default 224)")
-    return parser
+def compare(models: Sequence[str], args: ComparisonArguments) -> str:
+    """Run a benchmark on several models with the same seeds, and compare them with the first.
+
+    Args:
+        models: folder or Hub id of a model, of an adapter of the first, or a folder that `evaluate` wrote to.
+
+    Returns:
+        The table in Markdown on the main process, "" on the others; see `compare_runs` for what is written.
+
+    Raises:
+        ValueError: there are fewer than two models, or runs that cannot be compared.
+    """
+    if len(models) < 2:
+        raise ValueError("there is nothing to compare: give at least two models.")
+    runs = [_run(models, number, args) for number in range(len(models))]
+    return compare_runs(runs, args.output_dir, args.thumbnail) if processes().is_main_process else ""
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run `reca-trainer compare`."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    if len(args.models) < 2:
-        parser.error("there is nothing to compare: give at least two models")
-    runs = [_run(args, name, number) for number, name in enumerate(args.models)]
-    if processes().is_main_process:
-        print(compare(runs, args.output_dir, args.thumbnail))
-
-
-def _run(args: argparse.Namespace, name: str, number: int) -> Path:
+def _run(models: Sequence[str], number: int, args: ComparisonArguments) -> Path:
     """The results of one of the models, made now unless they are there."""
+    name = models[number]
     if (Path(name) / "report.json").is_file() and (Path(name) / "results.jsonl").is_file():
         return Path(name)
     folder = Path(args.output_dir) / f"{number}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', name).strip('-.')[-60:]}"
     is_adapter = number > 0 and find_adapter_config_file(name) is not None
-    evaluate(args, folder, args.models[0] if is_adapter else name, name if is_adapter else None)
+    options = {option.name: getattr(args, option.name) for option in fields(BenchmarkArguments)}
+    options |= {"model": models[0], "adapter": name} if is_adapter else {"model": name}
+    evaluate(EvaluationArguments(**options | {"output_dir": str(folder)}))
     return folder
 
 
-def compare(runs: list[str | Path], folder: str | Path, thumbnail: int = 224) -> str:
-    """Compare runs of `reca-trainer evaluate` with the first of them.
+def compare_runs(runs: Sequence[str | Path], folder: str | Path, thumbnail: int = 224) -> str:
+    """Compare what `evaluate` wrote of several models with the first of them.
 
     Writes `compare.json`, `compare.md` (for a model card) and `compare.html`, one file with the images in it. Of a run's
     images only those inside its folder are shown: what a results file names elsewhere may be anything.
 
     Args:
+        runs: the folders.
+        folder: where the comparison goes.
         thumbnail: longest side of the images in the page, in pixels.
 
     Returns:
         The table in Markdown.
 
     Raises:
-        ValueError: the runs differ in seed, sampling, detector or judge, or are not about the same images.
+        ValueError: the runs differ in seed, protocol, sampling, detector or judge, or are not about the same images.
     """
     folder, runs = Path(folder), [Path(run) for run in runs]
     reports = [json.loads((run / "report.json").read_text()) for run in runs]
     rows = [[json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()] for run in runs]
     for run, report in zip(runs[1:], reports[1:], strict=True):
         for name in CONDITIONS:
-            if report[name] != reports[0][name]:
-                raise ValueError(f"{run} has {name} {report[name]!r}, {runs[0]} has {reports[0][name]!r}.")
+            here, there = (conditions.get(name, DEFAULTS.get(name)) for conditions in (report, reports[0]))
+            if here != there:
+                raise ValueError(f"{run} has {name} {here!r}, {runs[0]} has {there!r}.")
     names = _names(reports, runs)
     differences = [compare_rows(rows[0], other, reports[0]["overall_is"]) for other in rows[1:]]
     text = _table(names, reports, differences)
@@ -260,7 +261,3 @@ def _figure(row: dict[str, Any], run: Path, thumbnail: int) -> str:
         f'<figure class="{"right" if right else "wrong"}">{shown}'
         f"<figcaption><b>{mark}</b> {reason}</figcaption></figure>"
     )
-
-
-if __name__ == "__main__":
-    main()

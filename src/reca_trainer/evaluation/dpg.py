@@ -126,7 +126,7 @@ class DPGBench:
         """One row per image: `score`, the judge's answers, and the questions that failed."""
         questions = prompt.metadata["questions"]
         images = [decode_image(path) for path in paths]
-        asked = [f"{one['question']} {self.instruction}".strip() for one in questions.values()]
+        asked = [f"{entry['question']} {self.instruction}".strip() for entry in questions.values()]
         answers = self.judge([image for image in images for _ in asked], asked * len(images))
         return [
             self._row(questions, dict(zip(questions, answers[start : start + len(asked)], strict=True)))
@@ -138,8 +138,8 @@ class DPGBench:
         yes = {number: answer is True for number, answer in read.items()}
         met = apply_dependencies(questions, yes)
         parts: dict[str, list[float]] = {}
-        for number, one in questions.items():
-            for level in dict.fromkeys((one["level"].split(" - ")[0], one["level"])):
+        for number, entry in questions.items():
+            for level in dict.fromkeys((entry["level"].split(" - ")[0], entry["level"])):
                 part = parts.setdefault(level, [0, 0])
                 part[0] += yes[number]
                 part[1] += 1

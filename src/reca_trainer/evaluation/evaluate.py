@@ -1,11 +1,7 @@
-"""`reca-trainer evaluate`: one model, one benchmark, one report.
-
-On several GPUs: `accelerate launch -m reca_trainer.cli evaluate …`; the result does not depend on their number.
-"""
+"""One model, one benchmark, one report, whatever the number of processes."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Callable
@@ -19,6 +15,7 @@ from accelerate.utils.memory import clear_device_cache
 from reca_trainer.adapters import unwrap
 from reca_trainer.data import find_columns, load_image_dataset
 from reca_trainer.evaluation import dpg, geneval, reconstruction, understanding
+from reca_trainer.evaluation.arguments import EvaluationArguments
 from reca_trainer.evaluation.generation import (
     Prompt,
     find_images,
@@ -28,134 +25,74 @@ from reca_trainer.evaluation.generation import (
     score_images,
 )
 from reca_trainer.evaluation.judge import EndpointJudge, LocalJudge
+from reca_trainer.evaluation.protocols import Protocol, find_protocol
 from reca_trainer.evaluation.report import Overall, Z, summarize, write_report
 from reca_trainer.files import replacing
 from reca_trainer.images import decode_image
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
 from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
 
-DESCRIPTION = """Score a model on a benchmark. An interrupted run of geneval or dpg continues where it stopped when started
-again. On several GPUs: accelerate launch -m reca_trainer.cli evaluate ..."""
+Report = dict[str, Any]
 
 
-def make_parser(parser: argparse.ArgumentParser | None = None) -> argparse.ArgumentParser:
-    """The arguments of `reca-trainer evaluate`, added to `parser` if given."""
-    parser = parser or argparse.ArgumentParser("reca-trainer evaluate", description=DESCRIPTION)
-    parser.add_argument("--model", help="folder or Hub id of the model")
-    parser.add_argument("--adapter", help="folder or Hub id of a PEFT adapter for it")
-    parser.add_argument("--images", help="score the images of this folder instead of generating them")
-    add_benchmark_arguments(parser, tuple(BENCHMARKS))
-    return parser
+def evaluate(args: EvaluationArguments) -> str:
+    """Score a model, or the images of a folder, and write everything into `args.output_dir`.
 
-
-def add_benchmark_arguments(parser: argparse.ArgumentParser, benchmarks: tuple[str, ...]) -> None:
-    """The arguments that say what is measured and how, shared with `reca-trainer compare`."""
-    parser.add_argument("--benchmark", required=True, choices=benchmarks)
-    parser.add_argument("--output_dir", required=True, help="where images, results.jsonl and the report go")
-    parser.add_argument("--limit", type=int, help="use only so many prompts, images or questions, spread evenly")
-    parser.add_argument(
-        "--batch_size", type=int, default=1, help="images generated, or questions answered, at once (default 1)"
-    )
-    parser.add_argument("--images_per_prompt", type=int, default=4, help="default 4, as GenEval and DPG-Bench publish")
-    parser.add_argument("--seed", type=int, default=0, help="determines, with prompt and number, every image")
-    parser.add_argument("--dtype", default="bfloat16", help="of the model's weights (default bfloat16)")
-    parser.add_argument(
-        "--sampling",
-        nargs="*",
-        default=[],
-        metavar="NAME=VALUE",
-        help="passed to generate_images (generate_text for understanding), such as num_inference_steps=50",
-    )
-    group = parser.add_argument_group("geneval")
-    group.add_argument("--detector", default=geneval.DETECTOR, help="a Mask2Former for COCO instances (%(default)s)")
-    group.add_argument("--detector_revision", help="its commit on the Hub (pinned for the default)")
-    group.add_argument("--color_classifier", default=geneval.COLOR_CLASSIFIER, help="a CLIP model (%(default)s)")
-    group.add_argument("--color_classifier_revision", help="its commit on the Hub (pinned for the default)")
-    group = parser.add_argument_group("dpg")
-    group.add_argument("--prompts", help="DPG-Bench's CSV file, or a Hub dataset with its columns")
-    group.add_argument("--judge", help="a transformers image-text-to-text model, or a model's name at --judge_url")
-    group.add_argument("--judge_revision", help="its commit on the Hub")
-    group.add_argument("--judge_url", help="OpenAI-compatible endpoint, such as http://localhost:8000/v1")
-    group.add_argument("--judge_instruction", default=dpg.INSTRUCTION, help="added to each question (%(default)s)")
-    group.add_argument("--grids", help="also write 2 × 2 grids, as the original scorer reads them, to this folder")
-    group = parser.add_argument_group("reconstruction, understanding")
-    group.add_argument("--dataset", help="folder or Hub id of images (understanding: image, question, answer)")
-    group.add_argument("--dataset_split", default="train", help="default train")
-    group.add_argument("--instruction", default=reconstruction.INSTRUCTION, help="of the reconstruction (%(default)s)")
-    group.add_argument("--clip", help="a CLIP model for the similarity of image and reconstruction")
-    group.add_argument("--lpips", action="store_true", help="LPIPS as well; needs torchvision")
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Run `reca-trainer evaluate`."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    if (args.model is None) == (args.images is None):
-        parser.error("give either --model or --images")
-    if args.images and args.benchmark not in ("geneval", "dpg"):
-        parser.error(f"{args.benchmark} needs a --model; it does not score images made elsewhere")
-    text = evaluate(args, args.output_dir, args.model, args.adapter, args.images)
-    if processes().is_main_process:
-        print(text)
-
-
-def evaluate(
-    args: argparse.Namespace,
-    folder: str | Path,
-    model: str | None = None,
-    adapter: str | None = None,
-    images: str | None = None,
-) -> str:
-    """Score `model` (with `adapter`), or the images of a folder, as `args` says; write everything into `folder`.
+    An interrupted run of geneval or dpg continues where it stopped when it is started again. Under `accelerate launch`
+    every process calls this; the result does not depend on their number.
 
     Returns:
-        The report in Markdown, on the main process.
+        The report in Markdown on the main process, "" on the others.
+
+    Raises:
+        ValueError: what is to be read does not fit the benchmark, or there is no such protocol.
+        ImportError: the benchmark needs a package that is not installed.
     """
-    folder, run = Path(folder), BENCHMARKS[args.benchmark]
-    about = {"benchmark": args.benchmark, "model": model, "adapter": adapter, "dtype": args.dtype}
-    about |= {"seed": args.seed, "sampling": parse_sampling(args.sampling)}
-    report = {**about, **run(args, folder, about, images)}
-    return write_report(folder, report) if processes().is_main_process else ""
+    names = ("benchmark", "model", "adapter", "dtype", "seed", "protocol", "sampling")
+    report = {name: getattr(args, name) for name in names} | BENCHMARKS[args.benchmark](args)
+    return write_report(args.output_dir, report) if processes().is_main_process else ""
 
 
-def _geneval(args: argparse.Namespace, folder: Path, about: dict[str, Any], images: str | None) -> dict[str, Any]:
+def _geneval(args: EvaluationArguments) -> Report:
     if find_spec("scipy") is None:  # before hours of generation
-        raise SystemExit("geneval needs SciPy for its detector: pip install 'reca-trainer[evaluation]'.")
-    if images is None:
-        prompts = spread(geneval.prompts(), args.limit)
-        images_of = _draw(args, prompts, folder, about)
+        raise ImportError("geneval needs SciPy for its detector: pip install 'reca-trainer[evaluation]'.")
+    generation: Report = {}
+    if args.images is None:
+        prompts = geneval.prompts() if args.prompts_file is None else geneval.read_prompts(args.prompts_file)
+        prompts = spread(prompts, args.limit)
+        images_of, generation = _draw(args, prompts)
     else:
-        metadata = read_metadata(images)
-        prompts = spread([Prompt(name, one["prompt"], one) for name, one in metadata.items()], args.limit)
-        images_of = _find(images)
+        described = read_metadata(args.images)
+        prompts = [Prompt(name, metadata["prompt"], metadata) for name, metadata in described.items()]
+        prompts, images_of = spread(prompts, args.limit), _find(args.images)
     device = processes().device
     scorer = geneval.GenEval(
         geneval.Detector(args.detector, args.detector_revision, device),
         geneval.ColorClassifier(args.color_classifier, args.color_classifier_revision, device),
     )
-    rows = score_images(prompts, images_of, scorer, folder, scorer.scorer)
+    rows = score_images(prompts, images_of, scorer, args.output_dir, scorer.scorer)
     models = (scorer.detector.source, scorer.color_classifier.source)
-    seen_by = " and ".join(f"{one['name']} ({one['revision'] or 'unversioned'})" for one in models)
+    seen_by = " and ".join(f"{model['name']} ({model['revision'] or 'unversioned'})" for model in models)
     note = (
         f"Detected and classified by {seen_by}. GenEval's published scores come from another detector (mmdetection's "
         "Mask2Former): these scores can be compared with each other, not with those of papers."
     )
-    return _summary("GenEval (other detector)", scorer.scorer, rows, "mean of categories", [note])
+    return _summary("GenEval (other detector)", scorer.scorer, rows, "mean of categories", [note], generation)
 
 
-def _dpg(args: argparse.Namespace, folder: Path, about: dict[str, Any], images: str | None) -> dict[str, Any]:
-    if not (args.prompts and args.judge):
-        raise SystemExit("dpg needs --prompts (its CSV file) and --judge.")
+def _dpg(args: EvaluationArguments) -> Report:
     prompts = spread(dpg.read_prompts(args.prompts), args.limit)
-    if images is None:
-        images_of = _draw(args, prompts, folder, about)
-    elif any(Path(images).glob("*.png")):
+    generation: Report = {}
+    if args.images is None:
+        images_of, generation = _draw(args, prompts)
+    elif any(Path(args.images).glob("*.png")):
+        cut = Path(args.output_dir) / "images"
         if processes().is_main_process:
-            dpg.read_grids(images, prompts, folder / "images")
+            dpg.read_grids(args.images, prompts, cut)
         processes().wait_for_everyone()
-        images_of = _find(folder / "images")
+        images_of = _find(cut)
     else:
-        images_of = _find(images)
+        images_of = _find(args.images)
     if args.grids and processes().is_main_process:
         dpg.write_grids(prompts, images_of, args.grids)
     if args.judge_url:
@@ -163,7 +100,7 @@ def _dpg(args: argparse.Namespace, folder: Path, about: dict[str, Any], images: 
     else:
         judge = LocalJudge(args.judge, args.judge_revision, processes().device, batch_size=args.batch_size)
     scorer = dpg.DPGBench(judge, args.judge_instruction)
-    rows = score_images(prompts, images_of, scorer, folder, scorer.scorer)
+    rows = score_images(prompts, images_of, scorer, args.output_dir, scorer.scorer)
     notes = [
         f"Judged by {judge.source['name']}. DPG-Bench's published scores come from mPLUG-large: scores of different "
         "judges cannot be compared."
@@ -171,20 +108,41 @@ def _dpg(args: argparse.Namespace, folder: Path, about: dict[str, Any], images: 
     if unreadable := sum(row["unreadable"] for row in rows):
         asked = sum(len(row["answers"]) for row in rows)
         notes.append(f"{unreadable} of {asked} answers were neither yes nor no and counted as no.")
-    return _summary("DPG-Bench", scorer.scorer, rows, "mean of images", notes)
+    return _summary("DPG-Bench", scorer.scorer, rows, "mean of images", notes, generation)
 
 
-def _draw(
-    args: argparse.Namespace, prompts: list[Prompt], folder: Path, about: dict[str, Any]
-) -> Callable[[Prompt], list[Path]]:
-    """Generate the images, then give the model's memory back to whatever looks at them."""
-    images, count = folder / "images", args.images_per_prompt
-    settings = {name: about[name] for name in ("model", "adapter", "dtype")}
-    model, processor = load_model(about["model"], about["adapter"], args.dtype)
-    generate(model, processor, prompts, images, count, args.batch_size, args.seed, about["sampling"], settings)
+def _draw(args: EvaluationArguments, prompts: list[Prompt]) -> tuple[Callable[[Prompt], list[Path]], Report]:
+    """Generate the images, then give the model's memory back to whatever looks at them.
+
+    Returns:
+        Where the images of a prompt are, and how they were made.
+    """
+    model, processor = load_model(args.model, args.adapter, args.dtype)
+    protocol = _protocol(args, model)
+    count = protocol.images_per_prompt if args.images_per_prompt is None else args.images_per_prompt
+    sampling = {**protocol.sampling, **args.sampling}
+    settings = {name: getattr(args, name) for name in ("model", "adapter", "dtype")}
+    folder = Path(args.output_dir) / "images"
+    generate(
+        model,
+        processor,
+        prompts,
+        folder,
+        count,
+        args.batch_size,
+        args.seed,
+        sampling,
+        settings,
+        prompt_prefix=protocol.prompt_prefix,
+    )
     del model
     clear_device_cache(garbage_collection=True)
-    return _find(images, count)
+    made = {"images_per_prompt": count, "prompt_prefix": protocol.prompt_prefix, "sampling": sampling}
+    return _find(folder, count), {**made, "source": protocol.source}
+
+
+def _protocol(args: EvaluationArguments, model: UnifiedModel) -> Protocol:
+    return find_protocol(args.protocol, args.benchmark, model.config.model_type)
 
 
 def _find(images: str | Path, count: int | None = None) -> Callable[[Prompt], list[Path]]:
@@ -192,38 +150,64 @@ def _find(images: str | Path, count: int | None = None) -> Callable[[Prompt], li
 
 
 def _summary(
-    title: str, scorer: dict[str, Any], rows: list[dict[str, Any]], overall: Overall, notes: list[str]
-) -> dict[str, Any]:
-    return {"title": title, "scorer": scorer, "overall_is": overall, **summarize(rows, overall), "notes": notes}
+    title: str,
+    scorer: dict[str, Any],
+    rows: list[dict[str, Any]],
+    overall: Overall,
+    notes: list[str],
+    generation: Report,
+) -> Report:
+    about = {"title": title, "generation": generation, "scorer": scorer, "overall_is": overall}
+    return {**about, **summarize(rows, overall), "notes": notes + _made_by(generation)}
 
 
-def _reconstruction(args: argparse.Namespace, folder: Path, about: dict[str, Any], images: None) -> dict[str, Any]:
+def _made_by(generation: Report) -> list[str]:
+    """What a reader must know of images that were made by a protocol."""
+    if generation.get("source") is None:
+        return []
+    values = {name: value for name, value in generation.items() if name != "source" and value}
+    values |= values.pop("sampling")
+    return [
+        f"Sampled by {generation['source']} of RecA's authors: {', '.join(f'{k}={v!r}' for k, v in values.items())}."
+    ]
+
+
+def _reconstruction(args: EvaluationArguments) -> Report:
     dataset, state = _Rows(args, images_only=True), processes()
+    model, processor = load_model(args.model, args.adapter, args.dtype)
+    protocol = _protocol(args, model)
+    instruction = args.instruction
+    if instruction is None:
+        instruction = reconstruction.INSTRUCTION if protocol.instruction is None else protocol.instruction
+    sampling = {**protocol.sampling, **args.sampling}
     rows = reconstruction.score_reconstructions(
-        *load_model(about["model"], about["adapter"], args.dtype),
+        model,
+        processor,
         dataset,
         range(state.process_index, len(dataset), state.num_processes),
-        args.instruction,
+        instruction,
         seed=args.seed,
         clip=reconstruction.ClipSimilarity(args.clip, device=state.device) if args.clip else None,
         lpips=reconstruction.load_lpips(state.device) if args.lpips else None,
-        **about["sampling"],
+        **sampling,
     )
-    rows = _gather(folder, rows)
+    rows = _gather(args.output_dir, rows)
+    generation = {"instruction": instruction, "sampling": sampling, "source": protocol.source}
+    about = {"title": "Reconstruction", "generation": generation, "dataset": args.dataset, "images": len(rows)}
     means = {name: _mean([row[name] for row in rows]) for name in rows[0] if name != "index"}
-    return {"title": "Reconstruction", "dataset": args.dataset, "images": len(rows), "means": means, "notes": []}
+    return {**about, "means": means, "notes": _made_by(generation)}
 
 
-def _understanding(args: argparse.Namespace, folder: Path, about: dict[str, Any], images: None) -> dict[str, Any]:
+def _understanding(args: EvaluationArguments) -> Report:
     dataset, state = _Rows(args, "question", "answer"), processes()
     rows = understanding.answer_questions(
-        *load_model(about["model"], about["adapter"], args.dtype),
+        *load_model(args.model, args.adapter, args.dtype),
         dataset,
         range(state.process_index, len(dataset), state.num_processes),
         args.batch_size,
-        **about["sampling"],
+        **args.sampling,
     )
-    rows = _gather(folder, rows)
+    rows = _gather(args.output_dir, rows)
     scored = [{"id": str(row["index"]), "score": float(row["correct"]), "categories": {}} for row in rows]
     summary = {"dataset": args.dataset, "overall_is": "share of right answers", **summarize(scored, "mean of images")}
     return {"title": "Understanding", **summary, "notes": []}
@@ -232,9 +216,7 @@ def _understanding(args: argparse.Namespace, folder: Path, about: dict[str, Any]
 class _Rows:
     """The rows of `--dataset`, decoded when they are looked at, so that it may be of any size."""
 
-    def __init__(self, args: argparse.Namespace, *columns: str, images_only: bool = False):
-        if not args.dataset:
-            raise SystemExit(f"{args.benchmark} needs --dataset.")
+    def __init__(self, args: EvaluationArguments, *columns: str, images_only: bool = False):
         self.name, self.dataset = args.dataset, load_image_dataset(args.dataset, args.dataset_split)
         missing = set(columns) - set(self.dataset.column_names)
         if missing:
@@ -251,11 +233,11 @@ class _Rows:
         return image if self.images_only else {**row, "image": image}
 
 
-def _gather(folder: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _gather(folder: str | Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of all processes in the order of the data set, also kept in `results.jsonl`."""
     rows = sorted(gather_object(rows), key=lambda row: row["index"])
     if processes().is_main_process:
-        with replacing(folder / "results.jsonl") as temporary:
+        with replacing(Path(folder) / "results.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return rows
 
@@ -291,26 +273,8 @@ def load_model(model: str, adapter: str | None, dtype: str) -> tuple[UnifiedMode
     return unified.eval(), processor
 
 
-def parse_sampling(pairs: list[str]) -> dict[str, Any]:
-    """`["height=512", "name=value"]` → `{"height": 512, "name": "value"}`: JSON where it is, else a string."""
-    sampling = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name.isidentifier():
-            raise SystemExit(f"--sampling takes NAME=VALUE, not {pair!r}.")
-        try:
-            sampling[name] = json.loads(value)
-        except ValueError:
-            sampling[name] = value
-    return sampling
-
-
 def spread(items: list[Any], limit: int | None) -> list[Any]:
     """`limit` of the items at even distances, so that every category of an ordered benchmark is among them."""
     if limit is None or limit >= len(items):
         return items
     return [items[index * len(items) // limit] for index in range(limit)]
-
-
-if __name__ == "__main__":
-    main()

@@ -24,6 +24,8 @@ from tqdm.auto import tqdm
 from reca_trainer.files import replacing
 from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -61,6 +63,7 @@ def generate(
     seed: int = 0,
     sampling: dict[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
+    prompt_prefix: str = "",
 ) -> None:
     """Draw `images_per_prompt` images of each prompt into `folder`, leaving alone those already there.
 
@@ -72,13 +75,15 @@ def generate(
         seed: with the prompt's id and the image's number it determines an image.
         sampling: passed to `generate_images`: `num_inference_steps`, `guidance_scale`, …
         settings: what else identifies the run (the model, its adapter, …); kept with the images.
+        prompt_prefix: put before each prompt where it is handed to the model.
 
     Raises:
         ValueError: `folder` holds images of other prompts, of another seed or made with other settings.
     """
     folder, sampling, state = Path(folder), sampling or {}, processes()
     if state.is_main_process:
-        _claim(folder, prompts, {**(settings or {}), "seed": seed, "sampling": sampling})
+        settings = {**(settings or {}), "seed": seed, "sampling": sampling}
+        _claim(folder, prompts, settings | ({"prompt_prefix": prompt_prefix} if prompt_prefix else {}))
     state.wait_for_everyone()
 
     batches = [
@@ -95,7 +100,7 @@ def generate(
             if not all(path.exists() for path in paths):
                 generators = [torch.Generator().manual_seed(image_seed(seed, p.id, number)) for p in batch]
                 images = model.generate_images(
-                    processor, text=[prompt.text for prompt in batch], generator=generators, **sampling
+                    processor, text=[prompt_prefix + prompt.text for prompt in batch], generator=generators, **sampling
                 )
                 for path, image in zip(paths, images, strict=True):
                     if not path.exists():
@@ -153,7 +158,7 @@ def read_metadata(folder: str | Path) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: there is none, or a `metadata.jsonl` is not one JSON object; the message names it.
     """
-    found = {}
+    described = {}
     for path in sorted(Path(folder).glob("*/metadata.jsonl")):
         try:
             metadata = json.loads(path.read_text())
@@ -161,10 +166,10 @@ def read_metadata(folder: str | Path) -> dict[str, dict[str, Any]]:
             raise ValueError(f"{path} is not one JSON object on one line: {error}") from error
         if not isinstance(metadata, dict) or "prompt" not in metadata:
             raise ValueError(f"{path} lacks \"prompt\"; GenEval's layout keeps the prompt's description there.")
-        found[path.parent.name] = metadata
-    if not found:
+        described[path.parent.name] = metadata
+    if not described:
         raise ValueError(f"{folder} holds no <prompt>/metadata.jsonl: it is no folder of generated images.")
-    return found
+    return described
 
 
 def find_images(folder: str | Path, prompt_id: str) -> list[Path]:
@@ -174,7 +179,7 @@ def find_images(folder: str | Path, prompt_id: str) -> list[Path]:
         ValueError: there is none.
     """
     samples = Path(folder) / prompt_id / "samples"
-    paths = sorted(path for path in samples.glob("*") if path.suffix in (".png", ".jpg", ".jpeg", ".webp"))
+    paths = sorted(path for path in samples.glob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise ValueError(f"{samples} holds no image; generate it first.")
     return paths

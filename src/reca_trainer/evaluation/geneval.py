@@ -7,6 +7,7 @@ comparable to published ones**, only to each other; the report says so.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -96,6 +97,30 @@ def prompts() -> list[Prompt]:
     unique = {repr(sorted(metadata.items())): metadata for metadata in reversed(drawn)}  # the first of equals stays
     kept = [metadata for metadata in drawn if unique[repr(sorted(metadata.items()))] is metadata]
     return [Prompt(f"{number:05}", metadata["prompt"], metadata) for number, metadata in enumerate(kept)]
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """Prompts in the form of the benchmark's `evaluation_metadata.jsonl`: one JSON object a line, with `prompt` and what
+    is scored. As there, the first is `00000`, so that rewritten prompts share the names of those they stand for.
+
+    Raises:
+        ValueError: a line is none, or cannot be scored; the message names it. Or there is none.
+    """
+    described = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}, line {number}"
+            try:
+                metadata = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{where} is not one JSON object: {error}") from error
+            if not isinstance(metadata, dict) or not isinstance(metadata.get("prompt"), str):
+                raise ValueError(f'{where} lacks "prompt".')
+            check_metadata(metadata, where)
+            described.append(metadata)
+    if not described:
+        raise ValueError(f"{path} holds no prompt; there must be one a line.")
+    return [Prompt(f"{number:05}", metadata["prompt"], metadata) for number, metadata in enumerate(described)]
 
 
 def _prompt(tag: str, include: list[dict[str, Any]], text: str) -> dict[str, Any]:
@@ -200,9 +225,9 @@ def decide(
         reasons += failures
 
     for clause in metadata.get("exclude", []):
-        found = len(kept.get(clause["class"], []))
-        if found >= clause["count"]:
-            reasons.append(f"expected {clause['class']}<{clause['count']}, found {found}")
+        seen = len(kept.get(clause["class"], []))
+        if seen >= clause["count"]:
+            reasons.append(f"expected {clause['class']}<{clause['count']}, found {seen}")
     return Decision(not reasons, reasons, kept)
 
 
@@ -247,9 +272,9 @@ def _position_failure(
     if targets is None:
         return [f"no target for {name} to be {relation}"]
     for box, target in product(boxes, targets):
-        found = _relations(box, target, rules.position_threshold)
-        if relation not in found:
-            return [f"expected {name} {relation} target, found {' and '.join(found)} target"]
+        seen = _relations(box, target, rules.position_threshold)
+        if relation not in seen:
+            return [f"expected {name} {relation} target, found {' and '.join(seen)} target"]
     return []
 
 
@@ -331,7 +356,7 @@ class Detector:
         probabilities = logits.softmax(-1)[:, :-1]
         scores, best = probabilities.flatten().topk(min(self.max_detections, probabilities.numel()))
         best = best[scores > threshold]  # the mask's certainty can only lower the score further
-        found: dict[str, list[tuple[list[float], np.ndarray]]] = {}
+        instances: dict[str, list[tuple[list[float], np.ndarray]]] = {}
         for index, score in zip(best.tolist(), scores.tolist(), strict=False):
             query, label = divmod(index, len(self.classes))
             mask = _resize(mask_logits[query], padded)
@@ -342,10 +367,10 @@ class Detector:
                 continue
             rows, columns = inside.any(1).nonzero(), inside.any(0).nonzero()
             box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-            found.setdefault(self.classes[label], []).append(
+            instances.setdefault(self.classes[label], []).append(
                 ([float(x) for x in box] + [score * certainty], inside.cpu().numpy())
             )
-        return {name: tuple(np.stack(part) for part in zip(*objects, strict=True)) for name, objects in found.items()}
+        return {name: tuple(map(np.stack, zip(*objects, strict=True))) for name, objects in instances.items()}
 
 
 def _resize(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -437,16 +462,16 @@ class GenEval:
         rows = []
         for batch in batched(paths, self.batch_size):
             images = [decode_image(path) for path in batch]
-            for image, found in zip(images, self.detector(images, threshold), strict=True):
-                rows.append(self._row(prompt, image, found))
+            for image, detections in zip(images, self.detector(images, threshold), strict=True):
+                rows.append(self._row(prompt, image, detections))
         return rows
 
-    def _row(self, prompt: Prompt, image: Image.Image, found: dict[str, tuple]) -> dict[str, Any]:
+    def _row(self, prompt: Prompt, image: Image.Image, detections: dict[str, tuple]) -> dict[str, Any]:
         def colors(name: str, indices: list[int]) -> list[str]:
-            boxes, masks = found[name]
+            boxes, masks = detections[name]
             return self.color_classifier(image, boxes[indices, :4], masks[indices], name)
 
-        boxes = {name: boxes for name, (boxes, _) in found.items()}
+        boxes = {name: boxes for name, (boxes, _) in detections.items()}
         decision = decide(prompt.metadata, boxes, colors, self.rules)
         tag, score = prompt.metadata["tag"], float(decision.correct)
         details = {name: boxes[name][indices].round(4).tolist() for name, indices in decision.kept.items()}

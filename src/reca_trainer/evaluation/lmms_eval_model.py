@@ -6,7 +6,8 @@ and the understanding benchmarks. It finds this module by itself once both packa
 
 `--tasks imgedit` and `--tasks gedit_bench` the same way (`imgedit` also wants `--process_with_media`), and with
 `mode=text` any question-answering task, such as `--tasks mme`. Further `model_args` go to `generate_images` or
-`generate_text` (`num_inference_steps=50`, …).
+`generate_text` (`num_inference_steps=50`, `guidance_interval=[0.0,1.0]`, …); `protocol=paper` samples images as the authors
+of RecA did for the task.
 
 Its image benchmarks are judged by a model behind an OpenAI-compatible endpoint, named in the environment:
 `WISE_API_KEY`, `WISE_BASE_URL`, `WISE_MODEL_NAME`; the same three with `IMGEDIT_`; for GEdit-Bench `VIESCORE_API_KEY`,
@@ -28,8 +29,10 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm.auto import tqdm
 
+from reca_trainer.evaluation.arguments import parse_value
 from reca_trainer.evaluation.evaluate import load_model
 from reca_trainer.evaluation.generation import image_seed, processes
+from reca_trainer.evaluation.protocols import find_protocol
 from reca_trainer.files import replacing
 from reca_trainer.images import decode_image
 
@@ -51,7 +54,11 @@ class RecALmms(lmms):
         device, max_batch_size: lmms-eval passes them; accelerate chooses the device and `batch_size` holds.
         output_dir: where images are put.
         seed: determines, with the task and the number of the request, every image.
-        sampling: passed to `generate_images` or `generate_text`.
+        protocol: `"paper"` to sample a task's images as the authors of RecA did, see `evaluation.protocols`.
+        sampling: passed to `generate_images` or `generate_text`; strings are read as JSON where they are.
+
+    Raises:
+        ValueError: `mode` or `protocol` is none of the two, or the paper has no protocol for the task.
     """
 
     def __init__(
@@ -65,16 +72,20 @@ class RecALmms(lmms):
         seed: int = 0,
         device: str | None = None,
         max_batch_size: int | None = None,
+        protocol: str = "default",
         **sampling: Any,
     ):
         super().__init__()
         if mode not in ("images", "text"):
             raise ValueError(f"mode is {mode!r}; it must be 'images' or 'text'.")
+        if mode == "text" and protocol != "default":
+            raise ValueError("protocol is about making images; it needs mode=images.")
         self.accelerator = Accelerator(cpu=processes().device.type == "cpu")
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.model, self.processor = load_model(pretrained, adapter, dtype)
         self.mode, self.batch_size, self.seed = mode, int(batch_size), seed
-        self.output_dir, self.sampling = Path(output_dir), sampling
+        self.output_dir, self.protocol = Path(output_dir), protocol
+        self.sampling = {name: parse_value(value) for name, value in sampling.items()}
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Answer requests; an image's answer is JSON that says where it is: `{"text": "", "images": [path]}`."""
@@ -82,7 +93,7 @@ class RecALmms(lmms):
         with tqdm(total=len(requests), desc="requests", disable=self.rank != 0) as progress:
             while len(answers) < len(requests):
                 batch = [self._read(request) for request in requests[len(answers) : len(answers) + self.batch_size]]
-                kinds = [(one["image"] is None, one["options"]) for one in batch]
+                kinds = [(query["image"] is None, query["options"], query["task"]) for query in batch]
                 alike = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), len(batch))
                 answers += self._answer(batch[:alike])
                 progress.update(alike)
@@ -95,25 +106,26 @@ class RecALmms(lmms):
             raise ValueError(f"{task}, request {doc_id}, shows {len(images)} images; these models take one at a time.")
         image = decode_image(images[0], f"the image of {task}, request {doc_id}") if images else None
         text = text.replace("<image>", "").strip()
-        return {"text": text, "image": image, "name": f"{task}_{doc_id}", "options": options}
+        return {"text": text, "image": image, "task": task, "name": f"{task}_{doc_id}", "options": options}
 
     def _answer(self, batch: list[dict[str, Any]]) -> list[str]:
-        texts = [one["text"] for one in batch]
-        images = None if batch[0]["image"] is None else [one["image"] for one in batch]
+        texts = [query["text"] for query in batch]
+        images = None if batch[0]["image"] is None else [query["image"] for query in batch]
         if self.mode == "text":
             options = {name: batch[0]["options"][name] for name in ("max_new_tokens",) if name in batch[0]["options"]}
             return self.model.generate_text(self.processor, texts, images, **options | self.sampling)
+        protocol = find_protocol(self.protocol, batch[0]["task"], self.model.config.model_type)
         drawn = self.model.generate_images(
             self.processor,
-            text=texts,
+            text=[protocol.prompt_prefix + text for text in texts],
             images=images,
             task="generate" if images is None else "edit",
-            generator=[torch.Generator().manual_seed(image_seed(self.seed, one["name"], 0)) for one in batch],
-            **self.sampling,
+            generator=[torch.Generator().manual_seed(image_seed(self.seed, query["name"], 0)) for query in batch],
+            **{**protocol.sampling, **self.sampling},
         )
         answers = []
-        for one, image in zip(batch, drawn, strict=True):
-            path = self.output_dir / f"{one['name']}.png"
+        for query, image in zip(batch, drawn, strict=True):
+            path = self.output_dir / f"{query['name']}.png"
             with replacing(path) as temporary:
                 image.save(temporary, format="PNG")
             answers.append(json.dumps({"text": "", "images": [str(path.resolve())]}))

@@ -99,9 +99,9 @@ def _estimate(sums: np.ndarray, weights: np.ndarray) -> dict[str, float]:
 
 
 def _mean(categories: list[dict[str, float]], what: str = "score") -> dict[str, float]:
-    mean = sum(one[what] for one in categories) / len(categories)
-    below = math.sqrt(sum((one[what] - one["low"]) ** 2 for one in categories)) / len(categories)
-    above = math.sqrt(sum((one["high"] - one[what]) ** 2 for one in categories)) / len(categories)
+    mean = sum(estimate[what] for estimate in categories) / len(categories)
+    below = math.sqrt(sum((estimate[what] - estimate["low"]) ** 2 for estimate in categories)) / len(categories)
+    above = math.sqrt(sum((estimate["high"] - estimate[what]) ** 2 for estimate in categories)) / len(categories)
     return {what: mean, "low": mean - below, "high": mean + above}
 
 
@@ -115,12 +115,12 @@ def write_report(folder: str | Path, report: dict[str, Any]) -> str:
     lines = [f"### {report['title']}", ""]
     if "means" in report:
         lines += ["| | mean | 95 % interval |", "|---|---|---|"]
-        lines += [f"| {name} | {one['mean']:.4g} | {_margin(**one)} |" for name, one in report["means"].items()]
+        lines += [f"| {name} | {score['mean']:.4g} | {_margin(**score)} |" for name, score in report["means"].items()]
         lines += ["", f"{report['images']} images."]
     else:
         rows = [("overall", report["overall"]), *report["categories"].items()]
         lines += ["| | score | 95 % interval |", "|---|---|---|"]
-        lines += [f"| {name} | {percent(e['score'])} | {interval(e)} |" for name, e in rows]
+        lines += [f"| {name} | {percent(estimate['score'])} | {interval(estimate)} |" for name, estimate in rows]
         lines += [
             "",
             f"{report['images']} images of {report['prompts']} prompts; overall is the {report['overall_is']}.",

@@ -73,12 +73,12 @@ def answer_questions(
 def is_right(prediction: str, answer: str) -> bool:
     """Whether a prediction is the answer or begins with it, letter case, punctuation and a leading article aside: "No, it
     is not." answers "no"; "nothing" and "not a cat" do not."""
-    said, wanted = _words(prediction), _words(answer)
+    given, wanted = _words(prediction), _words(answer)
     if len(wanted) > 1 and wanted[0] in ARTICLES:
         wanted = wanted[1:]
-    if said and said[0] in ARTICLES and said[:1] != wanted[:1]:  # the answer may be a choice called A
-        said = said[1:]
-    return bool(wanted) and said[: len(wanted)] == wanted
+    if given and given[0] in ARTICLES and given[:1] != wanted[:1]:  # the answer may be a choice called A
+        given = given[1:]
+    return bool(wanted) and given[: len(wanted)] == wanted
 
 
 def _words(text: str) -> list[str]:
