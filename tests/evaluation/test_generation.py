@@ -114,10 +114,10 @@ def test_images_made_elsewhere_are_found(tmp_path):
     samples = tmp_path / "00007" / "samples"
     samples.mkdir(parents=True)
     (tmp_path / "00007" / "metadata.jsonl").write_text('{"tag": "t", "include": [], "prompt": "p"}\n')
-    for name in ("0001.png", "0000.png", "notes.txt"):
+    for name in ("0001.PNG", "0000.png", "notes.txt"):
         (samples / name).write_bytes(b"")
     assert read_metadata(tmp_path) == {"00007": {"tag": "t", "include": [], "prompt": "p"}}
-    assert [path.name for path in find_images(tmp_path, "00007")] == ["0000.png", "0001.png"]
+    assert [path.name for path in find_images(tmp_path, "00007")] == ["0000.png", "0001.PNG"]
     with pytest.raises(ImageError, match=r"0000\.png"):
         decode_image(samples / "0000.png")
     with pytest.raises(ValueError, match="no image"):

@@ -18,6 +18,7 @@ from reca_trainer.evaluation.geneval import (
     check_metadata,
     decide,
     prompts,
+    read_prompts,
 )
 
 
@@ -42,6 +43,33 @@ def test_prompts_are_the_published_553():
     )
     for prompt in published:
         check_metadata(prompt.metadata, prompt.id)
+
+
+def test_rewritten_prompts_keep_the_names_of_the_published(tmp_path):
+    published = prompts()
+    lines = [json.dumps({**prompt.metadata, "prompt": f"A realistic {prompt.text}, é\u2028."}) for prompt in published]
+    (tmp_path / "long.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    rewritten = read_prompts(tmp_path / "long.jsonl")
+    assert [prompt.id for prompt in rewritten] == [prompt.id for prompt in published]
+    assert [prompt.text for prompt in rewritten] == [f"A realistic {prompt.text}, é\u2028." for prompt in published]
+    for prompt, other in zip(rewritten, published, strict=True):
+        assert {**prompt.metadata, "prompt": other.text} == other.metadata
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no prompt"),
+        ('{"tag": "t", "include": [], "prompt": "p"}\n{broken', r"p\.jsonl, line 2 is not one JSON object"),
+        ("[]", 'line 1 lacks "prompt"'),
+        ('{"tag": "t", "include": []}', 'line 1 lacks "prompt"'),
+        ('{"prompt": "p"}', 'line 1 needs "tag" and "include"'),
+    ],
+)
+def test_a_broken_prompt_file_names_its_line(tmp_path, content, message):
+    (tmp_path / "p.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(tmp_path / "p.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,13 @@ import inspect
 import json
 
 import pytest
+from PIL import Image
 
 from reca_trainer.cli import evaluate, main
-from reca_trainer.evaluation.arguments import EvaluationArguments
 from reca_trainer.evaluation.geneval import prompts
 from reca_trainer.evaluation.protocols import PAPER, Protocol, find_protocol
 from reca_trainer.models.registry import family
+from tests.conftest import GOLDEN
 
 
 @pytest.mark.parametrize(("benchmark", "name"), [(key, name) for key, entries in PAPER.items() for name in entries])
@@ -67,7 +68,11 @@ def test_the_protocol_is_used_and_reported(bagel_folder, detector_folder, clip_f
         "sampling": protocol.sampling | values,
         "source": "BAGEL/eval/gen/gen_images_mp.py",
     }
-    assert "guidance_interval=[0.0, 1.0]" in (tmp_path / "paper/report.md").read_text()
+    text = (tmp_path / "paper/report.md").read_text()
+    assert (
+        "(BAGEL/eval/gen/gen_images_mp.py, but for num_inference_steps, height, width): images_per_prompt=12" in text
+    )
+    assert "guidance_interval=[0.0, 1.0]" in text
     assert json.loads((tmp_path / "paper/images/00000/metadata.jsonl").read_text()) == described
 
     spelled = [f"{name}={json.dumps(value)}".replace('"', "") for name, value in protocol.sampling.items()]
@@ -105,18 +110,33 @@ def test_a_prefix_reaches_the_model_and_not_the_report(bagel_folder, judge_folde
     assert "made otherwise (prompt_prefix was 'Generate an image: '" in capsys.readouterr().err
 
 
-def test_a_reconstruction_without_a_protocol_is_refused(bagel_folder, tmp_path):
-    [args] = [
-        EvaluationArguments(
-            model=bagel_folder, benchmark="reconstruction", dataset="d", output_dir=str(tmp_path), protocol="paper"
-        )
-    ]
-    assert args.instruction is None
+def test_openunis_reconstructions_are_guided_away_from_a_fixed_request():
     entry = find_protocol("paper", "reconstruction", "openuni")
     assert entry.sampling == {
         "num_inference_steps": 20,
         "guidance_scale": 4.5,
         "negative_prompt": "Keep the image as it is.",
     }
-    with pytest.raises(ValueError, match="no protocol for bagel on reconstruction"):
-        find_protocol(args.protocol, args.benchmark, "bagel")
+    assert entry.instruction == "Describe the image in details"
+
+
+def test_a_reconstruction_by_protocol_is_the_one_spelled_out(tmp_path):
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "data" / "red.png")
+    reports = []
+    steps = ["--sampling", "num_inference_steps=2"]
+    spelled = [*steps, "guidance_scale=4.5", "negative_prompt=Keep the image as it is."]
+    spelled += ["--instruction", "Describe the image in details"]
+    for name, options in (("paper", [*steps, "--protocol", "paper"]), ("spelled", spelled), ("default", steps)):
+        command = f"--model {GOLDEN / 'openuni' / 'checkpoint'} --benchmark reconstruction --dtype float32"
+        command += f" --dataset {tmp_path / 'data'} --output_dir {tmp_path / name}"
+        evaluate.main([*command.split(), *options])
+        reports.append(json.loads((tmp_path / name / "report.json").read_text()))
+    paper, spelled, default = reports
+    assert paper["means"] == spelled["means"] != default["means"]
+    assert paper["generation"]["source"] == "OpenUni/scripts/image_edit.py"
+    assert default["generation"] == {
+        "instruction": "Describe this image in detail.",
+        "sampling": {"num_inference_steps": 2},
+        "source": None,
+    }

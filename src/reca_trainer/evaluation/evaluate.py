@@ -77,7 +77,8 @@ def _geneval(args: EvaluationArguments) -> Report:
         f"Detected and classified by {seen_by}. GenEval's published scores come from another detector (mmdetection's "
         "Mask2Former): these scores can be compared with each other, not with those of papers."
     )
-    return _summary("GenEval (other detector)", scorer.scorer, rows, "mean of categories", [note], generation)
+    notes = [note, *_made_by(args, generation)]
+    return _summary("GenEval (other detector)", scorer.scorer, rows, "mean of categories", notes, generation)
 
 
 def _dpg(args: EvaluationArguments) -> Report:
@@ -108,6 +109,7 @@ def _dpg(args: EvaluationArguments) -> Report:
     if unreadable := sum(row["unreadable"] for row in rows):
         asked = sum(len(row["answers"]) for row in rows)
         notes.append(f"{unreadable} of {asked} answers were neither yes nor no and counted as no.")
+    notes += _made_by(args, generation)
     return _summary("DPG-Bench", scorer.scorer, rows, "mean of images", notes, generation)
 
 
@@ -158,18 +160,20 @@ def _summary(
     generation: Report,
 ) -> Report:
     about = {"title": title, "generation": generation, "scorer": scorer, "overall_is": overall}
-    return {**about, **summarize(rows, overall), "notes": notes + _made_by(generation)}
+    return {**about, **summarize(rows, overall), "notes": notes}
 
 
-def _made_by(generation: Report) -> list[str]:
+def _made_by(args: EvaluationArguments, generation: Report) -> list[str]:
     """What a reader must know of images that were made by a protocol."""
     if generation.get("source") is None:
         return []
+    options = [name for name in ("images_per_prompt", "instruction") if getattr(args, name) is not None]
+    given = [name for name in options if name in generation] + list(args.sampling)
     values = {name: value for name, value in generation.items() if name != "source" and value}
     values |= values.pop("sampling")
-    return [
-        f"Sampled by {generation['source']} of RecA's authors: {', '.join(f'{k}={v!r}' for k, v in values.items())}."
-    ]
+    but = f", but for {', '.join(given)}" if given else ""
+    listed = ", ".join(f"{name}={value!r}" for name, value in values.items())
+    return [f"Sampled by the protocol of RecA's authors ({generation['source']}{but}): {listed}."]
 
 
 def _reconstruction(args: EvaluationArguments) -> Report:
@@ -195,7 +199,7 @@ def _reconstruction(args: EvaluationArguments) -> Report:
     generation = {"instruction": instruction, "sampling": sampling, "source": protocol.source}
     about = {"title": "Reconstruction", "generation": generation, "dataset": args.dataset, "images": len(rows)}
     means = {name: _mean([row[name] for row in rows]) for name in rows[0] if name != "index"}
-    return {**about, "means": means, "notes": _made_by(generation)}
+    return {**about, "means": means, "notes": _made_by(args, generation)}
 
 
 def _understanding(args: EvaluationArguments) -> Report:
