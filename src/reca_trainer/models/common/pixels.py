@@ -17,6 +17,19 @@ def to_pixels(images: Sequence[Image.Image]) -> torch.Tensor:
     return torch.from_numpy((pixels - 0.5) / 0.5).permute(0, 3, 1, 2).contiguous()
 
 
+def cut_to_shape(image: Image.Image, size: tuple[int, int], place: float | None = None) -> Image.Image:
+    """The largest part of an image with the shape of `size = (height, width)`, at `place` along the side that is too
+    long: of `n + 1` offsets, number `int(place * (n + 1))`, or the centre."""
+    height, width = size
+    scale = min(image.width / width, image.height / height)
+    part = max(round(width * scale), 1), max(round(height * scale), 1)
+    left, top = (
+        free // 2 if place is None else int(place * (free + 1))
+        for free in (image.width - part[0], image.height - part[1])
+    )
+    return image.crop((left, top, left + part[0], top + part[1]))
+
+
 def to_images(pixels: torch.Tensor, rounding: Literal["nearest", "down"] = "nearest") -> list[Image.Image]:
     """`[B, 3, H, W]`, about [-1, 1] -> RGB images of 8 bits.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from reca_trainer.models.common.padding import Side, pad_rows, padding_mask
-from reca_trainer.models.common.pixels import to_pixels
+from reca_trainer.models.common.pixels import cut_to_shape, to_pixels
 from reca_trainer.models.contract import IMAGE_MARK, Conversation, UnifiedProcessor, conversations_of, one_per_sample
 from reca_trainer.models.harmon.configuration_harmon import HarmonConfig
 from reca_trainer.tasks import TASKS
@@ -239,13 +239,7 @@ class HarmonProcessor(UnifiedProcessor):
         Args:
             place: where along the longer side, in [0, 1); `None` is the middle.
         """
-        scale = min(image.width / size[1], image.height / size[0])
-        width, height = round(size[1] * scale), round(size[0] * scale)
-        left, top = (
-            free // 2 if place is None else int(place * (free + 1))
-            for free in (image.width - width, image.height - height)
-        )
-        return image.crop((left, top, left + width, top + height)).resize((size[1], size[0]))
+        return cut_to_shape(image, size, place).resize((size[1], size[0]))
 
     def pad_to_square(self, image: Image.Image) -> Image.Image:
         """Paste into the middle of a grey square and resize to `image_size`."""

@@ -11,9 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import BatchFeature, PreTrainedTokenizerFast
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
+from reca_trainer.models.common.conversations import exchange_problem, without_mark
 from reca_trainer.models.common.padding import pad_rows, padding_mask
-from reca_trainer.models.common.pixels import to_pixels
-from reca_trainer.models.contract import IMAGE_MARK, Conversation, UnifiedProcessor, conversations_of, one_per_sample
+from reca_trainer.models.common.pixels import cut_to_shape, to_pixels
+from reca_trainer.models.contract import Conversation, UnifiedProcessor, conversations_of, one_per_sample
 from reca_trainer.models.janus.configuration_janus import TINY_SPECIAL_TOKENS, JanusConfig
 from reca_trainer.tasks import TASKS
 
@@ -142,16 +143,7 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
     def conversation_problem(self, conversation: Conversation) -> str | None:
         """See `UnifiedProcessor.conversation_problem`. Questions and answers alternate, and every answer is supervised;
         the image stands before the first question, wherever its mark is."""
-        if problem := super().conversation_problem(conversation):
-            return problem
-        roles = [message["role"] for message in conversation]
-        if roles != ["user", "assistant"] * (len(roles) // 2):
-            return "not questions and answers in turn"
-        if not all(_without_mark(message) for message in conversation[1::2]):
-            return "an empty answer"
-        if sum(message["content"].count(IMAGE_MARK) for message in conversation) > 1:
-            return "more than one picture"
-        return None
+        return super().conversation_problem(conversation) or exchange_problem(conversation)
 
     def prompts(
         self, text: list[str], images: list[Image.Image] | None = None, generation_mode: str = "text"
@@ -180,16 +172,9 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
     def squares(self, images: list[Image.Image], crop: list[float | None] | None = None) -> list[Image.Image]:
         """The largest square of each image, at its `crop` along the longer side, at the size that the model generates."""
         height, width = self.fixed_size
-        squares = []
-        for image, place in zip(images, one_per_sample(crop, len(images)), strict=True):
-            side = min(image.size)
-            left, top = (
-                free // 2 if place is None else int(place * (free + 1))
-                for free in (image.width - side, image.height - side)
-            )
-            square = image.crop((left, top, left + side, top + side)).convert("RGB")
-            squares.append(square.resize((width, height), Image.Resampling.BICUBIC))
-        return squares
+        places = one_per_sample(crop, len(images))
+        squares = [cut_to_shape(image, (height, width), place) for image, place in zip(images, places, strict=True)]
+        return [square.convert("RGB").resize((width, height), Image.Resampling.BICUBIC) for square in squares]
 
     def unconditional(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Prompts `[B, T]` for images without their content, as Janus' guidance makes them: padding in place of
@@ -202,7 +187,7 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
         for conversation in conversations:
             if problem := self.conversation_problem(conversation):
                 raise ValueError(f"Janus cannot learn from a conversation with {problem}.")
-        contents = [[_without_mark(message) for message in conversation] for conversation in conversations]
+        contents = [[without_mark(message) for message in conversation] for conversation in conversations]
         inputs = self.prompts([question for question, *_ in contents], [image.convert("RGB") for image in images])
         sequences, targets = [], []
         for ids, mask, texts in zip(inputs["input_ids"], inputs["attention_mask"], contents, strict=True):
@@ -250,7 +235,3 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
 def _message(role: str, text: str, with_image: bool = False) -> dict[str, Any]:
     content = [{"type": "image"}] if with_image else []
     return {"role": role, "content": [*content, {"type": "text", "text": text}] if text else content}
-
-
-def _without_mark(message: dict[str, str]) -> str:
-    return message["content"].replace(IMAGE_MARK, "").strip()

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
+from reca_trainer.models.common.conversations import exchange_problem, without_mark
 from reca_trainer.models.common.padding import Side, pad_rows, padding_mask
-from reca_trainer.models.common.pixels import to_pixels
-from reca_trainer.models.contract import IMAGE_MARK, Conversation, UnifiedProcessor, conversations_of, one_per_sample
+from reca_trainer.models.common.pixels import cut_to_shape, to_pixels
+from reca_trainer.models.contract import Conversation, UnifiedProcessor, conversations_of, one_per_sample
 from reca_trainer.models.openuni.configuration_openuni import OpenUniConfig
 from reca_trainer.tasks import TASKS
 
@@ -142,16 +143,7 @@ class OpenUniProcessor(UnifiedProcessor):
     def conversation_problem(self, conversation: Conversation) -> str | None:
         """See `UnifiedProcessor.conversation_problem`. Questions and answers alternate, and every answer is supervised;
         the image stands before the first question, wherever its mark is."""
-        if problem := super().conversation_problem(conversation):
-            return problem
-        roles = [message["role"] for message in conversation]
-        if roles != ["user", "assistant"] * (len(roles) // 2):
-            return "not questions and answers in turn"
-        if not all(_without_mark(message) for message in conversation[1::2]):
-            return "an empty answer"
-        if sum(message["content"].count(IMAGE_MARK) for message in conversation) > 1:
-            return "more than one picture"
-        return None
+        return super().conversation_problem(conversation) or exchange_problem(conversation)
 
     def ask(self, questions: list[str], images: list[Image.Image] | None = None) -> dict[str, torch.Tensor]:
         """Prompts that end where an answer begins, padded on the left, and the images they ask about."""
@@ -187,9 +179,9 @@ class OpenUniProcessor(UnifiedProcessor):
             row, label = [], []
             questions, answers = conversation[::2], conversation[1::2]
             for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-                request = _without_mark(question)
+                request = without_mark(question)
                 turn = f"\n{self._turn(request)}" if number else self._image_turn(request)
-                prompt, target = self._tokenize([turn, _without_mark(answer) + "<|im_end|>"])
+                prompt, target = self._tokenize([turn, without_mark(answer) + "<|im_end|>"])
                 row += prompt + target
                 label += [-100] * len(prompt) + target
             rows.append(row)
@@ -216,7 +208,7 @@ class OpenUniProcessor(UnifiedProcessor):
         """`[B, 3, H, W]` float32 in [-1, 1] at `size = (height, width)`, of which each image loses what is too long."""
         places = one_per_sample(crop, len(images))
         return to_pixels(
-            [_resized(_cut_to_shape(image, size, place), size) for image, place in zip(images, places, strict=True)]
+            [_resized(cut_to_shape(image, size, place), size) for image, place in zip(images, places, strict=True)]
         )
 
     def _to_condition(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -225,23 +217,6 @@ class OpenUniProcessor(UnifiedProcessor):
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         normalised = ((pixel_values + 1) / 2 - mean) / std
         return F.interpolate(normalised, size=(self.condition_size, self.condition_size), mode="bilinear")
-
-
-def _without_mark(message: dict[str, str]) -> str:
-    return message["content"].replace(IMAGE_MARK, "").strip()
-
-
-def _cut_to_shape(image: Image.Image, size: tuple[int, int], place: float | None) -> Image.Image:
-    """The largest part of an image with the shape of `size = (height, width)`, at `place` along the side that is too
-    long: of `n + 1` offsets, number `int(place * (n + 1))`, or the centre."""
-    height, width = size
-    scale = min(image.width / width, image.height / height)
-    part = max(round(width * scale), 1), max(round(height * scale), 1)
-    left, top = (
-        free // 2 if place is None else int(place * (free + 1))
-        for free in (image.width - part[0], image.height - part[1])
-    )
-    return image.crop((left, top, left + part[0], top + part[1]))
 
 
 def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
