@@ -6,20 +6,18 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig
 
-from reca_trainer import adapters, toy
+from reca_trainer import toy
 from reca_trainer.callbacks import contact_sheet
 from reca_trainer.evaluation.arguments import parse_sampling
+from reca_trainer.evaluation.generation import load_model, processes
 from reca_trainer.files import replacing, written_whole
 from reca_trainer.images import decode_image
-from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
 from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
 
 INSTRUCTION = "Describe the image in detail."
@@ -104,26 +102,13 @@ def picture_files(names: Sequence[str]) -> list[Path]:
 
 def load(args: argparse.Namespace) -> tuple[UnifiedModel, UnifiedProcessor]:
     """The model that the arguments name, on this machine's accelerator if it has one."""
-    device = PartialState().device
-    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    options: dict[str, Any] = {"dtype": dtype}
+    dtype = args.dtype or ("bfloat16" if processes().device.type == "cuda" else "float32")
+    quantization = None
     if args.load_in_4bit:
-        options["quantization_config"] = BitsAndBytesConfig(
+        quantization = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
-    name = args.model or str(toy.CHECKPOINT)
-    if args.adapter is not None:
-        model = AutoUnifiedModel.from_pretrained(args.adapter, base_model=name, **options)
-        processor = AutoUnifiedProcessor.from_pretrained(args.adapter, base_model=name)
-    else:
-        model, processor = (
-            AutoUnifiedModel.from_pretrained(name, **options),
-            AutoUnifiedProcessor.from_pretrained(name),
-        )
-    model = adapters.unwrap(model)
-    if not getattr(model, "is_quantized", False):
-        model.to(device)
-    return model.eval(), processor
+    return load_model(args.model or str(toy.CHECKPOINT), args.adapter, dtype, quantization)
 
 
 def write(args: argparse.Namespace, task: str, requests: list[tuple[str, str, Image.Image | None]]) -> None:

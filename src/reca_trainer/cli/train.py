@@ -13,7 +13,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from reca_trainer import adapters, toy
 from reca_trainer.config import RecAConfig
-from reca_trainer.data import load_image_dataset
+from reca_trainer.data.task_datasets import load_named
 from reca_trainer.models.auto import AutoUnifiedModel
 from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
 from reca_trainer.recipes import recipe_file
@@ -87,15 +87,7 @@ def run(
             if score is not None and PartialState().is_main_process:
                 before = score(model, processor)
         else:  # the model's own scenes have the captions that the other terms need
-            images = load_image_dataset(
-                args.dataset_name,
-                args.dataset_split,
-                args.dataset_config_name,
-                args.dataset_streaming,
-                data_files=args.data_files,
-                image_root=args.image_root,
-            )
-            dataset = dict.fromkeys(TASKS, dataset) | {"reconstruct": images}
+            dataset = dict.fromkeys(TASKS, dataset) | {"reconstruct": load_named(args.dataset_name, args)}
         if quantization is not None:
             model = model.name_or_path  # a model is quantised while it is loaded
     else:

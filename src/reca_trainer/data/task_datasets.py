@@ -22,6 +22,18 @@ logger = logging.get_logger(__name__)
 Images: TypeAlias = Dataset | IterableDataset
 
 
+def load_named(name: str, args: RecAConfig) -> Images:
+    """The dataset of that name, read as `args` say."""
+    return load_image_dataset(
+        name,
+        args.dataset_split,
+        args.dataset_config_name,
+        args.dataset_streaming,
+        data_files=args.data_files,
+        image_root=args.image_root,
+    )
+
+
 class TaskDatasets:
     """The datasets of a run: for every task the rows it can use, and their columns."""
 
@@ -41,14 +53,7 @@ class TaskDatasets:
                 raise ValueError(
                     "There is nothing to train on: pass train_dataset, or set dataset_name in the arguments."
                 )
-            source = load_image_dataset(
-                args.dataset_name,
-                args.dataset_split,
-                args.dataset_config_name,
-                args.dataset_streaming,
-                data_files=args.data_files,
-                image_root=args.image_root,
-            )
+            source = load_named(args.dataset_name, args)
         if not isinstance(source, Mapping):
             source = dict.fromkeys(TASKS, source)
             if args.caption_dataset_name is not None:
@@ -197,7 +202,9 @@ class TaskDatasets:
             return [target_size(*processor.fixed_size)] * len(dataset)
         if id(dataset) not in self._sizes:
             self._sizes[id(dataset)] = row_sizes(dataset, self.columns[task].image, args.on_bad_image)
-        return [target_size(*size) for size in self._sizes[id(dataset)]]
+        sizes = self._sizes[id(dataset)]
+        targets = {size: target_size(*size) for size in set(sizes)}  # far fewer than rows
+        return [targets[size] for size in sizes]
 
 
 def target_rule(processor: UnifiedProcessor, args: RecAConfig) -> Callable[[int, int], Size]:

@@ -12,7 +12,6 @@ from typing import Any
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 
-from reca_trainer.adapters import unwrap
 from reca_trainer.data import find_columns, load_image_dataset
 from reca_trainer.evaluation import dpg, geneval, reconstruction, understanding
 from reca_trainer.evaluation.arguments import EvaluationArguments
@@ -20,6 +19,7 @@ from reca_trainer.evaluation.generation import (
     Prompt,
     find_images,
     generate,
+    load_model,
     processes,
     read_metadata,
     score_images,
@@ -29,8 +29,7 @@ from reca_trainer.evaluation.protocols import Protocol, find_protocol
 from reca_trainer.evaluation.report import Overall, Z, summarize, write_report
 from reca_trainer.files import replacing
 from reca_trainer.images import decode_image
-from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
-from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
+from reca_trainer.models.contract import UnifiedModel
 
 Report = dict[str, Any]
 
@@ -260,21 +259,6 @@ BENCHMARKS = {
     "reconstruction": _reconstruction,
     "understanding": _understanding,
 }
-
-
-def load_model(model: str, adapter: str | None, dtype: str) -> tuple[UnifiedModel, UnifiedProcessor]:
-    """A model, with its adapter if any, on this process's device."""
-    if adapter is None:
-        unified, processor = (
-            AutoUnifiedModel.from_pretrained(model, dtype=dtype),
-            AutoUnifiedProcessor.from_pretrained(model),
-        )
-    else:
-        unified = unwrap(AutoUnifiedModel.from_pretrained(adapter, base_model=model, dtype=dtype))
-        processor = AutoUnifiedProcessor.from_pretrained(adapter, base_model=model)
-    if not getattr(unified, "is_quantized", False):  # the loader has placed quantised weights
-        unified.to(processes().device)
-    return unified.eval(), processor
 
 
 def spread(items: list[Any], limit: int | None) -> list[Any]:

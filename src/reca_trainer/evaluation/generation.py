@@ -20,8 +20,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
+from transformers import BitsAndBytesConfig
 
+from reca_trainer.adapters import unwrap
 from reca_trainer.files import replacing
+from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
 from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -51,6 +54,22 @@ def processes() -> PartialState:
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     # Who is done waits for the others, on a continued run as long as they still have to draw.
     return PartialState(cpu=cpu, timeout=timedelta(days=7))
+
+
+def load_model(
+    model: str, adapter: str | None, dtype: str, quantization_config: BitsAndBytesConfig | None = None
+) -> tuple[UnifiedModel, UnifiedProcessor]:
+    """A model, with its adapter if any, on this process's device and in eval mode."""
+    options: dict[str, Any] = {} if quantization_config is None else {"quantization_config": quantization_config}
+    if adapter is None:
+        unified = unwrap(AutoUnifiedModel.from_pretrained(model, dtype=dtype, **options))
+        processor = AutoUnifiedProcessor.from_pretrained(model)
+    else:
+        unified = unwrap(AutoUnifiedModel.from_pretrained(adapter, base_model=model, dtype=dtype, **options))
+        processor = AutoUnifiedProcessor.from_pretrained(adapter, base_model=model)
+    if not getattr(unified, "is_quantized", False):  # the loader has placed quantised weights
+        unified.to(processes().device)
+    return unified.eval(), processor
 
 
 def generate(
