@@ -185,7 +185,7 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
         self._terms = {mode: torch.zeros(len(TASKS), 2, dtype=torch.float64) for mode in ("train", "eval")}
         self.images_seen, self.skipped_images, self.nonfinite_steps = 0, 0, 0  # of all processes
         self._sources, self._leave_out = [], False  # of the current step
-        self._images_seen, self._data_seconds, self._last_log = 0, 0.0, time.perf_counter()
+        self._images_at_last_log, self._data_seconds, self._last_log = 0, 0.0, time.perf_counter()
         super().__init__(
             model=model,
             args=args,
@@ -304,7 +304,6 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
         started = time.perf_counter()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._data_seconds += time.perf_counter() - started
-        self._images_seen += sum(len(batch["seeds"]) for batch in batches)
         targets, micro_batches = torch.zeros(2, len(TASKS), dtype=torch.float64)
         problems: list[str] = []
         for batch in batches:
@@ -545,10 +544,11 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
             logs = {
                 **logs,
                 **self._mean_terms("train"),
-                "images_per_second": round(self._images_seen * self.accelerator.num_processes / elapsed, 3),
+                "images_per_second": round((self.images_seen - self._images_at_last_log) / elapsed, 3),
                 "data_wait": round(self._data_seconds / elapsed, 4),  # share of the time spent waiting for batches
             }
-            self._images_seen, self._data_seconds, self._last_log = 0, 0.0, time.perf_counter()
+            self._images_at_last_log = self.images_seen
+            self._data_seconds, self._last_log = 0.0, time.perf_counter()
             if self.skipped_images:
                 logs["skipped_images"] = self.skipped_images
             if self.nonfinite_steps:
