@@ -11,8 +11,9 @@ from PIL import Image
 
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
 from reca_trainer.models.bagel import generation_bagel
-from reca_trainer.models.bagel.latents_bagel import patchify, shift_timesteps
 from reca_trainer.models.bagel.processing_bagel import resized_size
+from reca_trainer.models.common.flow_matching import shift_timesteps
+from reca_trainer.models.common.latents import patchify
 from tests.conftest import Golden
 
 GOLDEN = Golden("bagel")

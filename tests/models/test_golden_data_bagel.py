@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
-from reca_trainer.models.bagel.latents_bagel import patchify
 from reca_trainer.models.bagel.modeling_bagel import BagelModel, SinCosPositions
 from reca_trainer.models.bagel.processing_bagel import BagelProcessor, resized_size
+from reca_trainer.models.common.latents import patchify
 from tests.golden_pictures import DataGolden, messages
 
 DATA = DataGolden("bagel")

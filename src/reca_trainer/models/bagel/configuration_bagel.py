@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig, Qwen2Config, SiglipVisionConfig
 
+from reca_trainer.models.common.configuration import CompositeConfig
+
 # The FLUX autoencoder, as arguments of diffusers' AutoencoderKL.
 FLUX_AUTOENCODER = {
     "in_channels": 3,
@@ -21,7 +23,7 @@ FLUX_AUTOENCODER = {
 }
 
 
-class BagelConfig(PreTrainedConfig):
+class BagelConfig(CompositeConfig):
     r"""Configuration of a `BagelModel`. The defaults are those of BAGEL-7B-MoT.
 
     Args:
@@ -37,7 +39,7 @@ class BagelConfig(PreTrainedConfig):
     """
 
     model_type = "bagel"
-    sub_configs_defaults = {"text_config": Qwen2Config, "vision_config": SiglipVisionConfig}  # noqa: RUF012
+    sub_configs = {"text_config": Qwen2Config, "vision_config": SiglipVisionConfig}  # noqa: RUF012
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None

@@ -16,8 +16,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
 from transformers import Qwen2Config, Qwen2TokenizerFast, SiglipVisionConfig
 
 from reca_trainer.models.bagel.configuration_bagel import FLUX_AUTOENCODER, BagelConfig
@@ -25,10 +23,15 @@ from reca_trainer.models.bagel.modeling_bagel import BagelModel
 from reca_trainer.models.bagel.processing_bagel import BagelProcessor
 from reca_trainer.models.weights import (
     CheckpointError,
+    LazyTensor,
     autoencoder_from_ldm,
     autoencoder_to_ldm,
     load_strict,
+    main_dtype,
     open_weights,
+    weights_of,
+    write_index,
+    write_sharded,
     write_tokenizer,
 )
 
@@ -57,8 +60,11 @@ def read_published_processor(folder: Path, **kwargs: Any) -> BagelProcessor:
     return BagelProcessor(Qwen2TokenizerFast.from_pretrained(folder), **kwargs)
 
 
-def write_published(model: BagelModel, processor: BagelProcessor, folder: Path) -> None:
-    """Write `model` in the layout that the original inference code and its ports read. `folder` must exist.
+def write_published(
+    model: BagelModel, processor: BagelProcessor, folder: Path, max_shard_size: int | str | None = None
+) -> None:
+    """Write `model` in the layout that the original inference code and its ports read. `folder` must exist. By default
+    its weights are in one file, as published.
 
     Raises:
         CheckpointError: the autoencoder is built otherwise than FLUX', which the layout cannot say.
@@ -73,13 +79,10 @@ def write_published(model: BagelModel, processor: BagelProcessor, folder: Path) 
             '"transformers" layout.'
         )
     main, autoencoder = published_state_dict(model)
-    main = {key: tensor.contiguous() for key, tensor in main.items()}
-    save_file(main, folder / "ema.safetensors")  # in one file, without metadata, as published
-    sizes = {"total_size": sum(tensor.nbytes for tensor in main.values())}
-    index = {"metadata": sizes, "weight_map": dict.fromkeys(sorted(main), "ema.safetensors")}
+    weight_map = write_sharded(main, folder, "ema.safetensors", max_shard_size)  # without metadata, as published
     # Published under this name, though it lists the tensors of `ema.safetensors`.
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    save_file({key: tensor.contiguous() for key, tensor in autoencoder.items()}, folder / "ae.safetensors")
+    write_index(folder / "model.safetensors.index.json", main, weight_map)
+    write_sharded(autoencoder, folder, "ae.safetensors")
     write_tokenizer(processor.tokenizer, folder)
 
     text = {**config.text_config.to_dict(), "rope_theta": config.text_config.rope_parameters["rope_theta"]}
@@ -150,7 +153,7 @@ def read_config(folder: Path, vision_layers: int) -> BagelConfig:
 def autoencoder_config(folder: Path) -> dict[str, Any]:
     """Arguments of `AutoencoderKL` for `ae.safetensors`. Scale and shift are in no published file: `ae_params.json`
     gives them where an autoencoder is not FLUX' own; the widths are read off the weights."""
-    shapes = {key: tensor.source.get_shape() for key, tensor in open_weights(folder, "ae.safetensors").items()}
+    shapes = {key: tensor.shape for key, tensor in open_weights(folder, "ae.safetensors").items()}
     levels = 1 + max(int(m[1]) for key in shapes if (m := re.match(r"encoder\.down\.(\d+)\.", key)))
     blocks = 1 + max(int(m[1]) for key in shapes if (m := re.match(r"encoder\.down\.0\.block\.(\d+)\.", key)))
     params = json.loads(path.read_text()) if (path := folder / "ae_params.json").is_file() else {}
@@ -168,14 +171,15 @@ def autoencoder_config(folder: Path) -> dict[str, Any]:
     return config if first == config["block_out_channels"][0] else dict(config, conv_in_channels=first)
 
 
-def published_state_dict(model: BagelModel) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def published_state_dict(model: BagelModel) -> tuple[dict[str, LazyTensor], dict[str, LazyTensor]]:
     """The weights of `ema.safetensors` and of `ae.safetensors`, under their published names."""
     main, autoencoder = {}, {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in weights_of(model).items():
         if name.startswith("vae."):
             autoencoder[name.removeprefix("vae.")] = tensor
         else:
             main[name] = tensor
+    dtype = main_dtype(model, main)
     for key, module in POSITION_TABLES.items():
-        main[key] = model.get_submodule(module).table.to(model.dtype)
+        main[key] = LazyTensor(model.get_submodule(module).compute().to(dtype))
     return main, autoencoder_to_ldm(autoencoder)

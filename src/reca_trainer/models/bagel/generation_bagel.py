@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 
-from reca_trainer.models.bagel.latents_bagel import shift_timesteps, unpatchify
 from reca_trainer.models.bagel.processing_bagel import BagelProcessor
-from reca_trainer.models.common.guidance import guided
+from reca_trainer.models.common.guidance import guided, no_longer
+from reca_trainer.models.common.latents import unpatchify
 from reca_trainer.models.common.pixels import to_images
-from reca_trainer.models.common.token_sampling import draw_tokens
 from reca_trainer.models.contract import Generators, one_per_sample, per_sample
 
 if TYPE_CHECKING:
-    from reca_trainer.models.bagel.modeling_bagel import Context
+    from reca_trainer.models.common.mot_model import Context
 
 
 class BagelGeneration:
@@ -101,37 +99,17 @@ class BagelGeneration:
         if latents is None:
             shape = (grid[0] * grid[1], self.config.latent_token_dim)
             latents = per_sample(lambda g: torch.randn(shape, generator=g), count, generator)
-        x = latents.to(self.device, torch.float32)
-        times = shift_timesteps(torch.linspace(1, 0, num_inference_steps + 1), timestep_shift).tolist()
-        low, high = guidance_interval
-        for now, following in pairwise(times):
-            timesteps = torch.full((count,), now, device=self.device)
-            is_guided = guidance_scale > 1 and low < now <= high
-            velocities = {
-                name: self.velocity(context, x, timesteps, grid).float()
-                for name, context in contexts.items()
-                if is_guided or name == "full"
-            }
-            v = velocities["full"]
-            if is_guided:
-                v = guide(velocities, guidance_scale, image_guidance_scale, guidance_renorm, guidance_renorm_min)
-            x = x - v * (now - following)
+        scales = (guidance_scale, image_guidance_scale, guidance_renorm, guidance_renorm_min)
+        x = self._denoise(
+            contexts,
+            latents,
+            grid,
+            num_inference_steps,
+            timestep_shift,
+            guidance_interval if guidance_scale > 1 else None,
+            lambda velocities: guide(velocities, *scales),
+        )
         return to_images(self.decode_target(unpatchify(x, grid, self.config.latent_patch_size)), rounding="down")
-
-    def _one_by_one(self, processor, text, images, generator, rows, sampling) -> list[Image.Image]:
-        """Images of different sizes do not form a rectangular batch."""
-        result = []
-        for index, image in enumerate(images):
-            sample = slice(index, index + 1)
-            result += self._generate_images(
-                processor,
-                None if text is None else text[sample],
-                [image],
-                generator=generator[sample] if isinstance(generator, list) else generator,
-                **{name: None if values is None else values[sample] for name, values in rows.items()},
-                **sampling,
-            )
-        return result
 
     def _generate_text(
         self,
@@ -158,19 +136,9 @@ class BagelGeneration:
             context = self.read_image(context, self.encode_condition(pixels), pixels.shape[-2:])
         tokens = {name: tensor.to(self.device) for name, tensor in processor.tokenize(text).items()}
         context = self.read_text(context, **tokens)
-        ids = torch.full((len(text), 1), self.config.bos_token_id, device=self.device)
-        done = torch.zeros(len(text), dtype=torch.bool, device=self.device)
-        generated = []
-        for _ in range(max_new_tokens):
-            hidden, _, context = self._read(context, self.embed(ids), causal=True)
-            logits = self.language_model.lm_head(self.language_model.model.norm(hidden[:, -1])).float()
-            ids = draw_tokens(logits, temperature, generator)[:, None]
-            done |= ids[:, 0] == self.config.eos_token_id
-            generated.append(ids.masked_fill(done[:, None], self.config.eos_token_id))
-            if done.all():
-                break
-        rows = torch.cat(generated, dim=1).tolist() if generated else [[] for _ in text]
-        return [processor.tokenizer.decode([i for i in row if i != self.config.eos_token_id]) for row in rows]
+        start = torch.full((len(text), 1), self.config.bos_token_id, device=self.device)
+        answers = self._answer(context, start, max_new_tokens, temperature, generator)
+        return [processor.tokenizer.decode(ids) for ids in answers]
 
 
 def guide(
@@ -180,17 +148,13 @@ def guide(
     lets guidance lengthen the velocity. All `[B, N, C]`; `renorm` is described in `BagelModel._generate_images`."""
     full = velocities["full"]
 
-    def shorten(v: torch.Tensor, dim: tuple[int, ...]) -> torch.Tensor:
-        norm, reference = (torch.linalg.vector_norm(x, dim=dim, keepdim=True) for x in (v, full))
-        return v * (reference / (norm + 1e-8)).clamp(renorm_min, 1.0)
-
     v = guided(full, velocities["no_text"], text_scale)
     if renorm == "text_channel":
-        v = shorten(v, (-1,))
+        v = no_longer(v, full, (-1,), renorm_min)
     if image_scale > 1:
         v = guided(v, velocities["no_image"], image_scale)
     if renorm == "text_channel":
         return v
     if renorm not in ("global", "channel"):
         raise ValueError(f"guidance_renorm is 'global', 'channel' or 'text_channel', not {renorm!r}.")
-    return shorten(v, (-2, -1) if renorm == "global" else (-1,))
+    return no_longer(v, full, (-2, -1) if renorm == "global" else (-1,), renorm_min)

@@ -2,44 +2,31 @@
 
 What is unusual about this model:
 
-- Hard routing: text tokens, understanding-image tokens and the two markers around every image go through the
-  understanding expert; only VAE latent tokens go through the generation expert. All of them share one attention.
+- A mixture of transformers, see `MoTModel`: hard routing, splits, one attention.
 - All tokens of an image, markers included, have the same position. Only text positions count up.
-- A sequence is read split by split (a text, an image), each attending to the keys and values of those before. So a
-  frozen context costs one forward pass without gradients, and no attention-mask tensor is needed behind it.
-- Where understanding is frozen, no gradient passes through any of its tokens, the markers around the target included.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from reca_trainer.models.bagel.configuration_bagel import BagelConfig
-from reca_trainer.models.bagel.decoder_bagel import GENERATION, BagelLanguageModel
 from reca_trainer.models.bagel.generation_bagel import BagelGeneration
-from reca_trainer.models.bagel.latents_bagel import patchify, shift_timesteps
 from reca_trainer.models.bagel.processing_bagel import resized_size
-from reca_trainer.models.common.flow_matching import flow_loss, interpolate
-from reca_trainer.models.contract import (
-    Generators,
-    UnifiedModel,
-    UnifiedOutput,
-    count_answer_tokens,
-    per_sample,
-    token_cross_entropy,
-)
+from reca_trainer.models.common.latents import patchify
+from reca_trainer.models.common.mot_decoder import MoTLanguageModel
+from reca_trainer.models.common.mot_model import Context, MoTModel, TimestepEmbedder, sincos
+from reca_trainer.models.contract import UnifiedOutput, token_cross_entropy
 
 
 class SinCosPositions(nn.Module):
@@ -51,9 +38,7 @@ class SinCosPositions(nn.Module):
         self.table = nn.Buffer(self.compute(), persistent=False)  # [side², D]
 
     def compute(self) -> torch.Tensor:
-        frequencies = 10000.0 ** (-torch.arange(self.dim // 4, dtype=torch.float64) / (self.dim / 4))
-        angles = torch.arange(self.side, dtype=torch.float64)[:, None] * frequencies  # [side, D/4]
-        one_axis = torch.cat([angles.sin(), angles.cos()], dim=-1)  # [side, D/2]
+        one_axis = sincos(self.side, self.dim // 2)  # [side, D/2]
         columns = one_axis[None, :].expand(self.side, -1, -1)
         rows = one_axis[:, None].expand(-1, self.side, -1)
         return torch.cat([columns, rows], dim=-1).reshape(self.side**2, self.dim).float()
@@ -118,67 +103,14 @@ class BagelConnector(nn.Module):
         return self.fc2(self.activation_fn(self.fc1(hidden)))
 
 
-class BagelTimestepEmbedder(nn.Module):
-    """Timesteps in [0, 1], used as they are (not times 1000): `[B]` -> `[B, D]`."""
-
-    frequency_dim = 256
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(self.frequency_dim, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
-
-    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
-        half = self.frequency_dim // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
-        angles = timesteps.float()[:, None] * torch.exp(-math.log(10000.0) * exponents)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
-
-
-@dataclass
-class Context:
-    """What the language model has read so far.
-
-    Args:
-        past: keys and values of every layer, each `[B, kv_heads, S, head_dim]`; `None` before the first split.
-        position: `[B]` int64, the next position id.
-        mask: `[B, S]` bool, `False` at padding; `None` where nothing is padded.
-    """
-
-    past: list[tuple[torch.Tensor, torch.Tensor]] | None
-    position: torch.Tensor
-    mask: torch.Tensor | None = None
-
-    @property
-    def length(self) -> int:
-        return 0 if self.past is None else self.past[0][0].shape[2]
-
-    def repeat(self, times: int) -> Context:
-        """The same context for `times` as many samples, each repeated in place."""
-        past = self.past and [tuple(t.repeat_interleave(times, 0) for t in layer) for layer in self.past]
-        mask = None if self.mask is None else self.mask.repeat_interleave(times, 0)
-        return Context(past, self.position.repeat_interleave(times, 0), mask)
-
-
-class BagelModel(BagelGeneration, UnifiedModel):
+class BagelModel(BagelGeneration, MoTModel):
     """BAGEL, under its published module names."""
 
     config_class = BagelConfig
-    base_model_prefix = ""
-    tasks = ("reconstruct", "caption", "generate", "edit")
-    shares_weights = False
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _no_split_modules = ("BagelDecoderLayer", "SiglipEncoderLayer")
+    _no_split_modules = ("MoTDecoderLayer", "SiglipEncoderLayer")
     _keep_in_fp32_modules_strict = ("vae.encoder", "vae.decoder")  # published in float32, and small
-    lora_target_modules = (
-        r"language_model\.model\.layers\.\d+\.(self_attn\.[qkvo]_proj_moe_gen|mlp_moe_gen\.(gate|up|down)_proj)"
-    )
-    image_tasks = ("generate", "reconstruct", "edit")
-    quantized_modules = r"language_model\.model\.layers\.\d+\..*"  # both experts
-    frozen_encoders = ("vit_model", "connector", "vae")
-    supports_timesteps_per_image = True
+    image_encoders = ("vit_model", "connector")
+    frozen_encoders = (*image_encoders, "vae")
 
     def __init__(self, config: BagelConfig):
         super().__init__(config)
@@ -187,8 +119,8 @@ class BagelModel(BagelGeneration, UnifiedModel):
         self.vit_model = BagelVisionModel(config.vision_config)
         self.connector = BagelConnector(config)
         self.vit_pos_embed = SinCosPositions(config.vit_max_num_patch_per_side, hidden_size)
-        self.language_model = BagelLanguageModel(config.text_config)
-        self.time_embedder = BagelTimestepEmbedder(hidden_size)
+        self.language_model = MoTLanguageModel(config.text_config, Qwen2RotaryEmbedding(config.text_config))
+        self.time_embedder = TimestepEmbedder(hidden_size)
         self.vae2llm = nn.Linear(config.latent_token_dim, hidden_size)
         self.llm2vae = nn.Linear(hidden_size, config.latent_token_dim)
         self.latent_pos_embed = SinCosPositions(config.max_latent_size, hidden_size)
@@ -201,39 +133,6 @@ class BagelModel(BagelGeneration, UnifiedModel):
         else:
             super()._init_weights(module)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.model.embed_tokens
-
-    @property
-    def generation_modules(self) -> list[str]:
-        names = [name for name, _ in self.language_model.named_modules() if name.endswith(GENERATION)]
-        return [f"language_model.{name}" for name in names] + ["time_embedder", "vae2llm", "llm2vae"]
-
-    @property
-    def understanding_modules(self) -> list[str]:
-        twins = {name.removesuffix(GENERATION) for name in self.generation_modules if name.endswith(GENERATION)}
-        return [
-            "vit_model",
-            "connector",
-            "language_model.lm_head",
-            "language_model.model.embed_tokens",
-            *sorted(twins),
-        ]
-
-    @property
-    def frozen_modules(self) -> list[str]:
-        return ["vae"]
-
-    @property
-    def image_sides(self) -> range:
-        stride = self.config.latent_token_stride
-        return range(stride, self.config.max_latent_size * stride + 1, stride)
-
-    @property
-    def understanding_is_frozen(self) -> bool:
-        modules = (self.get_submodule(name) for name in self.understanding_modules)
-        return not any(parameter.requires_grad for module in modules for parameter in module.parameters())
-
     def _reconstruct(
         self,
         corruption: dict[str, torch.Tensor],
@@ -245,7 +144,6 @@ class BagelModel(BagelGeneration, UnifiedModel):
         posterior: torch.Tensor | None = None,
         condition_embeds: torch.Tensor | None = None,
         condition_attention_mask: torch.Tensor | None = None,
-        timesteps_per_image: int = 1,
     ) -> UnifiedOutput:
         """RecA: read the image's own embeddings and the instruction, then denoise the same image.
 
@@ -255,7 +153,6 @@ class BagelModel(BagelGeneration, UnifiedModel):
             latents, posterior: instead of `pixel_values`, see `_target_latents`.
             condition_embeds, condition_attention_mask: instead of `condition_pixel_values`, what `encode_batch` gives;
                 the output's `understanding_embeds` are then these.
-            timesteps_per_image: only `sample_corruption` reads it; here `corruption` has the number already.
         """
         latents = self._target_latents(corruption, pixel_values, latents, posterior)
         understanding_embeds = condition_embeds
@@ -276,7 +173,6 @@ class BagelModel(BagelGeneration, UnifiedModel):
         pixel_values: torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
         posterior: torch.Tensor | None = None,
-        timesteps_per_image: int = 1,
     ) -> UnifiedOutput:
         """Text-to-image; the arguments are as in `_reconstruct`."""
         latents = self._target_latents(corruption, pixel_values, latents, posterior)
@@ -295,10 +191,9 @@ class BagelModel(BagelGeneration, UnifiedModel):
         pixel_values: torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
         posterior: torch.Tensor | None = None,
-        timesteps_per_image: int = 1,
     ) -> UnifiedOutput:
-        """Editing: the source as VAE latents and as image embeddings, the instruction, then the target. `latents`,
-        `posterior` and `timesteps_per_image` are as in `_reconstruct`."""
+        """Editing: the source as VAE latents and as image embeddings, the instruction, then the target. `latents` and
+        `posterior` are as in `_reconstruct`."""
         latents = self._target_latents(corruption, pixel_values, latents, posterior)
         source = self.encode_target(source_pixel_values, corruption["source_posterior_noise"])
         context = self.read_latents(self.new_context(len(input_ids)), source)
@@ -315,7 +210,6 @@ class BagelModel(BagelGeneration, UnifiedModel):
         attention_mask: torch.Tensor | None = None,
         condition_pixel_values: torch.Tensor | list[torch.Tensor] | None = None,
         image_position: torch.Tensor | None = None,
-        timesteps_per_image: int = 1,
     ) -> UnifiedOutput:
         """Text about an image: next-token cross-entropy over the supervised tokens of a conversation.
 
@@ -323,7 +217,6 @@ class BagelModel(BagelGeneration, UnifiedModel):
             condition_pixel_values: `None` where no conversation shows an image.
             image_position: `[B]` int64, how many tokens come before the image, -1 where the conversation shows none;
                 `None` where all images come first.
-            timesteps_per_image: the trainer sets it for all tasks alike; here it changes nothing.
         """
         text, embeds, image = self.embed(input_ids), None, None
         if condition_pixel_values is not None:
@@ -337,49 +230,10 @@ class BagelModel(BagelGeneration, UnifiedModel):
                 context = self._read_condition(context, image, image_mask)
             hidden, _, _ = self._read(context, text, causal=True, mask=attention_mask, keep=False)
         hidden = self.language_model.model.norm(hidden[:, :-1])
-        return token_cross_entropy(self.language_model.lm_head, hidden, labels[:, 1:], embeds)
+        return token_cross_entropy(self.output_logits, hidden, labels[:, 1:], embeds)
 
-    def _target_latents(
-        self,
-        corruption: dict[str, torch.Tensor],
-        pixel_values: torch.Tensor | None,
-        latents: torch.Tensor | None,
-        posterior: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """The scaled latents `[B, C, h, w]` of a batch's targets, which a batch holds as `latents`, as the VAE's
-        `posterior` `[B, 2, C, h, w]` or as `pixel_values`."""
-        if latents is not None:
-            return latents
-        if posterior is None:
-            posterior = self.encode_posterior(pixel_values)
-        return self.sample_latents(posterior, corruption["posterior_noise"])
-
-    def _flow_matching(self, context, latents, corruption, understanding_embeds=None) -> UnifiedOutput:
-        """Rectified flow (BAGEL, section 2). With K timesteps an image, all of them are behind the one `context` of
-        their image."""
-        clean, grid = patchify(latents, self.config.latent_patch_size)  # [B, N, p²C]
-        noise = corruption["noise"].to(clean)  # [B · K, N, p²C]
-        timesteps = corruption["timesteps"].to(clean.device)  # [B · K]
-        if (repeats := len(timesteps) // len(clean)) > 1:
-            context, clean = context.repeat(repeats), clean.repeat_interleave(repeats, 0)
-        prediction = self.velocity(context, interpolate(clean, noise, timesteps), timesteps, grid)
-        return flow_loss(prediction, noise - clean, repeats, understanding_embeds)
-
-    def encode_condition(self, condition_pixel_values: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-        """Understanding embeddings, RecA's dense prompt, before positions are added: images `[B, 3, h, w]`, or a list of
-        `[3, h, w]`, to `[B, S, D]`, of shorter rows padded with zeros."""
-        frozen = not any(p.requires_grad for m in (self.vit_model, self.connector) for p in m.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            if torch.is_tensor(condition_pixel_values):
-                return self.connector(self.vit_model(condition_pixel_values))
-            by_size: dict[torch.Size, list[int]] = {}
-            for index, image in enumerate(condition_pixel_values):
-                by_size.setdefault(image.shape, []).append(index)
-            embeds: dict[int, torch.Tensor] = {}
-            for indices in by_size.values():
-                images = torch.stack([condition_pixel_values[index] for index in indices])
-                embeds.update(zip(indices, self.connector(self.vit_model(images)), strict=True))
-            return pad_sequence([embeds[index] for index in range(len(embeds))], batch_first=True)
+    def _encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.connector(self.vit_model(pixel_values))
 
     def _place(
         self, embeds: torch.Tensor, condition_pixel_values: torch.Tensor | list[torch.Tensor]
@@ -422,33 +276,11 @@ class BagelModel(BagelGeneration, UnifiedModel):
         scaled = self.vae.config.scaling_factor * (sample - self.vae.config.shift_factor)
         return scaled.to(self.vae2llm.weight.dtype)
 
-    def encode_target(self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """See `UnifiedModel.encode_target`: scaled latents `[B, C, h, w]`, by `noise` of the same shape a sample of the
-        VAE's posterior (see `sample_latents`), without it the posterior's mean."""
-        posterior = self.encode_posterior(pixel_values)
-        return self.sample_latents(posterior, torch.zeros_like(posterior[:, 0]) if noise is None else noise)
-
     @torch.no_grad()
     def decode_target(self, target: torch.Tensor) -> torch.Tensor:
         """Inverse of `encode_target`, without the sampling: `[B, C, h, w]` -> `[B, 3, H, W]`, about [-1, 1]."""
         latents = target.to(self.vae.dtype) / self.vae.config.scaling_factor + self.vae.config.shift_factor
         return self.vae.decode(latents).sample
-
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        frozen = not self.language_model.model.embed_tokens.weight.requires_grad
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            return self.language_model.model.embed_tokens(input_ids)
-
-    def new_context(self, batch_size: int) -> Context:
-        return Context(None, torch.zeros(batch_size, dtype=torch.long, device=self.device))
-
-    def read_text(
-        self, context: Context, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> Context:
-        """Read a text split `[B, T]`, markers included, causally. Rows whose mask is 0 throughout read nothing."""
-        if not input_ids.shape[1]:
-            return context
-        return self._read(context, self.embed(input_ids), causal=True, mask=attention_mask)[2]
 
     def read_image(self, context: Context, embeds: torch.Tensor, size: tuple[int, int]) -> Context:
         """Read understanding embeddings `[B, S, D]` of an image of `size` pixels `(height, width)`."""
@@ -456,188 +288,9 @@ class BagelModel(BagelGeneration, UnifiedModel):
         positions = self.vit_pos_embed(size[0] // patch, size[1] // patch).to(embeds)
         return self._read_condition(context, embeds + positions)
 
-    def _read_condition(self, context: Context, embeds: torch.Tensor, mask: torch.Tensor | None = None) -> Context:
-        """Read understanding embeddings `[B, S, D]` with their positions, right-padded where `mask` `[B, S]` is 0."""
-        if mask is not None:
-            mask = F.pad(mask.bool(), (2, 0), value=True)  # the markers
-        return self._read(context, torch.cat([self._markers(len(embeds)), embeds], dim=1), mask=mask)[2]
-
-    def _read_around(
-        self,
-        image: torch.Tensor,
-        image_mask: torch.Tensor | None,
-        text: torch.Tensor,
-        text_mask: torch.Tensor | None,
-        image_position: torch.Tensor,
-    ) -> torch.Tensor:
-        """Read embedded texts `[B, T, D]`, each with an image `[B, S, D]` in front of its token number `image_position`
-        `[B]`, or with none where that is negative: the texts' hidden states `[B, T, D]`.
-
-        All images lie before all texts in memory; positions and the mask say what comes first. Rows of any order then
-        make one rectangle.
-        """
-        image = torch.cat([self._markers(len(image)), image], dim=1)
-        (batch_size, images), texts, device = image.shape[:2], text.shape[1], text.device
-        everything = torch.ones(batch_size, images, dtype=torch.bool, device=device)
-        seen_image = everything if image_mask is None else F.pad(image_mask.bool(), (2, 0), value=True)
-        here = torch.ones(batch_size, texts, dtype=torch.bool, device=device)
-        seen_text = here if text_mask is None else text_mask.bool()
-
-        order, at = torch.arange(texts, device=device), image_position[:, None]
-        behind = (at >= 0) & (order >= at)  # [B, T]: the text tokens that have read the image
-        position_ids = torch.cat([at.clamp(min=0).expand(-1, images), order + behind.long()], dim=1)
-        attention_mask = torch.cat(
-            [
-                torch.cat([everything, behind], dim=1)[:, :, None] & seen_image[:, None],  # [B, S + T, S]
-                torch.cat(
-                    [
-                        (seen_text & ~behind)[:, None].expand(-1, images, -1),
-                        seen_text[:, None] & here.new_ones(texts, texts).tril(),
-                    ],
-                    dim=1,
-                ),  # [B, S + T, T]
-            ],
-            dim=2,
-        )
-        sequence = torch.cat([image, text], dim=1)
-        hidden, _, _ = self._run(sequence, None, position_ids, None, attention_mask[:, None], False)
-        return hidden[:, images:]
-
-    def read_latents(self, context: Context, latents: torch.Tensor) -> Context:
-        """Read a clean image given as scaled latents `[B, C, h, w]`, which is what editing starts from."""
-        clean, grid = patchify(latents, self.config.latent_patch_size)
-        timesteps = torch.zeros(len(clean), device=clean.device)
-        return self._read(context, self._markers(len(clean)), self._embed_latents(clean, timesteps, grid))[2]
-
     def skip(self, context: Context) -> Context:
         """Where a dropped image would have been: its position stays taken."""
         return Context(context.past, context.position + 1, context.mask)
-
-    def velocity(
-        self, context: Context, noisy: torch.Tensor, timesteps: torch.Tensor, grid: tuple[int, int]
-    ) -> torch.Tensor:
-        """Predicted velocity at latent tokens `noisy` `[B, N, p²C]`, timesteps `[B]` in [0, 1], `grid` tokens."""
-        latents = self._embed_latents(noisy, timesteps, grid)
-        _, hidden, _ = self._read(context, self._markers(len(noisy)), latents, keep=False)
-        hidden = self.language_model.model.norm_moe_gen(hidden)
-        return self.llm2vae(hidden.to(self.llm2vae.weight.dtype))
-
-    def _markers(self, batch_size: int) -> torch.Tensor:
-        ids = [self.config.image_start_token_id, self.config.image_end_token_id]
-        return self.embed(torch.tensor(ids, device=self.device)).expand(batch_size, -1, -1)  # [B, 2, D]
-
-    def _embed_latents(self, tokens: torch.Tensor, timesteps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        hidden = self.vae2llm(tokens.to(self.vae2llm.weight.dtype)) + self.time_embedder(timesteps)[:, None]
-        hidden = hidden + self.latent_pos_embed(*grid).to(hidden)
-        return hidden.to(self.language_model.model.embed_tokens.weight.dtype)  # adapters may keep vae2llm in float32
-
-    def _read(
-        self,
-        context: Context,
-        understanding: torch.Tensor,
-        generation: torch.Tensor | None = None,
-        causal: bool = False,
-        mask: torch.Tensor | None = None,
-        keep: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, Context]:
-        """Run one split behind `context`, right-padded where `mask` `[B, T]` is 0. A causal split (text) has counting
-        positions; every other (an image with its markers) has one position and full attention. What is not kept
-        (a noisy image) is invisible to the splits behind it."""
-        device = understanding.device
-        batch_size, texts = understanding.shape[:2]
-        length = texts + (0 if generation is None else generation.shape[1])
-        split_mask = None if mask is None or bool(mask.all()) else mask.bool()
-        if causal:
-            position_ids = context.position[:, None] + torch.arange(length, device=device)
-            position = context.position + (length if split_mask is None else split_mask.sum(1))
-        else:
-            position_ids = context.position[:, None].expand(-1, length)
-            position = context.position + 1
-
-        padding = context.mask
-        if padding is not None or split_mask is not None:
-            before = torch.ones(batch_size, context.length, dtype=torch.bool, device=device)
-            here = torch.ones(batch_size, length, dtype=torch.bool, device=device)
-            padding = torch.cat(
-                [before if padding is None else padding, here if split_mask is None else split_mask], dim=1
-            )
-        is_causal = causal and context.length == 0 and padding is None
-        attention_mask = None
-        if causal and not is_causal:
-            attention_mask = torch.ones(length, context.length + length, dtype=torch.bool, device=device)
-            attention_mask = attention_mask.tril(context.length)[None, None]
-        if padding is not None:
-            visible = padding[:, None, None]
-            if attention_mask is None:
-                attention_mask = visible
-            else:
-                # Padding sees itself: of a text that is all padding it would see nothing, and become NaN.
-                attention_mask = attention_mask & visible | attention_mask.triu(context.length)
-
-        understanding, generation, past = self._run(
-            understanding, generation, position_ids, context.past, attention_mask, is_causal, keep
-        )
-        return understanding, generation, Context(past, position, padding) if keep else context
-
-    def _run(
-        self,
-        understanding: torch.Tensor,
-        generation: torch.Tensor | None,
-        position_ids: torch.Tensor,
-        past: list[tuple[torch.Tensor, torch.Tensor]] | None,
-        attention_mask: torch.Tensor | None,
-        is_causal: bool,
-        keep: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """All layers over one split, see `BagelDecoderLayer.forward`: both experts' tokens and, if they are to be kept,
-        every layer's keys and values."""
-        decoder = self.language_model.model
-        frozen = torch.is_grad_enabled() and self.understanding_is_frozen  # asks every weight; moot without gradients
-        rotary = decoder.rotary_emb(understanding, position_ids)
-        kept = []
-        for index, layer in enumerate(decoder.layers):
-            before = None if past is None else past[index]
-            understanding, generation, key, value = layer(
-                understanding, generation, rotary, before, attention_mask, is_causal, frozen
-            )
-            if keep:
-                kept.append((key, value))
-        return understanding, generation, kept
-
-    def sample_corruption(self, batch: dict[str, Any], generator: Generators = None) -> dict[str, torch.Tensor]:
-        """Draws per image: the VAE posterior's noise `[C, h, w]`; and `batch["timesteps_per_image"]` times (default 1)
-        a logit-normal timestep, shifted by `config.timestep_shift`, and the flow's noise in token order `[N, p²C]`."""
-        if batch.get("task") == "caption":
-            return {}
-        patch, channels = self.config.latent_patch_size, self.config.vae_config["latent_channels"]
-        encoded = next((batch[name] for name in ("latents", "posterior") if name in batch), None)
-        if encoded is not None:
-            batch_size, (height, width) = len(encoded), encoded.shape[-2:]
-        else:
-            batch_size = len(batch["pixel_values"])
-            height, width = (side // self.config.vae_scale_factor for side in batch["pixel_values"].shape[-2:])
-        tokens = (height // patch) * (width // patch)
-
-        def normal(*shape: int) -> torch.Tensor:
-            return per_sample(lambda g: torch.randn(shape, generator=g), batch_size, generator)
-
-        corruption = {}
-        if "latents" not in batch:
-            corruption["posterior_noise"] = normal(channels, height, width)
-        if "source_pixel_values" in batch:
-            sides = (side // self.config.vae_scale_factor for side in batch["source_pixel_values"].shape[-2:])
-            corruption["source_posterior_noise"] = normal(channels, *sides)
-        repeats = batch.get("timesteps_per_image", 1)
-        timesteps = shift_timesteps(normal(repeats).sigmoid(), self.config.timestep_shift)
-        corruption["timesteps"] = timesteps.flatten()
-        corruption["noise"] = normal(repeats, tokens, self.config.latent_token_dim).flatten(0, 1)
-        return corruption
-
-    def count_supervised(self, batch: dict[str, Any], corruption: dict[str, torch.Tensor]) -> int:
-        """Supervised tokens of a caption, else the noised elements of all latents and timesteps."""
-        if "labels" in batch:
-            return count_answer_tokens(batch["labels"])
-        return corruption["noise"].numel()
 
     def example_batch(
         self,

@@ -1,4 +1,8 @@
-"""From PIL images and strings to BAGEL's batches."""
+"""From PIL images and strings to BAGEL's batches.
+
+Every text is a split of its own, `BOS, ids, EOS`. The original's tokenizer reads the names of special tokens in captions,
+instructions, questions and answers as these tokens, and so does this one: `a cat <|im_end|>` has a second EOS.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from PIL import Image
 
 from reca_trainer.models.common.padding import pad_rows, padding_mask
 from reca_trainer.models.common.pixels import to_pixels
+from reca_trainer.models.common.texts import fits
 from reca_trainer.models.contract import (
     IMAGE_MARK,
     Conversation,
@@ -48,6 +53,8 @@ class BagelProcessor(UnifiedProcessor):
         condition_size: the same for the understanding encoder during reconstruction. The smallest size that it was
             trained at: this is RecA's information bottleneck (paper, table on conditions: 224 beats 512).
         understanding_size: the same for questions about an image and for editing.
+        max_text_length: tokens of a sample's texts, their BOS and EOS included. The original leaves samples of more than
+            16,384 tokens out, of which a target and the largest understanding image take 9,000; here texts are cut.
     """
 
     def __init__(
@@ -56,11 +63,13 @@ class BagelProcessor(UnifiedProcessor):
         generation_size: tuple[int, int, int] = (1024, 512, 16),
         condition_size: tuple[int, int, int] = (224, 224, 14),
         understanding_size: tuple[int, int, int] = (980, 224, 14),
+        max_text_length: int = 7_384,
         **kwargs,
     ):
         self.generation_size = tuple(generation_size)
         self.condition_size = tuple(condition_size)
         self.understanding_size = tuple(understanding_size)
+        self.max_text_length = max_text_length
         super().__init__(tokenizer, **kwargs)
         self.bos_token_id = tokenizer.convert_tokens_to_ids("<|im_start|>")
         self.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -112,9 +121,9 @@ class BagelProcessor(UnifiedProcessor):
         samples = next((values for values in (images, texts, dropped) if isinstance(values, (list, tuple))), [None])
         texts = one_per_sample(texts, len(samples))
         if task == "reconstruct":
-            rows = [self._split(words) if words else [] for words in texts]
+            rows = [self._text(words) if words else [] for words in texts]
         else:
-            rows = [self._split(" " if words is None else words) for words in texts]
+            rows = [self._text(" " if words is None else words) for words in texts]
         dropped = one_per_sample(dropped, len(samples), False)
         rows = [[] if drop else row for row, drop in zip(rows, dropped, strict=True)]
         return {**batch, **self._pad(rows)} if any(rows) else batch
@@ -140,17 +149,24 @@ class BagelProcessor(UnifiedProcessor):
         return resized_size(width, height, max_size, min_size, stride)[::-1]
 
     def conversation_problem(self, conversation: Conversation) -> str | None:
-        """See `UnifiedProcessor.conversation_problem`: no words to learn, or two messages that show the one image."""
-        if not any(message["role"] == "assistant" and message["content"] for message in conversation):
+        """See `UnifiedProcessor.conversation_problem`: no words to learn, none among the tokens that are kept, or two
+        messages that show the one image."""
+        answers = [i for i, message in enumerate(conversation) if message["role"] == "assistant" and message["content"]]
+        if not answers:
             return "no answer"
         if sum(message["role"] == "user" and IMAGE_MARK in message["content"] for message in conversation) > 1:
             return "the image in more than one message"
+        questions = [message["content"] for message in conversation[: answers[0]] if message["role"] == "user"]
+        parts = [part for question in questions for part in parts_of(question) if part]
+        # A split has two markers; of the answer at least BOS and the token behind it are kept.
+        if not fits(self._ids, parts, self.max_text_length - 2 * len(parts) - 2):
+            return f"no answer within {self.max_text_length} tokens"
         return None
 
     def tokenize(self, texts: list[str]) -> dict[str, torch.Tensor]:
         """Text splits `BOS, ids, EOS`: `input_ids` `[B, T]`, and `attention_mask` where it is padded, on the right. A text
         of `""` or `None` leaves its split out."""
-        return self._pad([self._split(text) if text else [] for text in texts])
+        return self._pad([self._text(text) if text else [] for text in texts])
 
     def _caption_batch(
         self,
@@ -174,7 +190,7 @@ class BagelProcessor(UnifiedProcessor):
         """A conversation as ids, labels and the number of ids before its image, -1 where it shows none.
 
         Every message is a split, every answer supervised, its EOS included; roles leave no trace, and messages of others
-        than the two count for nothing. An image splits its message, and white space around it goes; all other stays.
+        than the two count for nothing. An image splits its message.
         """
         if problem := self.conversation_problem(conversation):
             raise ValueError(f"A conversation cannot be learned from: {problem}.")
@@ -188,14 +204,14 @@ class BagelProcessor(UnifiedProcessor):
                 ids, labels = ids + split, [*labels, -100, *split[1:]]
             if role != "user":
                 continue
-            marked = IMAGE_MARK in content
-            for index, part in enumerate(content.split(IMAGE_MARK)):
+            for index, part in enumerate(parts_of(content)):
                 if index == 1 and with_image:  # one picture: further marks of the message only divide it
                     image_position = len(ids)
-                if part := part.strip() if marked else part:
+                if part:
                     split = self._split(part)
                     ids, labels = ids + split, labels + [-100] * len(split)
-        return ids, labels, image_position
+        ids = self.shorten(ids, self.max_text_length)
+        return ids, labels[: len(ids)], image_position if image_position <= len(ids) else -1
 
     def _pad(self, rows: list[list[int]], labels: list[list[int]] | None = None) -> dict[str, torch.Tensor]:
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eos_token_id
@@ -206,9 +222,15 @@ class BagelProcessor(UnifiedProcessor):
             batch["labels"] = pad_rows(labels, -100)
         return batch
 
+    def _text(self, text: str) -> list[int]:
+        """The split of a sample's only text."""
+        return [self.bos_token_id, *self.shorten(self._ids(text), self.max_text_length - 2), self.eos_token_id]
+
     def _split(self, text: str) -> list[int]:
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [self.bos_token_id, *ids, self.eos_token_id]
+        return [self.bos_token_id, *self._ids(text), self.eos_token_id]
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def resize(self, image: Image.Image, rule: tuple[int, int, int]) -> Image.Image:
         """Resize with BAGEL's rule `(max, min, stride)`, bicubic, no crop."""
@@ -241,3 +263,9 @@ class BagelProcessor(UnifiedProcessor):
             torch.zeros(3, patch, patch) if image is None else self.to_pixels([image], rule)[0] for image in images
         ]
         return torch.stack(pixels) if len({tensor.shape for tensor in pixels}) == 1 else pixels
+
+
+def parts_of(question: str) -> list[str]:
+    """The texts of a question around its image marks. White space around a mark goes; all other stays."""
+    parts = question.split(IMAGE_MARK)
+    return parts if len(parts) == 1 else [part.strip() for part in parts]

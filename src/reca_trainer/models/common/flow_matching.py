@@ -13,6 +13,11 @@ def interpolate(clean: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) ->
     return (1 - time) * clean + time * noise
 
 
+def shift_timesteps(timesteps: torch.Tensor, shift: float) -> torch.Tensor:
+    """`t <- s t / (1 + (s - 1) t)`: for a `shift` `s` above 1, nearer to noise (arXiv:2403.03206, equation 23)."""
+    return shift * timesteps / (1 + (shift - 1) * timesteps)
+
+
 def flow_loss(
     prediction: torch.Tensor,
     target: torch.Tensor,

@@ -1,4 +1,4 @@
-"""Images as rows of tokens, and the timesteps of their noise."""
+"""Images as rows of tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,3 @@ def unpatchify(tokens: torch.Tensor, grid: tuple[int, int], patch_size: int) -> 
     height, width = grid
     images = tokens.view(len(tokens), height, width, patch_size, patch_size, -1).permute(0, 5, 1, 3, 2, 4)
     return images.reshape(len(tokens), -1, height * patch_size, width * patch_size)
-
-
-def shift_timesteps(timesteps: torch.Tensor, shift: float) -> torch.Tensor:
-    return shift * timesteps / (1 + (shift - 1) * timesteps)

@@ -1,4 +1,5 @@
-"""BAGEL's decoder: two experts, whose layers a token goes through by its kind, and one attention over all tokens."""
+"""The decoder of a mixture of transformers (arXiv 2411.04996): two experts, whose layers a token goes through by its kind, and
+one attention over all tokens. Its module names are those of BAGEL (arXiv 2505.14683), under which such models are published."""
 
 from __future__ import annotations
 
@@ -10,7 +11,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2MLP,
     Qwen2RMSNorm,
-    Qwen2RotaryEmbedding,
     apply_rotary_pos_emb,
 )
 
@@ -40,7 +40,7 @@ class RMSNorm(torch.autograd.Function):
         return grad.to(hidden.dtype), grad_weight, None
 
 
-class BagelRMSNorm(Qwen2RMSNorm):
+class MoTRMSNorm(Qwen2RMSNorm):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return RMSNorm.apply(hidden, self.weight, self.variance_epsilon)
 
@@ -60,12 +60,12 @@ class SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
-class BagelMLP(Qwen2MLP):
+class MoTMLP(Qwen2MLP):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.down_proj(SwiGLU.apply(self.gate_proj(hidden), self.up_proj(hidden)))
 
 
-class BagelAttention(nn.Module):
+class MoTAttention(nn.Module):
     """Grouped-query attention whose projections and query/key norms exist once per expert."""
 
     def __init__(self, config):
@@ -78,8 +78,8 @@ class BagelAttention(nn.Module):
             self.add_module(f"k_proj{expert}", nn.Linear(config.hidden_size, kv_dim))
             self.add_module(f"v_proj{expert}", nn.Linear(config.hidden_size, kv_dim))
             self.add_module(f"o_proj{expert}", nn.Linear(q_dim, config.hidden_size, bias=False))
-            self.add_module(f"q_norm{expert}", BagelRMSNorm(self.head_dim, eps=config.rms_norm_eps))
-            self.add_module(f"k_norm{expert}", BagelRMSNorm(self.head_dim, eps=config.rms_norm_eps))
+            self.add_module(f"q_norm{expert}", MoTRMSNorm(self.head_dim, eps=config.rms_norm_eps))
+            self.add_module(f"k_norm{expert}", MoTRMSNorm(self.head_dim, eps=config.rms_norm_eps))
 
     def project(self, hidden: torch.Tensor, expert: str) -> list[torch.Tensor]:
         """`[B, T, D]` -> queries, keys, values `[B, heads, T, head_dim]`, normalised but not yet rotated."""
@@ -94,17 +94,17 @@ class BagelAttention(nn.Module):
         return getattr(self, f"o_proj{expert}")(attended.transpose(1, 2).flatten(2))
 
 
-class BagelDecoderLayer(GradientCheckpointingLayer):
+class MoTDecoderLayer(GradientCheckpointingLayer):
     """One layer of both experts over one split of the sequence."""
 
     def __init__(self, config):
         super().__init__()
-        self.self_attn = BagelAttention(config)
+        self.self_attn = MoTAttention(config)
         for expert in (UNDERSTANDING, GENERATION):
-            self.add_module(f"mlp{expert}", BagelMLP(config))
-            self.add_module(f"input_layernorm{expert}", BagelRMSNorm(config.hidden_size, eps=config.rms_norm_eps))
+            self.add_module(f"mlp{expert}", MoTMLP(config))
+            self.add_module(f"input_layernorm{expert}", MoTRMSNorm(config.hidden_size, eps=config.rms_norm_eps))
             self.add_module(
-                f"post_attention_layernorm{expert}", BagelRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+                f"post_attention_layernorm{expert}", MoTRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             )
 
     def forward(
@@ -161,18 +161,27 @@ class BagelDecoderLayer(GradientCheckpointingLayer):
         return outputs.get(UNDERSTANDING), outputs.get(GENERATION), key, value
 
 
-class BagelDecoder(nn.Module):
-    def __init__(self, config):
+class MoTDecoder(nn.Module):
+    """All layers, and what comes before and behind them.
+
+    Args:
+        config: of one expert, as of transformers' Qwen2.
+        rotary_emb: position ids to the cosine and sine of `apply_rotary_pos_emb`.
+    """
+
+    def __init__(self, config, rotary_emb: nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([BagelDecoderLayer(config) for _ in range(config.num_hidden_layers)])
-        self.norm = BagelRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.norm_moe_gen = BagelRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = Qwen2RotaryEmbedding(config)
+        self.layers = nn.ModuleList([MoTDecoderLayer(config) for _ in range(config.num_hidden_layers)])
+        self.norm = MoTRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm_moe_gen = MoTRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = rotary_emb
 
 
-class BagelLanguageModel(nn.Module):
-    def __init__(self, config):
+class MoTLanguageModel(nn.Module):
+    """The decoder with its output layer; arguments as for `MoTDecoder`."""
+
+    def __init__(self, config, rotary_emb: nn.Module):
         super().__init__()
-        self.model = BagelDecoder(config)
+        self.model = MoTDecoder(config, rotary_emb)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

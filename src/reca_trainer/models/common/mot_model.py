@@ -1,0 +1,488 @@
+"""A unified model around a mixture of transformers (arXiv:2411.04996), as BAGEL (arXiv:2505.14683) introduced it:
+
+- Hard routing: text tokens, understanding-image tokens and the two markers around every image go through the
+  understanding expert; only latent tokens go through the generation expert. All of them share one attention.
+- A sequence is read split by split (a text, an image), each attending to the keys and values of those before. So a
+  frozen context costs one forward pass without gradients, and no attention-mask tensor is needed behind it.
+- Where understanding is frozen, no gradient passes through any of its tokens, the markers around the target included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+from reca_trainer.models.common.flow_matching import flow_loss, interpolate, shift_timesteps
+from reca_trainer.models.common.latents import patchify
+from reca_trainer.models.common.mot_decoder import GENERATION
+from reca_trainer.models.common.token_sampling import draw_tokens
+from reca_trainer.models.contract import Generators, UnifiedModel, UnifiedOutput, count_answer_tokens, per_sample
+
+
+def sincos(count: int, dim: int) -> torch.Tensor:
+    """Sine-cosine encodings of the numbers below `count`: `[count, dim]` float64, sines first."""
+    frequencies = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
+    angles = torch.arange(count, dtype=torch.float64)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class TimestepEmbedder(nn.Module):
+    """Timesteps in [0, 1], used as they are (not times 1000): `[B]` -> `[B, D]`."""
+
+    frequency_dim = 256
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(self.frequency_dim, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
+        half = self.frequency_dim // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+        angles = timesteps.float()[:, None] * torch.exp(-math.log(10000.0) * exponents)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+
+
+@dataclass
+class Context:
+    """What the language model has read so far.
+
+    Args:
+        past: keys and values of every layer, each `[B, kv_heads, S, head_dim]`; `None` before the first split.
+        position: `[B]` int64, the next position id.
+        mask: `[B, S]` bool, `False` at padding; `None` where nothing is padded.
+    """
+
+    past: list[tuple[torch.Tensor, torch.Tensor]] | None
+    position: torch.Tensor
+    mask: torch.Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        return 0 if self.past is None else self.past[0][0].shape[2]
+
+    def repeat(self, times: int) -> Context:
+        """The same context for `times` as many samples, each repeated in place."""
+        past = self.past and [tuple(t.repeat_interleave(times, 0) for t in layer) for layer in self.past]
+        mask = None if self.mask is None else self.mask.repeat_interleave(times, 0)
+        return replace(self, past=past, position=self.position.repeat_interleave(times, 0), mask=mask)
+
+
+# Position ids of a split, `[B, T]`, or `[3, B, T]` where a position has three; and the next position `[B]` behind it.
+Place = tuple[torch.Tensor, torch.Tensor]
+
+
+class MoTModel(UnifiedModel):
+    """What such models share. A family builds `vit_model`, `language_model` (a `MoTLanguageModel`), `time_embedder`,
+    `vae2llm`, `llm2vae`, `latent_pos_embed` and `vae`; it places its images and encodes them, in both ways.
+
+    Attributes:
+        image_encoders: names of the submodules that make understanding embeddings.
+    """
+
+    base_model_prefix = ""
+    tasks = ("reconstruct", "caption", "generate", "edit")
+    shares_weights = False
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    lora_target_modules = (
+        r"language_model\.model\.layers\.\d+\.(self_attn\.[qkvo]_proj_moe_gen|mlp_moe_gen\.(gate|up|down)_proj)"
+    )
+    image_tasks = ("generate", "reconstruct", "edit")
+    quantized_modules = r"language_model\.model\.layers\.\d+\..*"  # both experts
+    supports_timesteps_per_image = True
+    image_encoders: tuple[str, ...] = ("vit_model",)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.model.embed_tokens
+
+    @property
+    def generation_modules(self) -> list[str]:
+        names = [name for name, _ in self.language_model.named_modules() if name.endswith(GENERATION)]
+        return [f"language_model.{name}" for name in names] + ["time_embedder", "vae2llm", "llm2vae"]
+
+    @property
+    def understanding_modules(self) -> list[str]:
+        twins = {name.removesuffix(GENERATION) for name in self.generation_modules if name.endswith(GENERATION)}
+        head = ["language_model.lm_head", "language_model.model.embed_tokens"]
+        return [*self.image_encoders, *head, *sorted(twins)]
+
+    @property
+    def frozen_modules(self) -> list[str]:
+        return ["vae"]
+
+    @property
+    def image_sides(self) -> range:
+        stride = self.config.latent_token_stride
+        return range(stride, self.config.max_latent_size * stride + 1, stride)
+
+    @property
+    def understanding_is_frozen(self) -> bool:
+        modules = (self.get_submodule(name) for name in self.understanding_modules)
+        return not any(parameter.requires_grad for module in modules for parameter in module.parameters())
+
+    def _encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Images of one size, `[B, 3, h, w]`, to understanding embeddings `[B, S, D]`."""
+        raise NotImplementedError
+
+    def encode_posterior(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Mean and standard deviation of the VAE's latents: `[B, 3, H, W]` -> `[B, 2, C, h, w]`."""
+        raise NotImplementedError
+
+    def sample_latents(self, posterior: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """A sample of `encode_posterior`'s result, scaled for the language model: `[B, C, h, w]` in the model's dtype."""
+        raise NotImplementedError
+
+    def _latent_place(self, context: Context, grid: tuple[int, int]) -> Place | None:
+        """Where an image of latents and its markers, which come first in memory, stand behind `context`; `None` where
+        all of them have one position."""
+        return None
+
+    def _target_latents(
+        self,
+        corruption: dict[str, torch.Tensor],
+        pixel_values: torch.Tensor | None,
+        latents: torch.Tensor | None,
+        posterior: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The scaled latents `[B, C, h, w]` of a batch's targets, which a batch holds as `latents`, as the VAE's
+        `posterior` `[B, 2, C, h, w]` or as `pixel_values`."""
+        if latents is not None:
+            return latents
+        if posterior is None:
+            posterior = self.encode_posterior(pixel_values)
+        return self.sample_latents(posterior, corruption["posterior_noise"])
+
+    def _flow_matching(self, context, latents, corruption, understanding_embeds=None) -> UnifiedOutput:
+        """Rectified flow. With K timesteps an image, all of them are behind the one `context` of their image."""
+        clean, grid = patchify(latents, self.config.latent_patch_size)  # [B, N, p²C]
+        noise = corruption["noise"].to(clean)  # [B · K, N, p²C]
+        timesteps = corruption["timesteps"].to(clean.device)  # [B · K]
+        if (repeats := len(timesteps) // len(clean)) > 1:
+            context, clean = context.repeat(repeats), clean.repeat_interleave(repeats, 0)
+        prediction = self.velocity(context, interpolate(clean, noise, timesteps), timesteps, grid)
+        return flow_loss(prediction, noise - clean, repeats, understanding_embeds)
+
+    def encode_condition(self, condition_pixel_values: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+        """Understanding embeddings, RecA's dense prompt, before positions are added: images `[B, 3, h, w]`, or a list of
+        `[3, h, w]`, to `[B, S, D]`, of shorter rows padded with zeros."""
+        encoders = [self.get_submodule(name) for name in self.image_encoders]
+        frozen = not any(parameter.requires_grad for encoder in encoders for parameter in encoder.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            if torch.is_tensor(condition_pixel_values):
+                return self._encode_images(condition_pixel_values)
+            by_size: dict[torch.Size, list[int]] = {}
+            for index, image in enumerate(condition_pixel_values):
+                by_size.setdefault(image.shape, []).append(index)
+            embeds: dict[int, torch.Tensor] = {}
+            for indices in by_size.values():
+                images = torch.stack([condition_pixel_values[index] for index in indices])
+                embeds.update(zip(indices, self._encode_images(images), strict=True))
+            return pad_sequence([embeds[index] for index in range(len(embeds))], batch_first=True)
+
+    def encode_target(self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """See `UnifiedModel.encode_target`: scaled latents `[B, C, h, w]`, by `noise` of the same shape a sample of the
+        VAE's posterior (see `sample_latents`), without it the posterior's mean."""
+        posterior = self.encode_posterior(pixel_values)
+        return self.sample_latents(posterior, torch.zeros_like(posterior[:, 0]) if noise is None else noise)
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        frozen = not self.language_model.model.embed_tokens.weight.requires_grad
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            return self.language_model.model.embed_tokens(input_ids)
+
+    def new_context(self, batch_size: int) -> Context:
+        return Context(None, torch.zeros(batch_size, dtype=torch.long, device=self.device))
+
+    def read_text(
+        self, context: Context, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> Context:
+        """Read a text split `[B, T]`, markers included, causally. Rows whose mask is 0 throughout read nothing."""
+        if not input_ids.shape[1]:
+            return context
+        return self._read(context, self.embed(input_ids), causal=True, mask=attention_mask)[2]
+
+    def _read_condition(
+        self, context: Context, embeds: torch.Tensor, mask: torch.Tensor | None = None, place: Place | None = None
+    ) -> Context:
+        """Read understanding embeddings `[B, S, D]` between their markers, right-padded where `mask` `[B, S]` is 0."""
+        if mask is not None:
+            mask = F.pad(mask.bool(), (2, 0), value=True)  # the markers
+        return self._read(context, torch.cat([self._markers(len(embeds)), embeds], dim=1), mask=mask, place=place)[2]
+
+    def _read_around(
+        self,
+        image: torch.Tensor,
+        image_mask: torch.Tensor | None,
+        text: torch.Tensor,
+        text_mask: torch.Tensor | None,
+        image_position: torch.Tensor,
+        place: Place | None = None,
+    ) -> torch.Tensor:
+        """Read embedded texts `[B, T, D]`, each with an image `[B, S, D]` in front of its token number `image_position`
+        `[B]`, or with none where that is negative: the texts' hidden states `[B, T, D]`.
+
+        All images lie before all texts in memory; positions and the mask say what comes first. Rows of any order then
+        make one rectangle.
+        """
+        image = torch.cat([self._markers(len(image)), image], dim=1)
+        (batch_size, images), texts, device = image.shape[:2], text.shape[1], text.device
+        everything = torch.ones(batch_size, images, dtype=torch.bool, device=device)
+        seen_image = everything if image_mask is None else F.pad(image_mask.bool(), (2, 0), value=True)
+        here = torch.ones(batch_size, texts, dtype=torch.bool, device=device)
+        seen_text = here if text_mask is None else text_mask.bool()
+
+        order, at = torch.arange(texts, device=device), image_position[:, None]
+        behind = (at >= 0) & (order >= at)  # [B, T]: the text tokens that have read the image
+        if place is None:
+            place = at.clamp(min=0).expand(-1, images), image_position + 1
+        image_ids, following = place
+        text_ids = order + behind * (following - image_position)[:, None]
+        position_ids = torch.cat([image_ids, text_ids.expand(*image_ids.shape[:-1], -1)], dim=-1)
+        attention_mask = torch.cat(
+            [
+                torch.cat([everything, behind], dim=1)[:, :, None] & seen_image[:, None],  # [B, S + T, S]
+                torch.cat(
+                    [
+                        (seen_text & ~behind)[:, None].expand(-1, images, -1),
+                        seen_text[:, None] & here.new_ones(texts, texts).tril(),
+                    ],
+                    dim=1,
+                ),  # [B, S + T, T]
+            ],
+            dim=2,
+        )
+        sequence = torch.cat([image, text], dim=1)
+        hidden, _, _ = self._run(sequence, None, position_ids, None, attention_mask[:, None], False)
+        return hidden[:, images:]
+
+    def read_latents(self, context: Context, latents: torch.Tensor) -> Context:
+        """Read a clean image given as scaled latents `[B, C, h, w]`, which is what editing starts from."""
+        clean, grid = patchify(latents, self.config.latent_patch_size)
+        timesteps = torch.zeros(len(clean), device=clean.device)
+        tokens = self._embed_latents(clean, timesteps, grid)
+        return self._read(context, self._markers(len(clean)), tokens, place=self._latent_place(context, grid))[2]
+
+    def velocity(
+        self, context: Context, noisy: torch.Tensor, timesteps: torch.Tensor, grid: tuple[int, int]
+    ) -> torch.Tensor:
+        """Predicted velocity at latent tokens `noisy` `[B, N, p²C]`, timesteps `[B]` in [0, 1], `grid` tokens."""
+        latents, place = self._embed_latents(noisy, timesteps, grid), self._latent_place(context, grid)
+        _, hidden, _ = self._read(context, self._markers(len(noisy)), latents, keep=False, place=place)
+        hidden = self.language_model.model.norm_moe_gen(hidden)
+        return self.llm2vae(hidden.to(self.llm2vae.weight.dtype))
+
+    def _markers(self, batch_size: int) -> torch.Tensor:
+        ids = [self.config.image_start_token_id, self.config.image_end_token_id]
+        return self.embed(torch.tensor(ids, device=self.device)).expand(batch_size, -1, -1)  # [B, 2, D]
+
+    def _embed_latents(self, tokens: torch.Tensor, timesteps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        hidden = self.vae2llm(tokens.to(self.vae2llm.weight.dtype)) + self.time_embedder(timesteps)[:, None]
+        hidden = hidden + self.latent_pos_embed(*grid).to(hidden)
+        return hidden.to(self.language_model.model.embed_tokens.weight.dtype)  # adapters may keep vae2llm in float32
+
+    def _read(
+        self,
+        context: Context,
+        understanding: torch.Tensor,
+        generation: torch.Tensor | None = None,
+        causal: bool = False,
+        mask: torch.Tensor | None = None,
+        keep: bool = True,
+        place: Place | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Context]:
+        """Run one split behind `context`, right-padded where `mask` `[B, T]` is 0. Without a `place`, a causal split
+        (text) has counting positions; every other (an image with its markers) has one position. Only in a causal split
+        does a token not see what follows. What is not kept (a noisy image) is invisible to the splits behind it."""
+        device = understanding.device
+        batch_size, texts = understanding.shape[:2]
+        length = texts + (0 if generation is None else generation.shape[1])
+        split_mask = None if mask is None or bool(mask.all()) else mask.bool()
+        if place is not None:
+            position_ids, position = place
+        elif causal:
+            position_ids = context.position[:, None] + torch.arange(length, device=device)
+            position = context.position + (length if split_mask is None else split_mask.sum(1))
+        else:
+            position_ids = context.position[:, None].expand(-1, length)
+            position = context.position + 1
+
+        padding = context.mask
+        if padding is not None or split_mask is not None:
+            before = torch.ones(batch_size, context.length, dtype=torch.bool, device=device)
+            here = torch.ones(batch_size, length, dtype=torch.bool, device=device)
+            padding = torch.cat(
+                [before if padding is None else padding, here if split_mask is None else split_mask], dim=1
+            )
+        is_causal = causal and context.length == 0 and padding is None
+        attention_mask = None
+        if causal and not is_causal:
+            attention_mask = torch.ones(length, context.length + length, dtype=torch.bool, device=device)
+            attention_mask = attention_mask.tril(context.length)[None, None]
+        if padding is not None:
+            visible = padding[:, None, None]
+            if attention_mask is None:
+                attention_mask = visible
+            else:
+                # Padding sees itself: of a text that is all padding it would see nothing, and become NaN.
+                attention_mask = attention_mask & visible | attention_mask.triu(context.length)
+
+        understanding, generation, past = self._run(
+            understanding, generation, position_ids, context.past, attention_mask, is_causal, keep
+        )
+        read = replace(context, past=past, position=position, mask=padding) if keep else context
+        return understanding, generation, read
+
+    def _run(
+        self,
+        understanding: torch.Tensor,
+        generation: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        past: list[tuple[torch.Tensor, torch.Tensor]] | None,
+        attention_mask: torch.Tensor | None,
+        is_causal: bool,
+        keep: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """All layers over one split, see `MoTDecoderLayer.forward`: both experts' tokens and, if they are to be kept,
+        every layer's keys and values."""
+        decoder = self.language_model.model
+        frozen = torch.is_grad_enabled() and self.understanding_is_frozen  # asks every weight; moot without gradients
+        rotary = decoder.rotary_emb(understanding, position_ids)
+        kept = []
+        for index, layer in enumerate(decoder.layers):
+            before = None if past is None else past[index]
+            understanding, generation, key, value = layer(
+                understanding, generation, rotary, before, attention_mask, is_causal, frozen
+            )
+            if keep:
+                kept.append((key, value))
+        return understanding, generation, kept
+
+    def sample_corruption(self, batch: dict[str, Any], generator: Generators = None) -> dict[str, torch.Tensor]:
+        """Draws per image: the VAE posterior's noise `[C, h, w]`; and `batch["timesteps_per_image"]` times (default 1)
+        a logit-normal timestep, shifted by `config.timestep_shift`, and the flow's noise in token order `[N, p²C]`."""
+        if batch.get("task") == "caption":
+            return {}
+        patch = self.config.latent_patch_size
+        channels = self.config.latent_token_dim // patch**2
+        encoded = next((batch[name] for name in ("latents", "posterior") if name in batch), None)
+        if encoded is not None:
+            batch_size, (height, width) = len(encoded), encoded.shape[-2:]
+        else:
+            batch_size = len(batch["pixel_values"])
+            height, width = (side // self.config.vae_scale_factor for side in batch["pixel_values"].shape[-2:])
+        tokens = (height // patch) * (width // patch)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return per_sample(lambda g: torch.randn(shape, generator=g), batch_size, generator)
+
+        corruption = {}
+        if "latents" not in batch:
+            corruption["posterior_noise"] = normal(channels, height, width)
+        if "source_pixel_values" in batch:
+            sides = (side // self.config.vae_scale_factor for side in batch["source_pixel_values"].shape[-2:])
+            corruption["source_posterior_noise"] = normal(channels, *sides)
+        repeats = batch.get("timesteps_per_image", 1)
+        timesteps = shift_timesteps(normal(repeats).sigmoid(), self.config.timestep_shift)
+        corruption["timesteps"] = timesteps.flatten()
+        corruption["noise"] = normal(repeats, tokens, self.config.latent_token_dim).flatten(0, 1)
+        return corruption
+
+    def count_supervised(self, batch: dict[str, Any], corruption: dict[str, torch.Tensor]) -> int:
+        """Supervised tokens of a caption, else the noised elements of all latents and timesteps."""
+        if "labels" in batch:
+            return count_answer_tokens(batch["labels"])
+        return corruption["noise"].numel()
+
+    def output_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of the tokenizer's tokens, `[..., V]`, of hidden states `[..., D]` behind the last norm."""
+        return self.language_model.lm_head(hidden)
+
+    def _denoise(
+        self,
+        contexts: dict[str, Context],
+        noise: torch.Tensor,
+        grid: tuple[int, int],
+        num_inference_steps: int,
+        timestep_shift: float,
+        guidance_interval: tuple[float, float] | None,
+        guide: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+    ) -> torch.Tensor:
+        """Euler steps from `noise` `[B, N, p²C]` to clean latent tokens, in float32.
+
+        Args:
+            contexts: by name; `"full"` is read in every step, the others where guidance acts.
+            guidance_interval: it acts at shifted timesteps `low < t <= high`; `None`: never.
+            guide: the velocities behind the contexts, by name, to that of the step.
+        """
+        x = noise.to(self.device, torch.float32)
+        times = shift_timesteps(torch.linspace(1, 0, num_inference_steps + 1), timestep_shift).tolist()
+        for now, following in pairwise(times):
+            timesteps = torch.full((len(x),), now, device=self.device)
+            is_guided = guidance_interval is not None and guidance_interval[0] < now <= guidance_interval[1]
+            velocities = {
+                name: self.velocity(context, x, timesteps, grid).float()
+                for name, context in contexts.items()
+                if is_guided or name == "full"
+            }
+            v = guide(velocities) if is_guided else velocities["full"]
+            x = x - v * (now - following)
+        return x
+
+    def _one_by_one(
+        self,
+        processor: Any,
+        text: list[str] | None,
+        images: list[Image.Image],
+        generator: Generators,
+        rows: dict[str, Any],
+        sampling: dict[str, Any],
+    ) -> list[Image.Image]:
+        """`_generate_images` where the images differ in size and do not form a rectangular batch; of `rows` each gets
+        its own."""
+        result = []
+        for index, image in enumerate(images):
+            sample = slice(index, index + 1)
+            result += self._generate_images(
+                processor,
+                None if text is None else text[sample],
+                [image],
+                generator=generator[sample] if isinstance(generator, list) else generator,
+                **{name: None if values is None else values[sample] for name, values in rows.items()},
+                **sampling,
+            )
+        return result
+
+    def _answer(
+        self,
+        context: Context,
+        input_ids: torch.Tensor,
+        max_new_tokens: int,
+        temperature: float,
+        generator: Generators,
+    ) -> list[list[int]]:
+        """What follows `context` and the tokens `input_ids` `[B, 1]`, up to `config.eos_token_id`, which is left out:
+        greedy at `temperature` 0, else sampled."""
+        end = self.config.eos_token_id
+        done = torch.zeros(len(input_ids), dtype=torch.bool, device=self.device)
+        generated = []
+        for _ in range(max_new_tokens):
+            hidden, _, context = self._read(context, self.embed(input_ids), causal=True)
+            logits = self.output_logits(self.language_model.model.norm(hidden[:, -1])).float()
+            input_ids = draw_tokens(logits, temperature, generator)[:, None]
+            done |= input_ids[:, 0] == end
+            generated.append(input_ids.masked_fill(done[:, None], end))
+            if done.all():
+                break
+        rows = torch.cat(generated, dim=1).tolist() if generated else [[] for _ in input_ids]
+        return [[token for token in row if token != end] for row in rows]
