@@ -20,6 +20,7 @@ MARKS = {
     "bagel": "checkpoint/llm_config.json",
     "openuni": "checkpoint/openuni_config.json",
     "show_o": "checkpoint/magvitv2",
+    "lance": "checkpoint/Wan2.2_VAE.pth",
     "harmon": "checkpoint",
     "data": "images",
     "geneval": "cases.json",

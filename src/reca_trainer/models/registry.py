@@ -30,7 +30,7 @@ def register_family(name: str, package: str) -> None:
         raise ValueError(f"The family {name!r} is {_FAMILIES[name]} already; register {package} under another name.")
 
 
-for _name in ("bagel", "janus", "openuni", "harmon", "show_o"):
+for _name in ("bagel", "janus", "openuni", "harmon", "show_o", "lance"):
     register_family(_name, f"reca_trainer.models.{_name}")
 
 

@@ -1,0 +1,176 @@
+"""Pictures and answers from Lance."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+
+from reca_trainer.models.common.guidance import guided, no_longer
+from reca_trainer.models.common.latents import unpatchify
+from reca_trainer.models.common.pixels import to_images
+from reca_trainer.models.contract import Generators, one_per_sample, per_sample
+from reca_trainer.models.lance.processing_lance import LanceProcessor
+
+if TYPE_CHECKING:
+    from reca_trainer.models.common.mot_model import Context
+
+RENORM_DIMENSIONS = {"global": (-2, -1), "channel": (-1,)}
+
+
+class LanceGeneration:
+    """The part of `LanceModel` that samples."""
+
+    def _generate_images(
+        self,
+        processor: LanceProcessor,
+        text: list[str] | None,
+        images: list[Image.Image] | None,
+        *,
+        task: str,
+        generator: Generators,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 30,
+        guidance_scale: float = 4.0,
+        guidance_interval: tuple[float, float] = (0.4, 1.0),
+        guidance_renorm: str = "global",
+        guidance_renorm_min: float = 0.0,
+        use_kv_cache: bool = True,
+        timestep_shift: float = 3.5,
+        negative_prompt: list[str] | None = None,
+        latents: torch.Tensor | None = None,
+        posterior_noise: torch.Tensor | None = None,
+    ) -> list[Image.Image]:
+        """See `UnifiedModel.generate_images`. The defaults are those of the official script.
+
+        Args:
+            height, width: of the output; by default the size that the input image has in training, or the processor's
+                square one.
+            guidance_scale: of the text; guidance is off at 1.
+            guidance_interval: guidance acts at shifted timesteps `low < t <= high`.
+            guidance_renorm: `"global"` (one factor an image), `"channel"` (one a token) or `"none"`.
+            use_kv_cache: the original's option of that name, by which its guidance differs: with a cache, what is behind
+                the text keeps its positions where the text is left out. Here the cache itself is always used.
+            negative_prompt: read where guidance reads no text, at positions of its own.
+            latents: the initial noise `[B, N, C]` in token order, instead of drawing it.
+            posterior_noise: `[B, C, h, w]`, noise of the source's VAE posterior in editing, instead of drawing it.
+        """
+        if guidance_renorm not in (*RENORM_DIMENSIONS, "none"):
+            raise ValueError(f"guidance_renorm is 'global', 'channel' or 'none', not {guidance_renorm!r}.")
+        count = len(text or images)
+        if images is not None and len({image.size for image in images}) > 1:
+            options = {
+                "task": task,
+                "height": height,
+                "width": width,
+                "num_inference_steps": num_inference_steps,
+                "guidance_scale": guidance_scale,
+                "guidance_interval": guidance_interval,
+                "guidance_renorm": guidance_renorm,
+                "guidance_renorm_min": guidance_renorm_min,
+                "use_kv_cache": use_kv_cache,
+                "timestep_shift": timestep_shift,
+            }
+            rows = {"negative_prompt": negative_prompt, "latents": latents, "posterior_noise": posterior_noise}
+            return self._one_by_one(processor, text, images, generator, rows, options)
+
+        own_size = processor.target_size(*(images[0].size if images else (1, 1)))
+        stride = self.config.latent_token_stride
+        grid = tuple((side or own) // stride for side, own in zip((height, width), own_size, strict=True))
+
+        use = "sample" if task == "generate" else task
+        start, rest = self._begin(processor.prompt(use, text or [""] * count))
+        if images is not None:
+            start = self._read_pictures(start, processor.to_conditions(images, task))
+        if task == "edit":
+            pixels = processor.to_pixels(images).to(self.device)
+            if posterior_noise is None:
+                posterior_noise = self.sample_corruption({"pixel_values": pixels}, generator)["posterior_noise"]
+            start = self.read_latents(start, self.encode_target(pixels, posterior_noise))
+        contexts = {"full": self.read_text(start, **rest)}
+        if guidance_scale > 1:
+            _, other = self._begin(processor.prompt(use, negative_prompt or [""] * count), read=False)
+            contexts["no_text"] = self.read_text(start, **other)
+            if negative_prompt is None and use_kv_cache:
+                own = contexts["no_text"].position
+                moved = replace(start, position=start.position + contexts["full"].position - own)
+                contexts["no_text"] = replace(self.read_text(moved, **other), position=own)
+
+        if latents is None:
+            shape = (grid[0] * grid[1], self.config.latent_token_dim)
+            latents = per_sample(lambda g: torch.randn(shape, generator=g), count, generator)
+        x = self._denoise(
+            contexts,
+            latents,
+            grid,
+            num_inference_steps,
+            timestep_shift,
+            guidance_interval if guidance_scale > 1 else None,
+            lambda velocities: guide(velocities, guidance_scale, guidance_renorm, guidance_renorm_min),
+        )
+        return to_images(self.decode_target(unpatchify(x, grid, self.config.latent_patch_size)))
+
+    def _generate_text(
+        self,
+        processor: LanceProcessor,
+        text: list[str],
+        images: list[Image.Image] | None,
+        *,
+        generator: Generators,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+    ) -> list[str]:
+        """See `UnifiedModel.generate_text`. Greedy at `temperature` 0, else sampled; the original's limit is 256. Without a
+        question the system prompt asks for a description."""
+        if len({not question for question in text}) > 1:
+            pictures = images or [None] * len(text)
+            samples = zip(text, pictures, one_per_sample(generator, len(text)), strict=True)
+            options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+            return [
+                self._generate_text(processor, [question], image and [image], generator=sample_generator, **options)[0]
+                for question, image, sample_generator in samples
+            ]
+        start, rest = self._begin(processor.prompt("question" if text[0] else "caption", text))
+        if images is not None:
+            start = self._read_pictures(start, processor.to_conditions(images, "answer"), in_own_frame=False)
+        # The last token of each row, a line feed as in all others, is the first that has something to predict.
+        ids, mask = rest["input_ids"], rest.get("attention_mask")
+        context = self.read_text(start, ids[:, :-1], None if mask is None else mask[:, 1:])
+        last = ids[:1, -1:] if mask is None else ids[mask[:, -1].bool()][:1, -1:]
+        answers = self._answer(context, last.expand(len(text), -1), max_new_tokens, temperature, generator)
+        return [processor.tokenizer.decode(answer).strip() for answer in answers]
+
+    def _begin(
+        self, prompt: dict[str, torch.Tensor], read: bool = True
+    ) -> tuple[Context | None, dict[str, torch.Tensor]]:
+        """Read a prompt up to its images; and what is to be read behind them."""
+        prompt = {name: tensor.to(self.device) for name, tensor in prompt.items()}
+        begin = int(prompt.pop("image_position")[0])
+        context = (
+            self.read_text(self.new_context(len(prompt["input_ids"])), prompt["input_ids"][:, :begin])
+            if read
+            else None
+        )
+        return context, {name: tensor[:, begin:] for name, tensor in prompt.items()}
+
+    def _read_pictures(
+        self, context: Context, pixel_values: torch.Tensor | list[torch.Tensor], in_own_frame: bool = True
+    ) -> Context:
+        if torch.is_tensor(pixel_values):
+            pixel_values = pixel_values.to(self.device)
+        else:
+            pixel_values = [image.to(self.device) for image in pixel_values]
+        embeds, grids = self.encode_condition(pixel_values), self.grids_of(pixel_values)
+        return self.read_image(context, embeds, grids, in_own_frame=in_own_frame)
+
+
+def guide(velocities: dict[str, torch.Tensor], scale: float, renorm: str, renorm_min: float) -> torch.Tensor:
+    """Classifier-free guidance with respect to the text, and the renormalisation that never lets it lengthen the velocity.
+    All `[B, N, C]`; `renorm` is described in `LanceGeneration._generate_images`."""
+    v = guided(velocities["full"], velocities["no_text"], scale)
+    if renorm == "none":
+        return v
+    return no_longer(v, velocities["full"], RENORM_DIMENSIONS[renorm], renorm_min)

@@ -1,0 +1,378 @@
+"""Lance: a mixture of transformers (see `MoTModel`) that understands with Qwen2.5-VL's vision transformer and makes images
+by a flow in the latents of Wan2.2's autoencoder.
+
+What is unusual about this model:
+
+- Positions are three numbers (frame, row, column; multimodal rotary embeddings). An image counts its rows and columns on
+  from the text before it. An understanding image stands in frame 1000, but where a question about it is answered.
+- The target of an edit takes the positions of its source where both have as many tokens.
+- A conversation in ChatML is around all images and texts, and a system prompt says what the task is.
+- Only the mean of the autoencoder's posterior is normalised; the noise of a sample is added to it as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import nn
+from transformers import initialization as init
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VisionTransformerPretrainedModel,
+    Qwen2_5_VLRotaryEmbedding,
+)
+
+from reca_trainer.models.common.mot_decoder import MoTLanguageModel
+from reca_trainer.models.common.mot_model import Context, MoTModel, Place, TimestepEmbedder, sincos
+from reca_trainer.models.contract import UnifiedOutput, token_cross_entropy
+from reca_trainer.models.lance.configuration_lance import LanceConfig
+from reca_trainer.models.lance.generation_lance import LanceGeneration
+from reca_trainer.models.lance.processing_lance import CONDITION_RESOLUTION, RESOLUTION, bounded_size, bucket_size
+
+
+class LatentPositions(nn.Module):
+    """Fixed 3-D sine-cosine table of the first frame: a third of the channels each for frame, row and column."""
+
+    def __init__(self, side: int, dim: int):
+        super().__init__()
+        self.side, self.dim = side, dim
+        self.table = nn.Buffer(self.compute(), persistent=False)  # [side², D]
+
+    def compute(self, frames: int = 1) -> torch.Tensor:
+        """The table of `frames`: `[frames · side², D]` float32."""
+        third = self.dim // 3 // 2 * 2
+        sizes = (frames, self.side, self.side)
+        axes = [sincos(size, dim) for size, dim in zip(sizes, (third, third, self.dim - 2 * third), strict=True)]
+        parts = [
+            axis.view(*(-1 if place == own else 1 for own in range(3)), axis.shape[1]).expand(*sizes, -1)
+            for place, axis in enumerate(axes)
+        ]
+        return torch.cat(parts, dim=-1).flatten(0, 2).float()
+
+    def forward(self, height: int, width: int) -> torch.Tensor:
+        """Encodings of a `height × width` grid, `[height · width, D]`: entry `row · side + column`. So, as in the original,
+        columns beyond the side have the encodings of further rows."""
+        if (height - 1) * self.side + width > self.side**2:
+            raise ValueError(
+                f"A grid of {height} × {width} tokens exceeds the position table of side {self.side}; "
+                "use a smaller image."
+            )
+        rows, columns = (torch.arange(size, device=self.table.device) for size in (height, width))
+        return self.table[(rows[:, None] * self.side + columns).flatten()]
+
+
+@dataclass
+class LanceContext(Context):
+    """What the language model has read so far.
+
+    Args:
+        source_position_ids: `[3, B, 2 + N]`, those of the clean latents it has read, markers first; `None` before.
+    """
+
+    source_position_ids: torch.Tensor | None = None
+
+    def repeat(self, times: int) -> Context:
+        ids = self.source_position_ids
+        return replace(
+            super().repeat(times), source_position_ids=None if ids is None else ids.repeat_interleave(times, 1)
+        )
+
+
+class LanceModel(LanceGeneration, MoTModel):
+    """Lance, under its published module names."""
+
+    config_class = LanceConfig
+    _no_split_modules = ("MoTDecoderLayer", "Qwen2_5_VLVisionBlock")
+    # As diffusers' pipelines have it.
+    _keep_in_fp32_modules_strict = ("vae.encoder", "vae.decoder", "vae.quant_conv", "vae.post_quant_conv")
+    frozen_encoders = ("vit_model", "vae")
+
+    def __init__(self, config: LanceConfig):
+        super().__init__(config)
+        hidden_size = config.text_config.hidden_size
+        self.vit_model = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config)
+        self.language_model = MoTLanguageModel(config.text_config, Qwen2_5_VLRotaryEmbedding(config.text_config))
+        self.time_embedder = TimestepEmbedder(hidden_size)
+        self.vae2llm = nn.Linear(config.latent_token_dim, hidden_size)
+        self.llm2vae = nn.Linear(hidden_size, config.latent_token_dim)
+        self.latent_pos_embed = LatentPositions(config.max_latent_size, hidden_size)
+        self.vae = AutoencoderKLWan(**config.vae_config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, LatentPositions):
+            init.copy_(module.table, module.compute())
+        else:
+            super()._init_weights(module)
+
+    def _reconstruct(
+        self,
+        corruption: dict[str, torch.Tensor],
+        input_ids: torch.Tensor,
+        image_position: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        condition_pixel_values: torch.Tensor | list[torch.Tensor] | None = None,
+        latents: torch.Tensor | None = None,
+        posterior: torch.Tensor | None = None,
+        condition_embeds: torch.Tensor | None = None,
+        condition_grid: torch.Tensor | None = None,
+        condition_attention_mask: torch.Tensor | None = None,
+        timesteps_per_image: int = 1,
+    ) -> UnifiedOutput:
+        """RecA: read the image's own embeddings and the instruction, then denoise the same image.
+
+        Args:
+            input_ids: `[B, T]`, the conversation up to the target, without images.
+            image_position: `[B]` int64, how many of its tokens come before the image; the same in all rows.
+            attention_mask: `[B, T]`, 0 at padding, which is on the right.
+            latents, posterior: instead of `pixel_values`, see `_target_latents`.
+            condition_embeds, condition_grid, condition_attention_mask: instead of `condition_pixel_values`, what
+                `encode_batch` gives.
+            timesteps_per_image: only `sample_corruption` reads it; here `corruption` has the number already.
+        """
+        latents = self._target_latents(corruption, pixel_values, latents, posterior)
+        if condition_embeds is None:
+            condition_embeds = self.encode_condition(condition_pixel_values)
+            condition_grid = self.grids_of(condition_pixel_values)
+        before, behind, mask = around_images(input_ids, attention_mask, image_position)
+        context = self.read_text(self.new_context(len(input_ids)), before)
+        context = self.read_image(context, condition_embeds, condition_grid, condition_attention_mask)
+        context = self.read_text(context, behind, mask)
+        return self._flow_matching(context, latents, corruption, understanding_embeds=condition_embeds)
+
+    def _generate(
+        self,
+        corruption: dict[str, torch.Tensor],
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        latents: torch.Tensor | None = None,
+        posterior: torch.Tensor | None = None,
+        timesteps_per_image: int = 1,
+    ) -> UnifiedOutput:
+        """Text-to-image; the arguments are as in `_reconstruct`."""
+        latents = self._target_latents(corruption, pixel_values, latents, posterior)
+        context = self.read_text(self.new_context(len(latents)), input_ids, attention_mask)
+        return self._flow_matching(context, latents, corruption)
+
+    def _edit(
+        self,
+        corruption: dict[str, torch.Tensor],
+        input_ids: torch.Tensor,
+        image_position: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        source_pixel_values: torch.Tensor | None = None,
+        condition_pixel_values: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        latents: torch.Tensor | None = None,
+        posterior: torch.Tensor | None = None,
+        timesteps_per_image: int = 1,
+    ) -> UnifiedOutput:
+        """Editing: the source as image embeddings and as latents, the instruction, then the target. Without
+        `source_pixel_values` and `condition_pixel_values` the source is dropped. The other arguments are as in
+        `_reconstruct`."""
+        latents, embeds = self._target_latents(corruption, pixel_values, latents, posterior), None
+        before, behind, mask = around_images(input_ids, attention_mask, image_position)
+        context = self.read_text(self.new_context(len(input_ids)), before)
+        if condition_pixel_values is not None:
+            embeds = self.encode_condition(condition_pixel_values)
+            context = self.read_image(context, embeds, self.grids_of(condition_pixel_values))
+        if source_pixel_values is not None:
+            source = self.encode_target(source_pixel_values, corruption["source_posterior_noise"])
+            context = self.read_latents(context, source)
+        context = self.read_text(context, behind, mask)
+        return self._flow_matching(context, latents, corruption, understanding_embeds=embeds)
+
+    def _caption(
+        self,
+        corruption: dict[str, torch.Tensor],
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        condition_pixel_values: torch.Tensor | list[torch.Tensor] | None = None,
+        image_position: torch.Tensor | None = None,
+        timesteps_per_image: int = 1,
+    ) -> UnifiedOutput:
+        """Text about an image: next-token cross-entropy over the supervised tokens of a conversation.
+
+        Args:
+            condition_pixel_values: `None` where no conversation shows an image.
+            image_position: `[B]` int64, how many tokens come before the image, -1 where the conversation shows none.
+            timesteps_per_image: the trainer sets it for all tasks alike; here it changes nothing.
+        """
+        text, embeds = self.embed(input_ids), None
+        if condition_pixel_values is not None:
+            embeds, grids = self.encode_condition(condition_pixel_values), self.grids_of(condition_pixel_values)
+            place = image_place(image_position.clamp(min=0), grids, self.config.vit_frame)
+            mask = padding_of(embeds, grids)
+            hidden = self._read_around(embeds, mask, text, attention_mask, image_position, place)
+        else:
+            hidden, _, _ = self._read(self.new_context(len(text)), text, causal=True, mask=attention_mask, keep=False)
+        hidden = self.language_model.model.norm(hidden[:, :-1])
+        return token_cross_entropy(self.output_logits, hidden, labels[:, 1:], embeds)
+
+    def output_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.language_model.lm_head(hidden)[..., : self.config.tokenizer_length]
+
+    def _encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        patches, grid = image_patches(pixel_values, self.config.vision_config)
+        embeds = self.vit_model(patches.to(self.vit_model.dtype), grid_thw=grid).pooler_output
+        return embeds.view(len(pixel_values), -1, embeds.shape[-1])
+
+    def grids_of(self, condition_pixel_values: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+        """Rows and columns of the embeddings of images: `[B, 2]` int64."""
+        stride = self.config.understanding_stride
+        sizes = [[side // stride for side in image.shape[-2:]] for image in condition_pixel_values]
+        return torch.tensor(sizes, device=self.device)
+
+    @torch.no_grad()
+    def encode_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """See `UnifiedModel.encode_batch`: `condition_embeds` `[B, S, D]`, their `condition_grid` `[B, 2]`, and the VAE's
+        `posterior`."""
+        images = batch["condition_pixel_values"]
+        return {
+            "condition_embeds": self.encode_condition(images),
+            "condition_grid": self.grids_of(images),
+            "posterior": self.encode_posterior(batch["pixel_values"]),
+        }
+
+    @torch.no_grad()
+    def encode_posterior(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Normalised mean, and standard deviation as it is, of the VAE's latents: `[B, 3, H, W]` -> `[B, 2, C, h, w]`."""
+        posterior = self.vae.encode(pixel_values.to(self.vae.dtype)[:, :, None]).latent_dist
+        mean, log_variance = posterior.parameters[:, :, 0].chunk(2, dim=1)  # not clamped
+        shift, scale = self._latent_statistics(mean)
+        return torch.stack([(mean - shift) / scale, (0.5 * log_variance).exp()], dim=1)
+
+    def sample_latents(self, posterior: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """A sample of `encode_posterior`'s result: `[B, C, h, w]` in the model's dtype."""
+        mean, std = posterior.unbind(1)
+        return (mean + std * noise.to(mean)).to(self.vae2llm.weight.dtype)
+
+    @torch.no_grad()
+    def decode_target(self, target: torch.Tensor) -> torch.Tensor:
+        """Inverse of `encode_target`, without the sampling: `[B, C, h, w]` -> `[B, 3, H, W]` in [-1, 1]."""
+        latents = target.to(self.vae.dtype)
+        shift, scale = self._latent_statistics(latents)
+        return self.vae.decode((latents * scale + shift)[:, :, None]).sample[:, :, 0]
+
+    def _latent_statistics(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the VAE's latents by channel, `[C, 1, 1]`."""
+        names = ("latents_mean", "latents_std")
+        shift, scale = (latents.new_tensor(self.config.vae_config[name])[:, None, None] for name in names)
+        return shift, scale
+
+    def new_context(self, batch_size: int) -> LanceContext:
+        return LanceContext(None, torch.zeros(batch_size, dtype=torch.long, device=self.device))
+
+    def read_image(
+        self,
+        context: Context,
+        embeds: torch.Tensor,
+        grids: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        in_own_frame: bool = True,
+    ) -> Context:
+        """Read understanding embeddings `[B, S, D]` of images with `grids` `[B, 2]` of rows and columns.
+
+        Args:
+            mask: `[B, S]`, 0 at padding; by default as the grids say.
+            in_own_frame: whether the image stands in `config.vit_frame` rather than in the frame of the text before it.
+        """
+        place = image_place(context.position, grids, self.config.vit_frame if in_own_frame else None)
+        return self._read_condition(context, embeds, padding_of(embeds, grids) if mask is None else mask, place)
+
+    def read_latents(self, context: Context, latents: torch.Tensor) -> Context:
+        position_ids, _ = self._latent_place(context, latents.shape[-2:])
+        return replace(super().read_latents(context, latents), source_position_ids=position_ids)
+
+    def _latent_place(self, context: Context, grid: tuple[int, int]) -> Place:
+        """See `MoTModel._latent_place`: behind a source with as many tokens, where that stands."""
+        grids = torch.tensor([grid], device=self.device).expand(len(context.position), -1)
+        position_ids, following = image_place(context.position, grids)
+        source = context.source_position_ids
+        if source is not None and source.shape == position_ids.shape:
+            position_ids = source
+        return position_ids, following
+
+    def example_batch(
+        self,
+        batch_size: int,
+        max_image_size: int | None = None,
+        min_image_size: int | None = None,
+        text_length: int = 32,
+    ) -> dict[str, Any]:
+        """See `UnifiedModel.example_batch`; the condition is at the processor's default resolution."""
+        stride, patch = self.config.latent_token_stride, self.config.understanding_stride
+        resolution = min(RESOLUTION, self.config.max_latent_size * stride)
+        height, width = bounded_size(1, 1, resolution, stride, max_image_size, min_image_size)
+        side = bucket_size(1, 1, CONDITION_RESOLUTION, stride)[0] // patch * patch
+        return {
+            "task": "reconstruct",
+            "condition_pixel_values": torch.zeros(batch_size, 3, side, side),
+            "pixel_values": torch.zeros(batch_size, 3, height, width),
+            "input_ids": torch.zeros(batch_size, text_length, dtype=torch.long),
+            "image_position": torch.full((batch_size,), text_length // 2),
+        }
+
+
+def around_images(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, image_position: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The tokens of conversations `[B, T]` before and behind their images, and the mask of the latter."""
+    position = int(image_position[0])
+    if not bool((image_position == position).all()):
+        raise ValueError(
+            f"The images of a batch have the same number of tokens before them, got {image_position.tolist()}."
+        )
+    mask = None if attention_mask is None else attention_mask[:, position:]
+    return input_ids[:, :position], input_ids[:, position:], mask
+
+
+def image_place(position: torch.Tensor, grids: torch.Tensor, frame: int | None = None) -> Place:
+    """Where images with their two markers stand, the markers first in memory.
+
+    The start marker is at the next `position` `[B]`, in all three numbers; the tokens behind it count rows and columns, and
+    the end marker follows on the larger of both.
+
+    Args:
+        grids: rows and columns of each image, `[B, 2]`; of shorter images further tokens are padding.
+        frame: of the start marker, instead of its position.
+
+    Returns:
+        Position ids `[3, B, 2 + S]`, and the next position `[B]`.
+    """
+    start, columns = position[:, None], grids[:, 1:]
+    end = start + 1 + grids.amax(dim=1, keepdim=True)
+    order = torch.arange(int(grids.prod(dim=1).max()), device=grids.device)
+    tokens = start + 1 + torch.stack([0 * order // columns, order // columns, order % columns])  # [3, B, S]
+    position_ids = torch.cat([torch.cat([start, end], dim=1).expand(3, -1, -1), tokens], dim=2)
+    if frame is not None:
+        frames = position_ids[:1] + (frame - start)
+        position_ids = torch.cat([frames, position_ids[1:]])
+    return position_ids, end[:, 0] + 1
+
+
+def padding_of(embeds: torch.Tensor, grids: torch.Tensor) -> torch.Tensor | None:
+    """Which embeddings `[B, S, D]` belong to images of `grids` `[B, 2]`: `[B, S]` bool, `None` where all do."""
+    mask = torch.arange(embeds.shape[1], device=grids.device) < grids.prod(dim=1)[:, None]
+    return None if bool(mask.all()) else mask
+
+
+def image_patches(pixel_values: torch.Tensor, config: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images `[B, 3, h, w]` as Qwen2.5-VL's vision transformer takes them, each as the frames of a short film.
+
+    Returns:
+        Patches `[B · N, 3 · frames · p²]`, those that are merged in a row, and grids (frames, rows, columns) `[B, 3]`.
+    """
+    batch_size, channels, height, width = pixel_values.shape
+    patch, merge, frames = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
+    rows, columns = height // patch, width // patch
+    parts = pixel_values.view(
+        batch_size, channels, rows // merge, merge, patch, columns // merge, merge, patch
+    ).permute(0, 2, 5, 3, 6, 1, 4, 7)  # [B, row, column, row in merge, column in merge, C, p, p]
+    patches = parts.reshape(-1, channels, 1, patch, patch).expand(-1, -1, frames, -1, -1).flatten(1)
+    return patches, torch.tensor([[1, rows, columns]] * batch_size, device=pixel_values.device)
