@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,16 +11,21 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
 
 @contextlib.contextmanager
-def written_whole(folder: str | Path) -> Iterator[Path]:
+def written_whole(folder: str | Path, size: int = 0) -> Iterator[Path]:
     """A folder to write into, which becomes `folder` when all of it is on disk, and goes if anything fails.
 
     A process that is killed leaves nothing at `folder`, only `.NAME.partial` beside it, which the next try clears.
 
+    Args:
+        size: bytes that will be written.
+
     Raises:
         FileExistsError: `folder` exists and is not empty.
-        OSError: it could not be written, for want of room or rights.
+        OSError: it could not be written, for want of room or rights; less than `size` is free.
     """
     folder = Path(folder).expanduser().absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -28,16 +34,35 @@ def written_whole(folder: str | Path) -> Iterator[Path]:
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
+        if (free := shutil.disk_usage(staging).free) < size:
+            raise OSError(
+                f"{folder} will take {size / 1e9:,.3f} GB, and {free / 1e9:,.3f} GB are free there. Make room, or choose "
+                "another folder."
+            )
         yield staging
+        give_usual_rights(staging)
         for path in [*staging.rglob("*"), staging]:
             sync(path)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(error, SafetensorError):  # how safetensors reports a full disk
-            free = shutil.disk_usage(folder.parent).free / 1e6
-            raise OSError(f"{folder} was not written: {error}. {free:,.1f} MB are free there.") from error
+        # The first is how safetensors reports a full disk.
+        if isinstance(error, SafetensorError) or getattr(error, "errno", None) in NO_ROOM:
+            free = shutil.disk_usage(folder.parent).free
+            raise OSError(f"{folder} was not written: {error}. {free / 1e6:,.1f} MB are free there.") from error
         raise
     os.replace(staging, folder)
+
+
+def give_usual_rights(folder: Path) -> None:
+    """Make files in a folder readable for whoever may read others of the same user: safetensors keeps its own to the
+    user alone, whatever the process's umask."""
+    sample = folder / f".{os.getpid()}.rights"
+    sample.touch()
+    rights = sample.stat().st_mode & 0o777
+    sample.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.stat().st_mode & 0o700 | rights)
 
 
 def sync(path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 
-from reca_trainer.data import Draw, RowDataset, SamplingPlan, StreamingRows, find_columns, load_image_dataset
+from reca_trainer.data import Draw, RowDataset, SamplingPlan, StreamingBatches, find_columns, load_image_dataset
 from reca_trainer.images import ImageError
 from tests.hostile_images import encoded, half_written, noise, unusable, usable
 
@@ -125,19 +125,19 @@ def outcome(source, streaming: bool) -> tuple[set[int], set[int]]:
     columns = find_columns(dataset)
     used, reported = set(), set()
     if streaming:
-        rows = StreamingRows(
+        rows = StreamingBatches(
             {"reconstruct": dataset}, {"reconstruct": columns}, target_size, IN_ORDER, on_bad_image="skip"
         )
         for [row] in rows:
-            used.add(number(row["source"]))
-            reported.update(map(number, row["skipped"]))
+            used.add(number(row.source))
+            reported.update(map(number, row.skipped))
         return used - reported, reported
     rows = RowDataset({"reconstruct": dataset}, {"reconstruct": columns})
     for index in range(len(dataset)):
         try:
             row = rows[Draw("reconstruct", index, SIZE, 0, "")]
-            assert row["image"].mode == "RGB" and min(row["image"].size) > 0
-            used.add(number(row["source"]))
+            assert row.image.mode == "RGB" and min(row.image.size) > 0
+            used.add(number(row.source))
         except ImageError as error:
             reported.add(number(str(error)))
     return used, reported
@@ -246,7 +246,7 @@ def test_members_of_archives_stay_inside(tmp_path, kind, streaming, writes):
     writes.clear()
     stream = load_image_dataset(source, streaming=streaming)
     columns = {"reconstruct": find_columns(stream)}
-    rows = StreamingRows({"reconstruct": stream}, columns, target_size, IN_ORDER, on_bad_image="skip")
+    rows = StreamingBatches({"reconstruct": stream}, columns, target_size, IN_ORDER, on_bad_image="skip")
     assert sum(len(batch) for batch in rows) >= 1
     after = {path for path in tmp_path.rglob("*") if tmp_path / "cache" not in path.parents}
     assert after - before <= {tmp_path / "cache"}

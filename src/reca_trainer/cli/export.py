@@ -21,7 +21,9 @@ def add_form(parser: argparse.ArgumentParser, layout: str) -> None:
         help=f"save_pretrained form, or the family's own for its other tools (default: {layout})",
     )
     parser.add_argument(
-        "--max_shard_size", default="5GB", help="of a file, and so of the memory needed (default: 5GB)"
+        "--max_shard_size",
+        metavar="SIZE",
+        help="of a file, such as 2GB (default: 5GB; in a published layout what that has)",
     )
 
 

@@ -1,14 +1,14 @@
 """Checkpoints, read lazily and strictly, written shard by shard and atomically.
 
-A family's `checkpoint_<family>.py` translates file and key names; what all of them need is here: files are opened, not
+A family's `conversion_<family>.py` translates file and key names; what all of them need is here: files are opened, not
 read, and each tensor is materialised only when transformers' own loader places (casts, quantises) it in the model. Host
 memory therefore never holds a second copy of the weights.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-import pickle
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,21 +16,21 @@ from typing import Any
 
 import torch
 from accelerate.utils import convert_file_size_to_int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from reca_trainer.models.contract import UnifiedModel
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says which file or key, and what was expected."""
+from reca_trainer.models.tensor_files import CheckpointError as CheckpointError
+from reca_trainer.models.tensor_files import StoredTensor, open_tensors, size_of, write_safetensors
 
 
 class LazyTensor:
     """A tensor still on disk, with what has to be done to it after reading (reshape, split, …).
 
     transformers' loader reads it with `tensor[...]`, as it reads safetensors slices.
+
+    Args:
+        source: has a `shape` and a `dtype`, and is read with `source[...]`.
+        transform: done to what is read. It is also tried on a meta tensor, to know shape and dtype of the result.
     """
 
     def __init__(self, source: Any, transform: Callable[[torch.Tensor], torch.Tensor] | None = None):
@@ -40,17 +40,28 @@ class LazyTensor:
         tensor = self.source[...]
         return (self.transform(tensor) if self.transform else tensor)[index]
 
+    @functools.cached_property
+    def meta(self) -> torch.Tensor:
+        """What `self[...]` will be, without its values."""
+        empty = torch.empty(tuple(self.source.shape), dtype=self.source.dtype, device="meta")
+        return self.transform(empty) if self.transform else empty
+
     @property
     def shape(self) -> torch.Size:
-        """The shape `self[...]` will have, worked out without reading the tensor."""
-        source = self.source.get_shape() if hasattr(self.source, "get_shape") else self.source.shape
-        empty = torch.empty(tuple(source), device="meta")
-        return (self.transform(empty) if self.transform else empty).shape
+        return self.meta.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.meta.dtype
 
     def map(self, transform: Callable[[torch.Tensor], torch.Tensor]) -> LazyTensor:
         """The same tensor with one more step after reading."""
         before = self.transform
         return LazyTensor(self.source, (lambda t: transform(before(t))) if before else transform)
+
+    def to(self, dtype: torch.dtype) -> LazyTensor:
+        """The same tensor in another dtype."""
+        return self if dtype == self.dtype else self.map(lambda tensor: tensor.to(dtype))
 
 
 def open_weights(folder: Path, *names: str) -> dict[str, LazyTensor]:
@@ -69,29 +80,53 @@ def open_weights(folder: Path, *names: str) -> dict[str, LazyTensor]:
 
 def _open(path: Path) -> dict[str, LazyTensor]:
     if path.name.endswith(".index.json"):
-        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        try:
+            shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} is no index of weights ({error!r}). Download it again.") from error
         for shard in shards:
             if Path(shard).name != shard:
                 raise CheckpointError(f"{path}: shard {shard!r} points outside the checkpoint folder.")
             if not (path.parent / shard).is_file():
                 raise CheckpointError(f"{path} lists the shard {shard}, which is not there.")
         return {key: tensor for shard in shards for key, tensor in _open(path.parent / shard).items()}
-    try:
-        if path.suffix == ".safetensors":
-            file = safe_open(path, framework="pt")
-            return {key: LazyTensor(file.get_slice(key)) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{path} holds more than tensors, which could run code: it is not read. {reason}"
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); it may be truncated. Download it again.") from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(tensors.get(wrapper), dict):
-            tensors = tensors[wrapper]
-    return {key: LazyTensor(tensor) for key, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
+    tensors = open_tensors(path)
+    return {key: LazyTensor(value) for key, value in tensors.items() if isinstance(value, StoredTensor | torch.Tensor)}
+
+
+def weights_of(model: UnifiedModel) -> dict[str, LazyTensor]:
+    """A model's weights: those on disk of a model that was opened lazily, else its `state_dict`."""
+    if hasattr(model, "lazy_weights"):
+        return dict(model.lazy_weights)
+    return {name: LazyTensor(tensor) for name, tensor in model.state_dict().items()}
+
+
+def cast(model: UnifiedModel, dtype: torch.dtype | None) -> dict[str, LazyTensor]:
+    """`weights_of(model)` in `dtype`, by default each in its own. Modules that the family keeps in float32 stay so."""
+    weights = weights_of(model)
+    if dtype is None:
+        return weights
+    return {
+        name: tensor.to(torch.float32 if _is_kept(model, name) else dtype)
+        if tensor.dtype.is_floating_point
+        else tensor
+        for name, tensor in weights.items()
+    }
+
+
+def _is_kept(model: UnifiedModel, name: str) -> bool:
+    """Whether a weight is float32 whatever the model is in."""
+    modules = model._keep_in_fp32_modules_strict or ()
+    return any(re.search(rf"(?:^|\.){re.escape(module)}\.", name) for module in modules)
+
+
+def main_dtype(model: UnifiedModel, weights: dict[str, LazyTensor]) -> torch.dtype:
+    """The dtype of most of a model's values, those that the family keeps in float32 left out."""
+    counts: dict[torch.dtype, int] = {}
+    for name, tensor in weights.items():
+        if not _is_kept(model, name):
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.shape.numel()
+    return max(counts, key=lambda dtype: counts[dtype])
 
 
 def _are_equal(weights: dict[str, LazyTensor], name: str, twin: str) -> bool:
@@ -170,7 +205,9 @@ class _Packed:
 
     def __init__(self, weight: LazyTensor, parts: dict[str, LazyTensor]):
         self.weight, self.parts = weight, parts
-        self.shape = weight.shape if "SCB" in parts else self.read_state().shape
+        state = None if "SCB" in parts else self.read_state()
+        self.shape = weight.shape if state is None else state.shape
+        self.dtype = torch.float32 if state is None else state.dtype
 
     def read_state(self) -> Any:
         from bitsandbytes.functional import QuantState  # takes seconds to import, and few checkpoints need it
@@ -261,11 +298,11 @@ def autoencoder_from_ldm(weights: dict[str, LazyTensor]) -> dict[str, LazyTensor
     }
 
 
-def autoencoder_to_ldm(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def autoencoder_to_ldm(weights: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Inverse of `autoencoder_from_ldm`."""
     names = _rename_layers(weights, [(ours, theirs) for theirs, ours in reversed(LDM_NAMES)])
     return {
-        names[key]: tensor[:, :, None, None] if ATTENTION_WEIGHT.search(key) else tensor
+        names[key]: tensor.map(lambda weight: weight[:, :, None, None]) if ATTENTION_WEIGHT.search(key) else tensor
         for key, tensor in weights.items()
     }
 
@@ -292,59 +329,66 @@ def _rename_layers(keys: Iterable[str], names: Iterable[tuple[str, str]]) -> dic
     return renamed
 
 
+def write_sharded(
+    tensors: dict[str, LazyTensor],
+    folder: Path,
+    name: str,
+    max_shard_size: int | str | None = None,
+    metadata: dict[str, str] | None = None,
+) -> dict[str, str]:
+    """Write tensors, one in memory at a time, as the file `name`, or above `max_shard_size` as shards of it and an index.
+
+    Returns:
+        The file of each tensor, as in the index.
+    """
+    limit = float("inf") if max_shard_size is None else convert_file_size_to_int(max_shard_size)
+    shards: list[dict[str, LazyTensor]] = [{}]
+    size = 0
+    for key in sorted(tensors):
+        if shards[-1] and size + size_of(tensors[key]) > limit:
+            shards.append({})
+            size = 0
+        shards[-1][key] = tensors[key]
+        size += size_of(tensors[key])
+    stem = name.removesuffix(".safetensors")
+    files = [f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    files = [name] if len(shards) == 1 else files
+    for file, shard in zip(files, shards, strict=True):
+        write_safetensors(folder / file, shard, metadata)
+    weight_map = {key: file for file, shard in zip(files, shards, strict=True) for key in shard}
+    if len(shards) > 1:
+        write_index(folder / f"{name}.index.json", tensors, weight_map)
+    return weight_map
+
+
+def write_index(path: Path, tensors: dict[str, LazyTensor], weight_map: dict[str, str]) -> None:
+    """Write which file has which tensor, as transformers does."""
+    sizes = {
+        "total_parameters": sum(tensor.shape.numel() for tensor in tensors.values()),
+        "total_size": sum(map(size_of, tensors.values())),
+    }
+    path.write_text(json.dumps({"metadata": sizes, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n")
+
+
 def write_weights(
     model: UnifiedModel, folder: Path, dtype: torch.dtype | None = None, max_shard_size: int | str = "5GB"
 ) -> None:
-    """Write `model.lazy_weights` and the config in `save_pretrained` form, holding one shard in memory at a time.
+    """Write `weights_of(model)` and the config in `save_pretrained` form, holding one tensor in memory at a time.
 
     Args:
         dtype: of what is written; by default each tensor's own. Modules that the family keeps in float32 stay so.
     """
-    limit = convert_file_size_to_int(max_shard_size)
-    keep = [rf"(?:^|\.){re.escape(module)}\." for module in model._keep_in_fp32_modules_strict or ()]
-    shard: dict[str, torch.Tensor] = {}
-    shards: list[list[str]] = []
-    elements: dict[torch.dtype, int] = {}
-    size = total = parameters = 0
-
-    def flush() -> None:
-        shards.append(list(shard))
-        save_file(shard, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shard.clear()
-
+    weights = cast(model, dtype)
     # A configuration may call weights tied that the file has apart; then it is the file that counts.
-    twins = {name: twin for name, twin in model.all_tied_weights_keys.items() if name in model.lazy_weights}
-    apart = {name for name, twin in twins.items() if not _are_equal(model.lazy_weights, name, twin)}
-    for name in sorted(model.lazy_weights.keys() - (twins.keys() - apart)):
-        tensor = model.lazy_weights[name][...]
-        is_kept = any(re.search(module, name) for module in keep)
-        if tensor.is_floating_point() and dtype is not None:
-            tensor = tensor.to(torch.float32 if is_kept else dtype)
-        if shard and size + tensor.nbytes > limit:
-            flush()
-            size = 0
-        shard[name] = tensor.cpu().contiguous()
-        size, total, parameters = size + tensor.nbytes, total + tensor.nbytes, parameters + tensor.numel()
-        if not is_kept:
-            elements[tensor.dtype] = elements.get(tensor.dtype, 0) + tensor.numel()
-    flush()
-
-    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        files = ["model.safetensors"]
-    else:
-        index = {
-            "metadata": {"total_parameters": parameters, "total_size": total},
-            "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
-        }
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    for number, file in enumerate(files, 1):
-        (folder / f"shard-{number}").rename(folder / file)
+    twins = {name: twin for name, twin in model.all_tied_weights_keys.items() if name in weights}
+    apart = {name for name, twin in twins.items() if not _are_equal(weights, name, twin)}
+    weights = {name: tensor for name, tensor in weights.items() if name in apart or name not in twins}
+    write_sharded(weights, folder, "model.safetensors", max_shard_size, {"format": "pt"})
     config = type(model.config).from_dict(model.config.to_dict())
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     for part in (config, config.get_text_config()) if apart else ():
         part.tie_word_embeddings = False
     config.architectures = [type(model).__name__]
-    config.dtype = max(elements, key=elements.get)
+    config.dtype = main_dtype(model, weights)
     config.save_pretrained(folder)

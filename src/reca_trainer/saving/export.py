@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-import shutil
+import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 
 from reca_trainer.files import written_whole
 from reca_trainer.models.auto import AutoUnifiedProcessor, open_lazily
 from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
 from reca_trainer.models.registry import family_of
-from reca_trainer.models.weights import load_strict, write_weights
+from reca_trainer.models.tensor_files import size_of
+from reca_trainer.models.weights import cast, load_strict, write_weights
 
 
 def export(
@@ -24,7 +24,7 @@ def export(
     dtype: torch.dtype | None = None,
     quantization_config: BitsAndBytesConfig | None = None,
     processor: UnifiedProcessor | None = None,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str | None = None,
 ) -> Path:
     """Write a model in another form, one tensor at a time; arguments as for `merge_adapter`. Nothing that is not cast
     or quantised changes by a bit.
@@ -44,7 +44,7 @@ def write_model(
     dtype: torch.dtype | None = None,
     layout: str = "transformers",
     quantization_config: BitsAndBytesConfig | None = None,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str | None = None,
 ) -> Path:
     """Write a model that `open_lazily` opened; arguments as for `merge_adapter`."""
     if layout not in ("transformers", "published"):
@@ -52,26 +52,31 @@ def write_model(
     if layout == "published" and quantization_config is not None:
         raise ValueError('Quantised weights have no published layout: use layout="transformers".')
     family = family_of(model) if layout == "published" else None
-    with written_whole(output_dir) as folder:
-        if quantization_config is not None:
-            config = type(model.config).from_dict(model.config.to_dict())
-            config.__dict__.pop("quantization_config", None)
-            options = {"dtype": dtype or torch.bfloat16, "quantization_config": quantization_config}
-            loaded = load_strict(type(model), config, model.lazy_weights, model.name_or_path, **options)
-            loaded.save_pretrained(folder, max_shard_size=max_shard_size)
-            processor.save_pretrained(folder)
-        elif layout == "transformers":
-            write_weights(model, folder, dtype, max_shard_size)
+    if quantization_config is not None:
+        dtype = dtype or torch.bfloat16
+    model.lazy_weights = cast(model, dtype)
+    sharding = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    with written_whole(output_dir, _size_written(model, quantization_config)) as folder:
+        if family is not None:
+            family.write_published(model, processor, folder, **sharding)
+        elif quantization_config is None:
+            write_weights(model, folder, **sharding)
             processor.save_pretrained(folder)
         else:
-            (folder / "copy").mkdir()
-            write_weights(model, folder / "copy", dtype, max_shard_size)
-            # Its tensors are memory-mapped, so that writing them again takes no memory, and put in as they are stored:
-            # loading has changed the dtype of some.
-            loaded = type(model).from_pretrained(folder / "copy", dtype="auto")
-            for shard in (folder / "copy").glob("*.safetensors"):
-                loaded.load_state_dict(load_file(shard), strict=False, assign=True)
-            family.write_published(loaded, processor, folder)
-            del loaded
-            shutil.rmtree(folder / "copy")
+            config = type(model.config).from_dict(model.config.to_dict())
+            config.__dict__.pop("quantization_config", None)
+            options = {"dtype": dtype, "quantization_config": quantization_config}
+            loaded = load_strict(type(model), config, model.lazy_weights, model.name_or_path, **options)
+            loaded.save_pretrained(folder, **sharding)
+            processor.save_pretrained(folder)
     return Path(output_dir)
+
+
+def _size_written(model: UnifiedModel, quantization_config: BitsAndBytesConfig | None) -> int:
+    """Bytes that a model takes up on disk."""
+    share = 1.0
+    if quantization_config is not None:
+        share = 0.5 if quantization_config.load_in_8bit else 0.27  # of bfloat16, with the scales of its blocks
+    pattern = model.quantized_modules or model.lora_target_modules
+    shares = {name: share if re.fullmatch(rf"({pattern})\.weight", name) else 1.0 for name in model.lazy_weights}
+    return int(sum(shares[name] * size_of(tensor) for name, tensor in model.lazy_weights.items()))

@@ -32,7 +32,7 @@ def merge_adapter(
     layout: str = "transformers",
     quantization_config: BitsAndBytesConfig | None = None,
     processor: UnifiedProcessor | None = None,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str | None = None,
     token: str | None = None,
 ) -> Path:
     """Write a model with an adapter merged into it, one tensor at a time, in float32, rounded once.
@@ -53,10 +53,10 @@ def merge_adapter(
             `"quantized"`: as either default, and the sum is quantised again: small, and loads as it is.
         dtype: of the weights written; by default as stored, and bfloat16 for what is left unquantised beside `into=
             "quantized"`.
-        layout: `"transformers"`, our own `save_pretrained` form, or `"published"`, the family's, for its other tools. The
-            latter is written through a temporary copy on disk.
+        layout: `"transformers"`, our own `save_pretrained` form, or `"published"`, the family's, for its other tools.
         quantization_config: for `into="quantized"`; by default the one of the training, or NF4.
         processor: to write beside the weights; by default the adapter's, or else the base's.
+        max_shard_size: of a file; by default 5 GB, and in a published layout what that has.
         token: for adapter and base on the Hub; by default the one that `hf auth login` stored.
 
     Returns:
@@ -66,6 +66,7 @@ def merge_adapter(
         ValueError: the choices contradict each other, or the adapter or the base.
         CheckpointError: the adapter does not fit the base.
         FileExistsError: `output_dir` is not empty.
+        OSError: there is not enough room for it.
     """
     folder = resolve(adapter, token=token)
     trained_on, trained_dtype = read_quantization(folder)
@@ -84,7 +85,7 @@ def merge_adapter(
         raise ValueError(f'{model.name_or_path} is itself stored quantised: use into="dequantized".')
     if into != "base" and trained_on is not None and not was_quantized:
         model.lazy_weights = _as_quantized(model, trained_on, trained_dtype)
-    model.lazy_weights = _merged(model, folder, lambda name: dtype or stored[name][...].dtype)
+    model.lazy_weights = _merged(model, folder, lambda name: dtype or stored[name].dtype)
     if processor is None:
         processor = AutoUnifiedProcessor.from_pretrained(folder, base_model=str(model.name_or_path), **hub)
     if into == "quantized":
@@ -127,9 +128,7 @@ def _merged(model: UnifiedModel, adapter: Path, dtype_of: Callable[[str], torch.
         stored = {key: weights[f"{name}.{key}"] for key, _ in layer.get_base_layer().named_parameters(recurse=False)}
         merged |= {f"{name}.{key}": LazyTensor(_MergedParameter(layer, key, stored)) for key in stored}
     return {
-        name: tensor
-        if tensor is model.lazy_weights[name]
-        else tensor.map(lambda tensor, name=name: tensor.to(dtype_of(name)))
+        name: tensor if tensor is model.lazy_weights[name] else tensor.to(dtype_of(name))
         for name, tensor in merged.items()
     }
 
@@ -145,6 +144,7 @@ class _MergedParameter:
 
     def __init__(self, layer: BaseTunerLayer, key: str, stored: dict[str, LazyTensor]):
         self.layer, self.key, self.stored = layer, key, stored
+        self.shape, self.dtype = stored[key].shape, torch.float32
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         # A layer remembers in its own way that it is merged; the copy does, and shares nothing but the placeholders.
@@ -171,6 +171,8 @@ def _as_quantized(model: UnifiedModel, config: BitsAndBytesConfig, dtype: torch.
 
     def round_trip(weight: torch.Tensor) -> torch.Tensor:
         weight = weight.to(dtype or weight.dtype)
+        if weight.is_meta:
+            return weight
         if config.load_in_8bit:
             packed = Int8Params(weight, requires_grad=False).to("cpu")
             return int8_vectorwise_dequant(packed.data, packed.SCB).to(weight.dtype)

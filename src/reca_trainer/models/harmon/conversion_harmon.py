@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import save_torch_state_dict
 from transformers import Qwen2Tokenizer
 
 from reca_trainer.models.harmon.configuration_harmon import HarmonConfig, HarmonMarConfig, kl_vae_config, qwen2_5
@@ -21,6 +20,8 @@ from reca_trainer.models.weights import (
     autoencoder_to_ldm,
     load_strict,
     open_weights,
+    weights_of,
+    write_sharded,
     write_tokenizer,
 )
 
@@ -76,16 +77,20 @@ def read_published_processor(folder: str | Path, **kwargs: Any) -> HarmonProcess
     return HarmonProcessor(Qwen2Tokenizer.from_pretrained(folder, **kwargs))
 
 
-def write_published(model: HarmonModel, processor: HarmonProcessor, folder: str | Path) -> None:
-    """Write the Hub layout: `config.json`, safetensors (sharded above 5 GB) and the tokenizer. The release's own model
-    code, which its loading with transformers needs, is not part of it."""
+def write_published(
+    model: HarmonModel, processor: HarmonProcessor, folder: str | Path, max_shard_size: int | str = "5GB"
+) -> None:
+    """Write the Hub layout: `config.json`, safetensors and the tokenizer. The release's own model code, which its loading
+    with transformers needs, is not part of it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state_dict = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith("vae.")}
+    weights = weights_of(model)
+    vae = {key.removeprefix("vae."): tensor for key, tensor in weights.items() if key.startswith("vae.")}
+    weights = {key: tensor for key, tensor in weights.items() if not key.startswith("vae.")}
     if model.config.tie_word_embeddings:
-        del state_dict[LM_HEAD]
-    state_dict |= {f"vae.{key}": tensor for key, tensor in autoencoder_to_ldm(model.vae.state_dict()).items()}
-    save_torch_state_dict({key: tensor.contiguous() for key, tensor in state_dict.items()}, folder)
+        weights.pop(LM_HEAD, None)
+    weights |= {f"vae.{key}": tensor for key, tensor in autoencoder_to_ldm(vae).items()}
+    write_sharded(weights, folder, "model.safetensors", max_shard_size, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(write_config(model.config), indent=2) + "\n")
     write_tokenizer(processor.tokenizer, folder)
 

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from reca_trainer.models.janus.configuration_janus import JanusConfig
 from reca_trainer.models.janus.modeling_janus import JanusForConditionalGeneration
 from reca_trainer.models.janus.processing_janus import JanusProcessor
-from reca_trainer.models.weights import load_strict, open_weights
+from reca_trainer.models.weights import load_strict, open_weights, write_weights
 
 
 def is_published(file_names: set[str], config: dict[str, Any]) -> bool:
@@ -41,9 +41,14 @@ def read_published_processor(folder: Path, **kwargs: Any) -> JanusProcessor:
     return JanusProcessor.from_pretrained(folder, **kwargs)
 
 
-def write_published(model: JanusForConditionalGeneration, processor: JanusProcessor, folder: Path) -> None:
+def write_published(
+    model: JanusForConditionalGeneration,
+    processor: JanusProcessor,
+    folder: Path,
+    max_shard_size: int | str = "5GB",
+) -> None:
     """Write what plain transformers loads, and generates text and images from."""
-    model.save_pretrained(folder)
+    write_weights(model, folder, max_shard_size=max_shard_size)
     processor.save_pretrained(folder)
     # A model built from a config has none of what transformers' `generate` looks for.
     generation = copy.deepcopy(model.generation_config)

@@ -20,7 +20,14 @@ from transformers import Qwen2Tokenizer
 from reca_trainer.models.openuni.configuration_openuni import OpenUniConfig
 from reca_trainer.models.openuni.modeling_openuni import OpenUniModel
 from reca_trainer.models.openuni.processing_openuni import OpenUniProcessor
-from reca_trainer.models.weights import CheckpointError, LazyTensor, load_strict, open_weights, write_tokenizer
+from reca_trainer.models.weights import (
+    CheckpointError,
+    LazyTensor,
+    load_strict,
+    open_weights,
+    weights_of,
+    write_tokenizer,
+)
 
 CHECKPOINT_NAME = "openuni_finetune.pth"
 CONFIG_NAME = "openuni_config.json"
@@ -111,14 +118,17 @@ def read_published_processor(
     return OpenUniProcessor.from_config(parts.config(), Qwen2Tokenizer.from_pretrained(parts.internvl), **settings)
 
 
-def write_published(model: OpenUniModel, processor: OpenUniProcessor, folder: str | Path) -> None:
+def write_published(
+    model: OpenUniModel, processor: OpenUniProcessor, folder: str | Path, max_shard_size: int | str = "5GB"
+) -> None:
     """Write `model` as an OpenUni checkpoint, with the parts it builds on in sub-folders, as `read_published` and the
-    original code read them."""
+    original code read them. What OpenUni trains is one file by definition, and in memory while it is written."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    trained = {key: value.cpu() for key, value in model.state_dict().items() if key.startswith(TRAINED)}
+    weights = weights_of(model)
+    trained = {key: tensor[...].cpu().contiguous() for key, tensor in weights.items() if key.startswith(TRAINED)}
     with open(folder / CHECKPOINT_NAME, "wb") as file:  # a path would hide from the user that the disk is full
-        torch.save({key: value.contiguous() for key, value in trained.items()}, file)
+        torch.save(trained, file)
     connector = {key: getattr(model.config.connector_config, key) for key in CONNECTOR_SETTINGS}
     settings = {
         "num_queries": model.config.num_queries,
@@ -127,7 +137,12 @@ def write_published(model: OpenUniModel, processor: OpenUniProcessor, folder: st
         "caption_max_length": processor.max_caption_length,
     }
     (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2))
-    model.internvl.save_pretrained(folder / "internvl3-hf")
+    for name, part in (("internvl.", model.internvl), ("vae.", model.vae)):
+        if any(parameter.is_meta for parameter in part.parameters()):
+            values = {key.removeprefix(name): weights[key][...] for key in weights if key.startswith(name)}
+            part.load_state_dict(values, strict=False, assign=True)  # tied weights are in the file once
+    model.internvl.tie_weights()
+    model.internvl.save_pretrained(folder / "internvl3-hf", max_shard_size=max_shard_size)
     write_tokenizer(processor.tokenizer, folder / "internvl3-hf")
     model.transformer.save_config(folder / "sana" / "transformer")
     scheduler = DPMSolverMultistepScheduler.from_config(model.config.scheduler_config)

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPVisionConfig, PhiConfig
 
 from reca_trainer.models.show_o.configuration_show_o import MAGVIT_V2, ShowOConfig
@@ -34,6 +33,8 @@ from reca_trainer.models.weights import (
     autoencoder_to_ldm,
     load_strict,
     open_weights,
+    weights_of,
+    write_sharded,
     write_tokenizer,
 )
 
@@ -113,7 +114,9 @@ def read_published_processor(
         raise CheckpointError(f"The tokenizer in {llm_folder} does not fit {folder}: {error}") from error
 
 
-def write_published(model: ShowOModel, processor: ShowOProcessor, folder: str | Path) -> None:
+def write_published(
+    model: ShowOModel, processor: ShowOProcessor, folder: str | Path, max_shard_size: int | str | None = None
+) -> None:
     """Write `model` in the layout that the original code reads, `folder` itself being Show-o's own part.
 
     The other parts lie in folders inside it, so that it also loads where the published ones do not fit or are out of
@@ -121,7 +124,7 @@ def write_published(model: ShowOModel, processor: ShowOProcessor, folder: str | 
     """
     folder, config = Path(folder), model.config
     own, vq, clip = {}, {}, {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in weights_of(model).items():
         if name.startswith("vq_model."):
             vq[name.removeprefix("vq_model.")] = tensor
         elif name.startswith("vision_tower."):
@@ -130,9 +133,9 @@ def write_published(model: ShowOModel, processor: ShowOProcessor, folder: str | 
             own[re.sub(r"^language_model\.", "showo.", name)] = tensor
     vq = autoencoder_to_ldm(vq)
     bits = config.vq_config["latent_channels"]
-    tokens = torch.arange(config.codebook_size, device=model.device)
-    vq["quantize.embedding"] = model.vq_model.codes(tokens[None])[0].T
-    vq["quantize.power_vals"] = 2 ** torch.arange(bits - 1, -1, -1)
+    fixed = fixed_codes(bits)
+    fixed["quantize.embedding"] = fixed["quantize.embedding"].to(vq["decoder.conv_in.weight"].dtype)
+    vq |= {key: LazyTensor(tensor) for key, tensor in fixed.items()}
 
     text_config = config.text_config.to_dict() | {
         "architectures": ["PhiForCausalLM"],
@@ -170,9 +173,7 @@ def write_published(model: ShowOModel, processor: ShowOProcessor, folder: str | 
         (folder / name / "config.json").write_text(json.dumps(content, indent=2) + "\n")
     for name, tensors in weights.items():
         file = "model.safetensors" if name == part_name(VISION_TOWER) else "pytorch_model.safetensors"
-        save_file(
-            {key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name / file, {"format": "pt"}
-        )
+        write_sharded(tensors, folder / name, file, max_shard_size, {"format": "pt"})
     write_tokenizer(processor.tokenizer, folder / part_name(LLM))
 
 
@@ -265,14 +266,16 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
+def fixed_codes(bits: int) -> dict[str, torch.Tensor]:
+    """What MAGVIT-v2's file holds of its binary code, float32 and int64."""
+    powers = 2 ** torch.arange(bits - 1, -1, -1)
+    codes = ((torch.arange(2**bits)[:, None] & powers) != 0).float() * 2 - 1  # [2^bits, bits]
+    return {"quantize.power_vals": powers, "quantize.embedding": codes}
+
+
 def read_vq_weights(folder: Path, config: ShowOConfig) -> dict[str, LazyTensor]:
     """MAGVIT-v2's weights under our names. The codebook is fixed, hence compared and left out."""
-    bits = config.vq_config["latent_channels"]
-    powers = 2 ** torch.arange(bits - 1, -1, -1)
-    fixed = {
-        "quantize.power_vals": powers,
-        "quantize.embedding": ((torch.arange(2**bits)[:, None] & powers) != 0).float() * 2 - 1,
-    }
+    fixed = fixed_codes(config.vq_config["latent_channels"])
     weights = open_weights(folder, *WEIGHTS)
     for key in fixed.keys() & weights.keys():
         if not torch.equal(weights.pop(key)[...].to(fixed[key].dtype), fixed[key]):
