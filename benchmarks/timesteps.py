@@ -42,9 +42,9 @@ def main() -> None:
     def gradient(images: int, timesteps: int) -> tuple[torch.Tensor, float]:
         chosen = torch.randperm(len(scenes), generator=generator)[:images].tolist()
         batch = processor(images=[scenes[index] for index in chosen], instruction=INSTRUCTION, task="reconstruct")
-        batch["timesteps_per_image"] = timesteps
         started = time.perf_counter()
-        model(corruption=model.sample_corruption(batch, generator), **batch).loss.backward()
+        corruption = model.sample_corruption({**batch, "timesteps_per_image": timesteps}, generator)
+        model(corruption=corruption, **batch).loss.backward()
         seconds = time.perf_counter() - started
         flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
         model.zero_grad(set_to_none=True)

@@ -65,7 +65,8 @@ def build(options: dict[str, Any]) -> Callable[[], float]:
 
     def step() -> float:
         batch = next(turns)
-        corruption = model.sample_corruption(batch, generator)
+        draws = {**batch, "timesteps_per_image": options["timesteps_per_image"]}
+        corruption = model.sample_corruption(draws, generator)
         loss = trained(corruption=corruption, **batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -91,8 +92,7 @@ def build(options: dict[str, Any]) -> Callable[[], float]:
 def make_batch(model: presets.Model, options: dict[str, Any], instruction_length: int) -> dict[str, Any]:
     sizes = (options["batch_size"], options["resolution"], options["images"], instruction_length)
     batch = presets.reconstruction_batch(model, *sizes)
-    batch = {name: value.to(options["device"]) if torch.is_tensor(value) else value for name, value in batch.items()}
-    return {**batch, "timesteps_per_image": options["timesteps_per_image"]}
+    return {name: value.to(options["device"]) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
 def make_optimizer(name: str, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -179,6 +179,7 @@ def finish(result: dict[str, Any], options: dict[str, Any], peak: float) -> dict
     images = batch_size * options["timesteps_per_image"]
     tokens = images * (options["resolution"] // model.config.latent_token_stride) ** 2
     batch = make_batch(model, {**options, "device": "cpu"}, options["instruction_lengths"][0])
+    draws = {**batch, "timesteps_per_image": options["timesteps_per_image"]}
     device = options["device"].partition(":")[0]
     cost = step_cost(
         model,
@@ -188,6 +189,7 @@ def finish(result: dict[str, Any], options: dict[str, Any], peak: float) -> dict
         checkpointing=options["checkpointing"] == "layers",
         lora_rank=options["lora_rank"],
         device=device,
+        corruption=model.sample_corruption(draws, torch.Generator().manual_seed(0)),
     )
     measured = result.get("peak_reserved_gb", result["peak_rss_gb"])
     seconds = result["step_seconds_median"]

@@ -6,7 +6,9 @@ from transformers import PreTrainedConfig
 
 from reca_trainer import UnifiedModel, UnifiedProcessor, register_family
 from reca_trainer.models.common.flow_matching import flow_loss, interpolate
+from reca_trainer.models.common.padding import pad_rows, padding_mask
 from reca_trainer.models.common.pixels import to_images, to_pixels
+from reca_trainer.models.common.texts import word_ids
 from reca_trainer.models.contract import check_only_size, one_per_sample, per_sample
 
 
@@ -99,8 +101,9 @@ class Model(UnifiedModel):
 
 
 class Processor(UnifiedProcessor):
-    def __init__(self, tokenizer=None, image_size=8, **kwargs):
+    def __init__(self, tokenizer=None, image_size=8, max_text_length=64, **kwargs):
         self.image_size = image_size
+        self.max_text_length = max_text_length
         super().__init__(tokenizer, **kwargs)
 
     @property
@@ -118,9 +121,11 @@ class Processor(UnifiedProcessor):
                 batch["condition_pixel_values"] = pixels
         words = text if task == "generate" else one_per_sample(instruction, len(images))
         words = ["" if drop else word for word, drop in zip(words, one_per_sample(dropped, len(words)), strict=True)]
-        texts = [f"{self.tokenizer.bos_token} {word or ''}" for word in words]  # a dropped text has one token, too
-        tokens = self.tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
-        return {**batch, "input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+        # A dropped text has one token, too. Names of special tokens are words, and a long text loses its end.
+        rows = [[self.tokenizer.bos_token_id, *word_ids(self.tokenizer, word or "")] for word in words]
+        rows = [self.shorten(row, self.max_text_length) for row in rows]
+        input_ids = pad_rows(rows, self.tokenizer.pad_token_id)
+        return {**batch, "input_ids": input_ids, "attention_mask": padding_mask(rows)}
 
 
 register_family("sketch", __name__)

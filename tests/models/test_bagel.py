@@ -126,14 +126,15 @@ def test_truncated_weights_and_unknown_folders_are_refused(tmp_path):
         AutoUnifiedModel.from_pretrained(tmp_path / "absent")
 
 
-def check_samples(model, whole, samples):
-    """The losses of a batch are those of its samples, each on its own."""
+def check_samples(model, whole, samples, **draws):
+    """The losses of a batch are those of its samples, each on its own; `draws` are entries for `sample_corruption`."""
     count = len(samples)
-    corruption = model.sample_corruption(whole, generators(count))
+    corruption = model.sample_corruption({**whole, **draws}, generators(count))
     with torch.no_grad():
         together = model(corruption=corruption, **whole)
         for index, sample in enumerate(samples):
-            alone = model(corruption=model.sample_corruption(sample, generators(count)[index : index + 1]), **sample)
+            sample_draws = model.sample_corruption({**sample, **draws}, generators(count)[index : index + 1])
+            alone = model(corruption=sample_draws, **sample)
             torch.testing.assert_close(alone.loss, together.per_sample_loss[index], rtol=1e-4, atol=1e-5)
     return together
 
@@ -209,9 +210,7 @@ def test_conditions_of_different_sizes(model, processor, encoded):
         check_samples(model, collated, samples)
         whole = {**texts, **together}
     output = check_samples(model, whole, samples)
-    check_samples(
-        model, {**whole, "timesteps_per_image": 2}, [{**sample, "timesteps_per_image": 2} for sample in samples]
-    )
+    check_samples(model, whole, samples, timesteps_per_image=2)
     assert output.understanding_embeds.shape[0] == 4
 
 

@@ -24,12 +24,12 @@ from tests.conftest import GOLDEN
 from tests.models import sketch_family
 
 TASKS = {
-    **dict.fromkeys(("bagel", "embedded"), ("reconstruct", "caption", "generate", "edit")),
+    **dict.fromkeys(("bagel", "embedded", "lance"), ("reconstruct", "caption", "generate", "edit")),
     **dict.fromkeys(("harmon", "janus", "openuni", "show_o", "show_o_plain"), ("reconstruct", "caption", "generate")),
     "sketch": ("reconstruct", "generate"),
 }
 CASES = [(family, task) for family, tasks in TASKS.items() for task in tasks]
-ANY_SIZE = ("bagel", "embedded", "harmon", "openuni")  # the others make targets of one size
+ANY_SIZE = ("bagel", "embedded", "harmon", "lance", "openuni")  # the others make targets of one size
 FORMS = [
     *[(family, task, "texts") for family, task in CASES],
     *[(family, task, "dropped") for family, task in CASES if task in ("reconstruct", "generate")],
@@ -78,6 +78,11 @@ def build(family):
     elif family == "janus":
         config = janus.Config.tiny(len(tokenizer) + 6, image_size=16)
         model, processor = janus.Model(config), janus.Processor.tiny(config, tokenizer)
+    elif family == "lance":
+        folder = GOLDEN / "lance" / "checkpoint"
+        resolutions = {"reconstruct": 64, "edit": 64, "caption": 96, "answer": 96}
+        model = AutoUnifiedModel.from_pretrained(folder)
+        processor = AutoUnifiedProcessor.from_pretrained(folder, resolution=64, understanding_resolutions=resolutions)
     elif family == "openuni":
         config = openuni.Config.tiny(len(tokenizer) + 3)
         model, processor = openuni.Model(config), openuni.Processor.tiny(config, tokenizer)
@@ -244,13 +249,13 @@ def test_activation_checkpointing_recomputes_layers_and_changes_nothing(family):
 
 
 @torch.no_grad()
-# The plain Show-o's condition is token ids.
-@pytest.mark.parametrize("family", [family for family in TASKS if family != "show_o_plain"])
+@pytest.mark.parametrize("family", TASKS)
 def test_the_three_encodings(family):
     model, processor = build(family)
     batch = make_batch(processor, "reconstruct")
     condition = model.encode_condition(batch.get("condition_pixel_values", batch["pixel_values"]))
     torch.testing.assert_close(model(**batch).understanding_embeds, condition)
+    assert condition.is_floating_point() and condition.ndim == 3
     target = model.encode_target(batch["pixel_values"])
     assert target.is_floating_point() or (target.dtype == torch.int64 and target.ndim == 2)
     assert model.decode_target(target).shape == batch["pixel_values"].shape

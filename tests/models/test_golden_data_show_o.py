@@ -168,7 +168,7 @@ def check_supervised(case, batch, clip, segment):
     )
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(model, "encode_target", lambda _: tokens)
-        patch.setattr(model, "encode_condition", lambda _: condition if clip else tensor(case, "given_image_ids"))
+        patch.setattr(model, "encode_condition", lambda _: condition)
         output = model(corruption=corruption, **batch)
     equal(output.target, labels[labels != -100])
     assert model.count_supervised(batch, corruption) == len(output.target)
@@ -303,7 +303,7 @@ def check_rows_without_image(case):
     draw = Draw("caption", 0, processor.fixed_size, 0, "What is it?")
     drawn = RowDataset({"caption": rows}, {"caption": Columns("image", conversation="turns")},
                        conversation_problem=processor.conversation_problem)[draw]  # fmt: skip
-    assert drawn["text"] == messages(answer) and len(drawn["skipped"]) == 1
+    assert drawn.text == messages(answer) and len(drawn.skipped) == 1
 
 
 def rows_of(case):

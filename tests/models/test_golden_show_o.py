@@ -185,7 +185,7 @@ def mmu_step(case, tensors, model, processor):
     equal(attention(model, batch), allowed(tensors["mmu.attn_allowed_bits"], length))
     output = model(**batch)
     if "mmu.vq_indices" in tensors:
-        tokens = model.encode_condition(batch["condition_pixel_values"])
+        tokens = model.encode_target(batch["condition_pixel_values"])
         equal(tokens - model.config.image_token_offset, tensors["mmu.vq_indices"])
     if "mmu.understanding_embeds" in tensors:
         close(output.understanding_embeds, tensors["mmu.understanding_embeds"])
@@ -219,7 +219,7 @@ def recon_step(case, tensors, model, processor):
         condition = None
     else:
         close(batch["condition_pixel_values"], tensors["recon.condition_pixel_values"])
-        condition = model.encode_condition(batch["condition_pixel_values"])
+        condition = model.encode_target(batch["condition_pixel_values"])
         equal(condition - model.config.image_token_offset, tensors["recon.condition_vq_indices"])
     tokens = model.encode_target(batch["pixel_values"])
     equal(tokens - model.config.image_token_offset, tensors["recon.vq_indices"])
@@ -268,7 +268,7 @@ def check_reca(case, tensors):
     equal(ids, tensors["t2i.input_ids"])
     mmu, batch = mmu_step(case, tensors, model, processor)
     if "mmu.input_ids" in tensors:
-        condition = model.encode_condition(batch["condition_pixel_values"])
+        condition = model.encode_target(batch["condition_pixel_values"])
         equal(filled(batch, model, condition=condition), tensors["mmu.input_ids"])
     equal(batch["labels"], tensors["mmu.labels"])
     recon = recon_step(case, tensors, model, processor)
@@ -284,7 +284,7 @@ def check_train(case, tensors):
     if model.config.w_clip_vit:
         equal(ids, tensors["t2i_lm.input_ids"])
     else:
-        condition = model.encode_condition(mmu_batch["condition_pixel_values"])
+        condition = model.encode_target(mmu_batch["condition_pixel_values"])
         equal(torch.cat([ids, filled(mmu_batch, model, condition=condition)]), tensors["input_ids"])
     equal(torch.cat([lm_batch["labels"], mmu_batch["labels"]]), tensors["labels"][len(t2i_ids) :])
     check_losses(case, tensors, model, {"t2i": t2i.loss, "lm": lm.loss, "mmu": mmu.loss})
@@ -351,7 +351,7 @@ def first_probabilities(model, batch, known, guidance):
     codebook = slice(config.image_token_offset, config.mask_token_id)
 
     def logits(ids, mask):
-        embeds, _ = model.embed(ids, target=known)
+        embeds = model.embed(ids, target=known)
         hidden = model.attend(embeds, model.attention_mask("generate", ids, mask))
         return model.language_model.lm_head(hidden[:, -1 - count : -1])[..., codebook]
 
@@ -374,7 +374,7 @@ def check_text_generation(case, tensors):
         close(tower_features(model, {"condition_pixel_values": pixels}), tensors["clip_features"])
         close(condition, tensors["understanding_embeds"])
     else:
-        equal(filled({"input_ids": ids}, model, condition=condition), tensors["input_ids"])
+        equal(filled({"input_ids": ids}, model, condition=model.encode_target(pixels)), tensors["input_ids"])
     mask = model.attention_mask("caption", ids, None)[:, 0]
     equal(mask, allowed(tensors["attn_allowed_bits"], ids.shape[1]))
     answer, logits = model.answer(ids, condition, case["max_new_tokens"])

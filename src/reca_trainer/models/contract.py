@@ -29,7 +29,15 @@ from PIL import Image
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import ModelOutput
 
-from reca_trainer.models.inference import check_generators, check_sampling, check_side, read_images, read_text, spread
+from reca_trainer.models.inference import (
+    check_generators,
+    check_sampling,
+    check_side,
+    read_images,
+    read_text,
+    spread,
+    warning_of_cut_texts,
+)
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -95,8 +103,9 @@ class UnifiedModel(PreTrainedModel):
             the original's numbers, so that published values stay valid.
         frozen_encoders: names of the submodules that `encode_batch` computes with; none where a family has no such
             method.
-        supports_timesteps_per_image: whether a batch may ask for several noisy copies of its targets behind one
-            condition: its entry `timesteps_per_image`, a number, is then read by `sample_corruption`.
+        supports_timesteps_per_image: whether `sample_corruption` takes a batch with a further entry `timesteps_per_image`,
+            a number, and draws for so many noisy copies of its targets, all behind one condition. `forward` sees the
+            number in these draws and does not take the entry.
     """
 
     tasks: tuple[str, ...] = ("reconstruct", "caption", "generate")
@@ -109,6 +118,13 @@ class UnifiedModel(PreTrainedModel):
     supports_timesteps_per_image: bool = False
     config_class: type[PreTrainedConfig]  # a family always has one
     main_input_name = "pixel_values"
+
+    if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # transformers before 5.23 has the older name
+
+        def activation_checkpointing_enable(
+            self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+        ) -> None:
+            self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
 
     @property
     def image_sides(self) -> range | None:
@@ -234,7 +250,8 @@ class UnifiedModel(PreTrainedModel):
 
         Args:
             text: prompts or instructions: a list with one per image, or one for all. An empty one leaves the words out.
-                A reconstruction does without.
+                A reconstruction does without. They are tokenised as in training, and shortened where they are longer
+                than the family takes, with a warning.
             images: PIL images, paths or encoded bytes: a list, or one for all texts. They are read as for training, see
                 `reca_trainer.images.decode_image`.
             generator: one generator, or a list with one per image: then an image does not depend on the others.
@@ -281,9 +298,10 @@ class UnifiedModel(PreTrainedModel):
         check_sampling(name, self._generate_images, sampling)
         sides = {"height": height, "width": width}
         sampling.update({side: value for side, value in sides.items() if side in parameters})
-        return self._generate_images(
-            processor, inputs["text"], inputs["images"], task=task, generator=generator, **sampling
-        )
+        with warning_of_cut_texts(processor):
+            return self._generate_images(
+                processor, inputs["text"], inputs["images"], task=task, generator=generator, **sampling
+            )
 
     def _check_size(self, processor: UnifiedProcessor, height: int | None, width: int | None) -> None:
         fixed = processor.fixed_size
@@ -353,7 +371,8 @@ class UnifiedModel(PreTrainedModel):
         questions = inputs["text"] or []
         check_generators(generator, len(questions))
         check_sampling(name, self._generate_text, sampling)
-        return self._generate_text(processor, questions, inputs["images"], generator=generator, **sampling)
+        with warning_of_cut_texts(processor):
+            return self._generate_text(processor, questions, inputs["images"], generator=generator, **sampling)
 
     def _generate_text(
         self,
@@ -424,9 +443,15 @@ IMAGE_MARK = "<image>"  # where a message shows the conversation's picture
 class UnifiedProcessor(ProcessorMixin):
     """Turns whole PIL images and texts into one task's batch, framed and worded as its family was trained.
 
+    A text that is longer than the family takes loses its end. Whether a text that spells a special token, such as
+    `<|im_end|>`, gets that token is the original's choice; each family says so.
+
     Attributes:
         fixed_size: `(height, width)` in pixels of every target; `None` where the picture decides.
+        texts_cut: how many texts this processor has shortened so far.
     """
+
+    texts_cut: int = 0
 
     @property
     def fixed_size(self) -> tuple[int, int] | None:
@@ -493,6 +518,11 @@ class UnifiedProcessor(ProcessorMixin):
         if not any(message["role"] == "assistant" for message in conversation):
             return "no answer"
         return None
+
+    def shorten(self, ids: list[int], length: int) -> list[int]:
+        """The first `length` ids of a text or conversation; `texts_cut` counts it if it has more."""
+        self.texts_cut += len(ids) > length
+        return ids[:length]
 
 
 def conversations_of(

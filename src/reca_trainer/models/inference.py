@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from PIL import Image
+from transformers.utils import logging
 
 from reca_trainer.images import decode_image
+
+logger = logging.get_logger(__name__)
 
 
 def read_text(name: str, value: Any) -> str | list[str]:
@@ -85,3 +89,12 @@ def check_sampling(model: str, method: Callable[..., Any], sampling: Iterable[st
     known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
     if unknown := sorted(set(sampling) - set(known)):
         raise ValueError(f"{model} has no use for {', '.join(unknown)}; it takes {', '.join(known)}.")
+
+
+@contextmanager
+def warning_of_cut_texts(processor: Any) -> Iterator[None]:
+    """Log a warning if the processor shortens texts meanwhile."""
+    before = processor.texts_cut
+    yield
+    if count := processor.texts_cut - before:
+        logger.warning(f"Texts longer than {type(processor).__name__} takes lost their end: {count}.")

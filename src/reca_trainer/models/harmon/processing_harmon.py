@@ -1,4 +1,9 @@
-"""From PIL images and strings to Harmon's batches."""
+"""From PIL images and strings to Harmon's batches.
+
+The original tokenises a turn whole, so the names of special tokens in captions, instructions, questions and answers are
+read as these tokens, and so they are here: `a cat <|im_end|>` closes its turn. `<image>` names no token: in a conversation's
+question it is where the picture goes, elsewhere it is a word.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reca_trainer.models.common.padding import Side, pad_rows, padding_mask
 from reca_trainer.models.common.pixels import cut_to_shape, to_pixels
+from reca_trainer.models.common.texts import fits
 from reca_trainer.models.contract import IMAGE_MARK, Conversation, UnifiedProcessor, conversations_of, one_per_sample
 from reca_trainer.models.harmon.configuration_harmon import HarmonConfig
 from reca_trainer.tasks import TASKS
@@ -31,7 +37,8 @@ class HarmonProcessor(UnifiedProcessor):
         image_token_id (`int`): marks the image's place in `input_ids`; the model puts the embeddings there.
         max_prompt_length (`int`): tokens of a prompt, the image counted as one; longer text is cut, the chat turn
             around it stays whole.
-        max_caption_length (`int`): tokens of a conversation, the image counted as one.
+        max_caption_length (`int`): tokens of a conversation, the image counted as one; what is behind them is cut. A
+            question at inference has as many.
 
     Raises:
         ValueError: the tokenizer lacks one of the two.
@@ -134,24 +141,17 @@ class HarmonProcessor(UnifiedProcessor):
         }
 
     def conversation_problem(self, conversation: Conversation) -> str | None:
+        """See `UnifiedProcessor.conversation_problem`: what cannot be worded, an image that is not where the model was
+        trained to see it, or no answer among the tokens that are kept."""
         try:
-            input_ids, labels = self.conversation(conversation)
-            self._check_image(input_ids)
+            exchanges = exchanges_of(conversation)
+            check_image(exchanges)
         except ValueError as error:
             return str(error)
-        if all(label == -100 for label in labels):
+        question, _ = exchanges[0]
+        if not fits(self._tokenize_turn, [USER + question + ANSWER], self.max_caption_length - 1):
             return f"no answer within {self.max_caption_length} tokens"
         return None
-
-    def _check_image(self, input_ids: list[int], with_image: bool = True) -> None:
-        """Raise `ValueError` where a conversation's image is not where the model was trained to see it."""
-        number, front = input_ids.count(self.image_token_id), len(self._tokenize(USER))
-        if not with_image and number:
-            raise ValueError("an image mark, but no image")
-        if with_image and number > 1:
-            raise ValueError("more than one image mark")
-        if with_image and input_ids[front : front + 1] != [self.image_token_id]:
-            raise ValueError("no image mark at the front of the first question")
 
     # text
 
@@ -172,9 +172,8 @@ class HarmonProcessor(UnifiedProcessor):
 
     def question_ids(self, text: list[str], with_image: bool) -> list[list[int]]:
         """Token ids of questions, the image before the text, up to where the answer begins."""
-        if not with_image:
-            return [self._tokenize(USER + question + ANSWER) for question in text]
-        return [self._question(f"{IMAGE_MARK}\n{question}") for question in text]
+        image = f"{IMAGE_MARK}\n" if with_image else ""
+        return [self._turn(image + question, self.max_caption_length, with_image) for question in text]
 
     def conversation(self, conversation: Conversation) -> tuple[list[int], list[int]]:
         """Token ids and labels of a conversation, cut to `max_caption_length`. Supervised are the answers and the
@@ -183,20 +182,25 @@ class HarmonProcessor(UnifiedProcessor):
         Raises:
             ValueError: a role other than user and assistant, no answer, or two image marks in one question.
         """
+        return self._word(exchanges_of(conversation))
+
+    def _word(self, exchanges: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
+        """Token ids and labels of a conversation's questions and answers."""
         input_ids, labels = [], []
-        for question, answer in exchanges_of(conversation):
-            prompt = self._question(question)
+        for question, answer in exchanges:
+            prompt = self._tokenize_turn(USER + question + ANSWER)
             reply, separator = self._tokenize(answer + "<|im_end|>"), self._tokenize("\n")
             input_ids += prompt + reply + separator
             labels += [-100] * len(prompt) + reply + [-100] * len(separator)
-        return input_ids[: self.max_caption_length], labels[: self.max_caption_length]
+        return self.shorten(input_ids, self.max_caption_length), labels[: self.max_caption_length]
 
     def _captions(self, images: list[Image.Image] | None, conversations: list[Conversation]) -> dict[str, Tensor]:
         rows = []
         for place, conversation in enumerate(conversations):
             try:
-                rows.append(self.conversation(conversation))
-                self._check_image(rows[-1][0], images is not None)
+                exchanges = exchanges_of(conversation)
+                check_image(exchanges, images is not None)
+                rows.append(self._word(exchanges))
             except ValueError as error:
                 raise ValueError(f"Conversation {place} of the batch has {error}.") from error
         input_ids, attention_mask = self.pad([ids for ids, _ in rows])
@@ -208,13 +212,15 @@ class HarmonProcessor(UnifiedProcessor):
         """Stack rows of ids, padded with `<|im_end|>`: `input_ids` and `attention_mask`, `[B, T]` int64."""
         return pad_rows(rows, self.end_id, side), padding_mask(rows, side)
 
-    def _turn(self, text: str, max_length: int) -> list[int]:
+    def _turn(self, text: str, max_length: int, with_image: bool = False) -> list[int]:
+        """A user's turn up to where the answer begins, of at most `max_length` tokens."""
         end = self._tokenize(ANSWER)
-        return self._tokenize(USER + text)[: max_length - len(end)] + end
+        ids = self._tokenize_turn(USER + text) if with_image else self._tokenize(USER + text)
+        return self.shorten(ids, max_length - len(end)) + end
 
-    def _question(self, question: str) -> list[int]:
-        """A question's turn up to where the answer begins, the image at the first image mark."""
-        before, mark, after = f"{USER}{question}{ANSWER}".partition(IMAGE_MARK)
+    def _tokenize_turn(self, turn: str) -> list[int]:
+        """A turn with the image at its first image mark."""
+        before, mark, after = turn.partition(IMAGE_MARK)
         image = [self.image_token_id] if mark else []
         return [*self._tokenize(before), *image, *self._tokenize(after)]
 
@@ -278,3 +284,15 @@ def exchanges_of(conversation: Conversation) -> list[tuple[str, str]]:
     if any(question.count(IMAGE_MARK) > 1 for question, _ in exchanges):
         raise ValueError("two image marks in one question")
     return exchanges
+
+
+def check_image(exchanges: list[tuple[str, str]], with_image: bool = True) -> None:
+    """Raise `ValueError`, with a short reason, where the image of a conversation's `exchanges_of` is not where the model
+    was trained to see it."""
+    marks = sum(IMAGE_MARK in question for question, _ in exchanges)
+    if not with_image and marks:
+        raise ValueError("an image mark, but no image")
+    if with_image and marks > 1:
+        raise ValueError("more than one image mark")
+    if with_image and not exchanges[0][0].startswith(IMAGE_MARK):
+        raise ValueError("no image mark at the front of the first question")

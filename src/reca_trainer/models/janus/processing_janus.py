@@ -1,7 +1,13 @@
-"""Images and strings to Janus batches, through transformers' own Janus processor."""
+"""Images and strings to Janus batches, in the words of transformers' own Janus processor.
+
+The names of special tokens in captions, instructions, questions and answers are words: `a cat <image_placeholder>` shows no
+image. transformers reads them as these tokens; there is no original of Janus' training to follow.
+"""
 
 from __future__ import annotations
 
+import re
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -10,13 +16,21 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import BatchFeature, PreTrainedTokenizerFast
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
+from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
 from reca_trainer.models.common.conversations import exchange_problem, without_mark
 from reca_trainer.models.common.padding import pad_rows, padding_mask
 from reca_trainer.models.common.pixels import cut_to_shape, to_pixels
+from reca_trainer.models.common.texts import fits, word_ids
 from reca_trainer.models.contract import Conversation, UnifiedProcessor, conversations_of, one_per_sample
 from reca_trainer.models.janus.configuration_janus import TINY_SPECIAL_TOKENS, JanusConfig
 from reca_trainer.tasks import TASKS
+
+# Janus was trained on sequences of up to 4,096 tokens (arXiv:2410.13848, section 4.1), of which 1,156 are images where it
+# reads and draws one.
+MAX_LENGTH = 4096
+MAX_TEXT_LENGTH = 2048
+MASK = "\ue000"  # of the private use area: stands around what a text must not be read as
 
 _BYTES = pre_tokenizers.ByteLevel.alphabet()
 TINY_CHAT_TEMPLATE = (
@@ -38,6 +52,8 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
 
     The first two are padded on the left, so that `boi` is last. Where their text is dropped, padding tokens, which are
     attended to, stand for everything between `bos` and the last `boi`, the image included.
+
+    A text of more than `MAX_TEXT_LENGTH` tokens loses its end, and so does a conversation of more than `MAX_LENGTH`.
 
     It saves and loads as transformers' own, whose call with free-form text is `transformers.JanusProcessor.__call__`.
     """
@@ -103,8 +119,8 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
         generates squares without borders. Captioned images are padded to a square, as Janus was trained to see them.
 
         Raises:
-            ValueError: the task or the size is unknown, images or texts are missing or differ in number, a text contains
-                one of the tokens that stand for images, or `conversation_problem` refuses a conversation.
+            ValueError: the task or the size is unknown, images or texts are missing or differ in number, or
+                `conversation_problem` refuses a conversation.
         """
         if task not in TASKS:
             raise ValueError(f"task is {task!r}; Janus knows {', '.join(TASKS)}.")
@@ -155,19 +171,21 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
             `input_ids` and `attention_mask` `[B, T]` int64, padded on the left, and with `images` also `pixel_values`
             `[B, 3, h, w]` float32 for the understanding encoder.
         """
-        turns = []
+        opening = DEFAULT_SYSTEM_PROMPT if self.use_default_system_prompt and generation_mode == "text" else ""
+        closing = self.image_start_token if generation_mode == "image" else ""
+        begin = self.tokenizer("")["input_ids"]  # bos
+        rows = []
         for request in text:
-            self._refuse_image_tokens(request)
-            turns.append([_message("user", request, with_image=bool(images))])
-        return transformers.JanusProcessor.__call__(
-            self,
-            text=self.apply_chat_template(turns, add_generation_prompt=True, tokenize=False),
-            images=images or None,
-            generation_mode=generation_mode,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        )
+            message = _message("user", self._mask(self._shorten_text(request)), with_image=bool(images))
+            wording = self.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+            rows.append([*begin, *self._encode(f"{opening}{wording}{closing}")])
+        inputs = {
+            "input_ids": pad_rows(rows, self.tokenizer.pad_token_id, "left"),
+            "attention_mask": padding_mask(rows, "left"),
+        }
+        if images:
+            inputs["pixel_values"] = self.image_processor(images, return_tensors="pt")["pixel_values"]
+        return BatchFeature(inputs)
 
     def squares(self, images: list[Image.Image], crop: list[float | None] | None = None) -> list[Image.Image]:
         """The largest square of each image, at its `crop` along the longer side, at the size that the model generates."""
@@ -194,14 +212,12 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
             sequence, target = [], []
             prompts = [ids[mask.bool()].tolist(), *self._later_prompts(texts)]
             for prompt, answer in zip(prompts, texts[1::2], strict=True):
-                self._refuse_image_tokens(answer)
                 # tokenised apart from the prompt: at inference the prompt is tokenised alone, too
-                answer_ids = self.tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
-                answer_ids.append(self.tokenizer.eos_token_id)
+                answer_ids = [*word_ids(self.tokenizer, f" {answer}"), self.tokenizer.eos_token_id]
                 sequence += prompt + answer_ids
                 target += [-100] * len(prompt) + answer_ids
-            sequences.append(sequence)
-            targets.append(target)
+            sequences.append(self.shorten(sequence, MAX_LENGTH))
+            targets.append(target[:MAX_LENGTH])
         return {
             "condition_pixel_values": inputs["pixel_values"],
             "input_ids": pad_rows(sequences, self.tokenizer.pad_token_id),
@@ -211,10 +227,10 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
 
     def _later_prompts(self, texts: list[str]) -> list[list[int]]:
         """What stands between the `eos` of an answer and the next answer, for questions and answers in turn."""
+        texts = [self._mask(text) for text in texts]
         prompts = []
         for start in range(2, len(texts), 2):
             question, answer, later = texts[start - 2 : start + 1]
-            self._refuse_image_tokens(later)
             turns = [_message("user", question), _message("assistant", answer), _message("user", later)]
             both = self.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
             before = self.apply_chat_template(turns[:1], add_generation_prompt=True, tokenize=False)
@@ -223,13 +239,41 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
                 raise ValueError(
                     f"The chat template words the start of a conversation otherwise: {both!r}, {before!r}."
                 )
-            prompts.append(self.tokenizer(between, add_special_tokens=False)["input_ids"])
+            prompts.append(self._encode(between))
         return prompts
 
-    def _refuse_image_tokens(self, text: str) -> None:
-        for token in (self.image_token, self.image_start_token, self.image_end_token):
-            if token in text:
-                raise ValueError(f"The text {text!r} contains {token}, which stands for an image; remove it.")
+    def _shorten_text(self, text: str) -> str:
+        if fits(partial(word_ids, self.tokenizer), [text], MAX_TEXT_LENGTH):
+            return text
+        words = self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+        )
+        last = len(self.shorten(words["input_ids"], MAX_TEXT_LENGTH)) - 1
+        return text[: words["offset_mapping"][last][1]]
+
+    def _mask(self, text: str) -> str:
+        """A text whose special tokens are hidden from chat template and tokenizer; `_encode` reads them as words."""
+        for number, name in enumerate(self._masked):
+            text = text.replace(name, f"{MASK}{number}{MASK}")
+        return text
+
+    def _encode(self, wording: str) -> list[int]:
+        """Token ids of turns in the words of the chat template, with the places of their images."""
+        image = self.image_start_token + self.num_image_tokens * self.image_token + self.image_end_token
+        pieces = re.split(f"{MASK}([0-9]+){MASK}", wording.replace(self.image_token, image))
+        ids: list[int] = []
+        for place, piece in enumerate(pieces):
+            if place % 2:
+                ids += word_ids(self.tokenizer, self._masked[int(piece)])
+            else:
+                ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+        return ids
+
+    @cached_property
+    def _masked(self) -> list[str]:
+        """What `_mask` hides: the mask itself and the special tokens, of which a longer one may contain a shorter."""
+        names = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return [MASK, *sorted(names, key=len, reverse=True)]
 
 
 def _message(role: str, text: str, with_image: bool = False) -> dict[str, Any]:

@@ -1,4 +1,9 @@
-"""From PIL images and strings to OpenUni's batches."""
+"""From PIL images and strings to OpenUni's batches.
+
+The original tokenises a prompt whole, so the names of special tokens in a caption or prompt of `generate` are read as these
+tokens, and so they are here: `a cat <|im_end|>` closes its turn. In instructions, questions and answers, of which it only
+has its own, they are words: `<IMG_CONTEXT>` would take a place of the image that stands beside them.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +18,16 @@ from transformers import PreTrainedTokenizerBase
 from reca_trainer.models.common.conversations import exchange_problem, without_mark
 from reca_trainer.models.common.padding import Side, pad_rows, padding_mask
 from reca_trainer.models.common.pixels import cut_to_shape, to_pixels
+from reca_trainer.models.common.texts import fits, word_ids
 from reca_trainer.models.contract import Conversation, UnifiedProcessor, conversations_of, one_per_sample
 from reca_trainer.models.openuni.configuration_openuni import OpenUniConfig
 from reca_trainer.tasks import TASKS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+USER = "<|im_start|>user\n"
 TURN_END = "<|im_end|>\n<|im_start|>assistant\n"  # closes the user's turn and opens the answer
+UNCONDITIONAL = "Generate an image."
 TRAINING_PAD = 0  # the id that OpenUni pads its training batches with, whatever the tokenizer's own
 
 
@@ -36,6 +44,7 @@ class OpenUniProcessor(UnifiedProcessor):
         condition_size: the same of the understanding encoder's input, which every image is resized to.
         num_image_tokens: understanding embeddings of an image.
         max_caption_length: tokens of a text-to-image prompt in training; longer captions are cut.
+        max_prompt_length: tokens of any other prompt or conversation, its image included, as in the original.
     """
 
     def __init__(
@@ -45,12 +54,14 @@ class OpenUniProcessor(UnifiedProcessor):
         condition_size: int = 448,
         num_image_tokens: int = 256,
         max_caption_length: int = 128,
+        max_prompt_length: int = 2048,
     ):
         super().__init__(tokenizer)
         self.image_size = image_size
         self.condition_size = condition_size
         self.num_image_tokens = num_image_tokens
         self.max_caption_length = max_caption_length
+        self.max_prompt_length = max_prompt_length
 
     @classmethod
     def from_config(
@@ -123,16 +134,23 @@ class OpenUniProcessor(UnifiedProcessor):
             return {"task": task, **self._captions(conversations_of(text, questions)), **self._condition(images)}
 
         if task == "generate":
-            prompts = self._generation_prompts(text, dropped)
             # With a target this is training, where OpenUni cuts captions and pads otherwise than when sampling.
-            batch = self._pad(self._cut(prompts), "right", TRAINING_PAD) if images else self._pad(prompts, "right")
+            length = self.max_caption_length if images else self.max_prompt_length
+            drops = one_per_sample(dropped, len(text), False)
+            requests = [
+                UNCONDITIONAL if drop else f"Generate an image: {caption.strip()}"
+                for caption, drop in zip(text, drops, strict=True)
+            ]
+            prompts = [self._close(self._tokenize(USER + request), length, "<img>") for request in requests]
+            batch = self._pad(prompts, "right", TRAINING_PAD if images else None)
         else:
             count = len(images) if images else len(instruction) if isinstance(instruction, list) else 1
             requests, drops = one_per_sample(instruction, count), one_per_sample(dropped, count)
             turns = [
-                self._image_turn("" if drop else request or "") for request, drop in zip(requests, drops, strict=True)
+                self._turn("" if drop else request or "", with_image=True)
+                for request, drop in zip(requests, drops, strict=True)
             ]
-            prompts = self._tokenize([turn + "<img>" for turn in turns])
+            prompts = [self._close(turn, self.max_prompt_length, "<img>") for turn in turns]
             batch = self._pad(prompts, "left", TRAINING_PAD)
         if images:
             batch["pixel_values"] = self._target(images, size or self.fixed_size, crop)
@@ -143,32 +161,33 @@ class OpenUniProcessor(UnifiedProcessor):
     def conversation_problem(self, conversation: Conversation) -> str | None:
         """See `UnifiedProcessor.conversation_problem`. Questions and answers alternate, and every answer is supervised;
         the image stands before the first question, wherever its mark is."""
-        return super().conversation_problem(conversation) or exchange_problem(conversation)
+        if problem := super().conversation_problem(conversation) or exchange_problem(conversation):
+            return problem
+        room = self.max_prompt_length - len(self._image()) - len(self._tokenize(TURN_END))
+        if not fits(self._words, [f"\n{without_mark(conversation[0])}"], room - 1):
+            return f"no answer within {self.max_prompt_length} tokens"
+        return None
 
     def ask(self, questions: list[str], images: list[Image.Image] | None = None) -> dict[str, torch.Tensor]:
         """Prompts that end where an answer begins, padded on the left, and the images they ask about."""
-        turn = self._image_turn if images else self._turn
-        prompts = self._pad(self._tokenize([turn(question) for question in questions]), "left")
+        turns = [self._turn(question, with_image=bool(images)) for question in questions]
+        prompts = self._pad([self._close(turn, self.max_prompt_length) for turn in turns], "left")
         return {**prompts, **self._condition(images)} if images else prompts
 
-    def _turn(self, request: str) -> str:
-        return f"<|im_start|>user\n{request}{TURN_END}"
+    def _turn(self, request: str, with_image: bool = False) -> list[int]:
+        """A user's turn without its end; the request is words."""
+        if with_image:
+            return [*self._image(), *self._words(f"\n{request}")]
+        return [*self._tokenize("<|im_start|>"), *self._words(f"user\n{request}")]
 
-    def _image_turn(self, request: str) -> str:
-        return self._turn(f"<img>{'<IMG_CONTEXT>' * self.num_image_tokens}</img>\n{request}")
+    def _image(self) -> list[int]:
+        """The opening of a user's turn with an image, and the image's places."""
+        return self._tokenize(f"{USER}<img>{'<IMG_CONTEXT>' * self.num_image_tokens}</img>")
 
-    def _generation_prompts(self, captions: list[str], dropped: list[bool] | None) -> list[list[int]]:
-        turns = [
-            self._turn("Generate an image." if drop else f"Generate an image: {caption.strip()}") + "<img>"
-            for caption, drop in zip(captions, one_per_sample(dropped, len(captions), False), strict=True)
-        ]
-        return self._tokenize(turns)
-
-    def _cut(self, prompts: list[list[int]]) -> list[list[int]]:
-        """Generation prompts of at most `max_caption_length` tokens: a caption loses its end, the turn keeps its own."""
-        (end,) = self._tokenize([TURN_END + "<img>"])
-        kept = self.max_caption_length - len(end)
-        return [prompt if len(prompt) <= self.max_caption_length else prompt[:kept] + end for prompt in prompts]
+    def _close(self, turn: list[int], length: int, behind: str = "") -> list[int]:
+        """End a user's turn and open the answer, in `length` tokens: a longer turn loses its last words."""
+        end = self._tokenize(TURN_END + behind)
+        return self.shorten(turn, length - len(end)) + end
 
     def _captions(self, conversations: list[Conversation]) -> dict[str, torch.Tensor]:
         """Every answer is supervised, with the end of its turn."""
@@ -177,20 +196,26 @@ class OpenUniProcessor(UnifiedProcessor):
             if problem := self.conversation_problem(conversation):
                 raise ValueError(f"OpenUni cannot learn from a conversation with {problem}.")
             row, label = [], []
-            questions, answers = conversation[::2], conversation[1::2]
-            for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-                request = without_mark(question)
-                turn = f"\n{self._turn(request)}" if number else self._image_turn(request)
-                prompt, target = self._tokenize([turn, without_mark(answer) + "<|im_end|>"])
-                row += prompt + target
-                label += [-100] * len(prompt) + target
-            rows.append(row)
-            labels.append(label)
+            for number, message in enumerate(conversation):
+                words = without_mark(message)
+                if message["role"] == "user":
+                    separator = self._tokenize("\n") if number else []
+                    ids = [*separator, *self._turn(words, with_image=not number), *self._tokenize(TURN_END)]
+                    label += [-100] * len(ids)
+                else:
+                    ids = [*self._words(words), *self._tokenize("<|im_end|>")]
+                    label += ids
+                row += ids
+            rows.append(self.shorten(row, self.max_prompt_length))
+            labels.append(label[: self.max_prompt_length])
         batch = self._pad(rows, "left", TRAINING_PAD)
         return {**batch, "labels": pad_rows(labels, -100, "left")}
 
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    def _tokenize(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _words(self, text: str) -> list[int]:
+        return word_ids(self.tokenizer, text)
 
     def _pad(self, rows: list[list[int]], side: Side, pad_id: int | None = None) -> dict[str, torch.Tensor]:
         """`input_ids` and `attention_mask` `[B, T]`, padded with the tokenizer's own id by default."""

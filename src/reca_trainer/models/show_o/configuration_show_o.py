@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from transformers import CLIPVisionConfig, PhiConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+
+from reca_trainer.models.common.configuration import CompositeConfig
 
 # What Show-o adds behind the text tokenizer's vocabulary, in this order; the image tokens follow.
 SPECIAL_TOKENS = (
@@ -35,7 +36,7 @@ MAGVIT_V2 = {
 }
 
 
-class ShowOConfig(PreTrainedConfig):
+class ShowOConfig(CompositeConfig):
     r"""Configuration of a `ShowOModel`. The defaults are those of `showlab/show-o-w-clip-vit-512x512`.
 
     Args:
@@ -49,10 +50,7 @@ class ShowOConfig(PreTrainedConfig):
     """
 
     model_type = "show_o"
-    sub_configs_defaults = {  # noqa: RUF012
-        "text_config": PhiConfig,
-        "vision_config": SubConfigSpec(CLIPVisionConfig, optional=True),
-    }
+    sub_configs = {"text_config": PhiConfig, "vision_config": CLIPVisionConfig}  # noqa: RUF012
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None

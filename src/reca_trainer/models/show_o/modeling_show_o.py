@@ -207,7 +207,7 @@ class ShowOModel(UnifiedModel):
         mask = corruption["mask"].to(tokens.device)
         condition = self.encode_condition(condition_pixel_values)
         masked = tokens.masked_fill(mask, self.config.mask_token_id)
-        embeds, condition = self.embed(input_ids, condition, masked)
+        embeds = self.embed(input_ids, condition, masked)
         if self.config.w_clip_vit:
             embeds = embeds.detach()  # as in the official run
         hidden = self.attend(embeds, self.attention_mask("reconstruct", input_ids, attention_mask))
@@ -224,7 +224,7 @@ class ShowOModel(UnifiedModel):
         """Text-to-image: predict the masked tokens behind the caption, and the two markers around them."""
         tokens = self.encode_target(pixel_values)
         mask = corruption["mask"].to(tokens.device)
-        embeds, _ = self.embed(input_ids, target=tokens.masked_fill(mask, self.config.mask_token_id))
+        embeds = self.embed(input_ids, target=tokens.masked_fill(mask, self.config.mask_token_id))
         hidden = self.attend(embeds, self.attention_mask("generate", input_ids, attention_mask))
         segment = tokens.shape[1] + 2
         labels = input_ids[:, -segment:].clone()
@@ -241,7 +241,7 @@ class ShowOModel(UnifiedModel):
     ) -> UnifiedOutput:
         """Image-to-text, or text alone: next-token cross-entropy over the supervised tokens."""
         condition = None if condition_pixel_values is None else self.encode_condition(condition_pixel_values)
-        embeds, condition = self.embed(input_ids, condition)
+        embeds = self.embed(input_ids, condition)
         hidden = self.attend(embeds, self.attention_mask("caption", input_ids, attention_mask))
         return token_cross_entropy(self.language_model.lm_head, hidden[:, :-1], labels[:, 1:], condition)
 
@@ -253,45 +253,42 @@ class ShowOModel(UnifiedModel):
             return self.vq_model.encode(pixel_values.to(dtype)) + self.config.image_token_offset
 
     def encode_condition(self, condition_pixel_values: torch.Tensor) -> torch.Tensor:
-        """The condition image `[B, 3, h, w]` -> embeddings `[B, P, D]` (CLIP variant) or token ids `[B, P]`."""
+        """See `UnifiedModel.encode_condition`, `[B, P, D]`: what the projector makes of CLIP's embeddings, or in the plain
+        variant the embeddings of the image's tokens."""
+        table = self.language_model.model.embed_tokens
         if not self.config.w_clip_vit:
-            return self.encode_target(condition_pixel_values)
+            return table(self.encode_target(condition_pixel_values))
         with torch.no_grad():
             tower = self.vision_tower(condition_pixel_values.to(self.vision_tower.dtype), output_hidden_states=True)
-        return self.mm_projector(
-            tower.hidden_states[-2][:, 1:].to(self.language_model.model.embed_tokens.weight.dtype)
-        )
+        return self.mm_projector(tower.hidden_states[-2][:, 1:].to(table.weight.dtype))  # without the class token
 
     def embed(
         self, input_ids: torch.Tensor, condition: torch.Tensor | None = None, target: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> torch.Tensor:
         """Fill in a sequence's images and embed it.
 
         Args:
             input_ids: `[B, L]`, see `ShowOProcessor`.
-            condition: what `encode_condition` returns, for the places of `CONDITION_TOKEN_ID`.
+            condition: `[B, P, D]`, what `encode_condition` returns, for the places of `CONDITION_TOKEN_ID`.
             target: image-token ids `[B, n]`, for the places of the mask token.
 
         Returns:
-            The sequence `[B, L, D]` and in it the condition `[B, P, D]`.
+            The sequence `[B, L, D]`.
 
         Raises:
             ValueError: there are more or fewer images, or tokens of one, than sequences have places for.
         """
-        places, ids = input_ids == CONDITION_TOKEN_ID, input_ids
+        places = input_ids == CONDITION_TOKEN_ID
         check_places(places, condition, "condition")
+        ids = input_ids.masked_fill(places, 0)
         if target is not None:
             masked = input_ids == self.config.mask_token_id
             check_places(masked, target, "target")
             ids = ids.masked_scatter(masked, target)
-        table = self.language_model.model.embed_tokens
+        embeds = self.language_model.model.embed_tokens(ids)  # [B, L, D]
         if condition is None:
-            return table(ids), None
-        if not condition.is_floating_point():
-            embeds = table(ids.masked_scatter(places, condition))
-            return embeds, embeds[places].view(*condition.shape, -1)
-        embeds = table(ids.masked_fill(places, 0))
-        return embeds.masked_scatter(places[..., None], condition.to(embeds.dtype)), condition
+            return embeds
+        return embeds.masked_scatter(places[..., None], condition.to(embeds.dtype))
 
     def attention_mask(self, task: str, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """Omni-attention: who sees whom, `[B, 1, L, L]` bool.
@@ -501,13 +498,13 @@ class ShowOModel(UnifiedModel):
         masked = input_ids == config.mask_token_id
         count = int(masked[0].sum())
         tokens = input_ids[masked].view(-1, count) if known is None else known
-        embeds, _ = self.embed(input_ids, condition)
+        embeds = self.embed(input_ids, condition)
         mask = self.attention_mask("generate" if condition is None else "reconstruct", input_ids, attention_mask)
         if guidance_scale > 0:
             if negative is None:
                 blank = self._without_condition(input_ids, attention_mask)
                 negative = self.drop_text(*blank, torch.ones(len(tokens)).bool())
-            embeds = torch.cat([embeds, self.embed(negative[0])[0]])
+            embeds = torch.cat([embeds, self.embed(negative[0])])
             mask = torch.cat([mask, self.attention_mask("generate", *negative)])
         # What precedes the target never sees it: its keys and values are computed once.
         prefix = embeds.shape[1] - count - 2
@@ -612,7 +609,7 @@ class ShowOModel(UnifiedModel):
     ) -> tuple[list[int], torch.Tensor]:
         """Continue one sequence `[1, T]` up to its EOS: the new ids, and the logits `[new, vocabulary]` they are from."""
         cache = DynamicCache(config=self.config.text_config)
-        embeds, _ = self.embed(input_ids, condition)
+        embeds = self.embed(input_ids, condition)
         mask = self.attention_mask("caption", input_ids, None)
         ids, logits = [], []
         while len(ids) < max_new_tokens and self.config.eos_token_id not in ids:

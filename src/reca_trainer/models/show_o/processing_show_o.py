@@ -11,6 +11,10 @@ target's tokens go. With `P` condition slots and `n` image tokens:
 
 Targets are the whole picture squeezed to a square. Only `caption` cuts: the centre of the picture, as its encoders were
 trained.
+
+The names of special tokens in captions, instructions, questions and answers are words: `a cat <|endoftext|>` has no further
+EOS. The original reads them as these tokens, which its own masks and labels do not survive: they find images by their
+markers, and answers by the EOS.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase
 
 from reca_trainer.models.common.padding import Side, pad_rows
 from reca_trainer.models.common.pixels import to_pixels
+from reca_trainer.models.common.texts import fits, word_ids
 from reca_trainer.models.contract import IMAGE_MARK, Conversation, UnifiedProcessor, conversations_of, one_per_sample
 from reca_trainer.models.show_o.configuration_show_o import CONDITION_TOKEN_ID, SPECIAL_TOKENS, ShowOConfig
 from reca_trainer.tasks import TASKS
@@ -202,7 +207,7 @@ class ShowOProcessor(UnifiedProcessor):
             question, _ = self._rounds(conversation)[0]
         except ValueError as error:
             return str(error)
-        if len(self._tokenize(question)) >= self.max_conversation_length:
+        if not fits(self._tokenize, [question], self.max_conversation_length - 1):
             return f"no answer within the first {self.max_conversation_length} tokens"
         return None
 
@@ -210,10 +215,8 @@ class ShowOProcessor(UnifiedProcessor):
         """Text-to-image sequences; a caption that is too long is cut in front of its EOS."""
         rows = []
         for caption in text:
-            row = [self.t2i_id, self.eos_id, *self._tokenize(caption), self.eos_id]
-            if len(row) > self.max_text_length + 1:
-                row = [*row[: self.max_text_length], self.eos_id]
-            rows.append(row + self._target())
+            words = self.shorten(self._tokenize(caption), self.max_text_length - 2)
+            rows.append([self.t2i_id, self.eos_id, *words, self.eos_id, *self._target()])
         return self._rectangular(rows, "left", self.max_length if padding == "max_length" else None)
 
     def reconstruction_prompts(
@@ -226,10 +229,7 @@ class ShowOProcessor(UnifiedProcessor):
         room = (self.recon_text_length - 3 if clip else self.max_text_length) - 2
         rows = []
         for instruction in instructions:
-            prompt = self._tokenize(f"USER: \n {instruction} ASSISTANT:") if instruction else []
-            if len(prompt) > room:
-                header = self._tokenize(" ASSISTANT:")
-                prompt = prompt[: room - len(header)] + header
+            prompt = self._question(f"USER: \n {instruction}", room) if instruction else []
             pad = [self.pad_id] * (room - len(prompt)) if clip else []
             rows.append([*head, self.eos_id, *prompt, self.eos_id, *pad, *self._target()])
         length = None
@@ -255,13 +255,14 @@ class ShowOProcessor(UnifiedProcessor):
         conversations = conversations_of(text, questions, with_image)
         for caption, question, conversation in zip(text, questions, conversations, strict=True):
             if isinstance(caption, str) and not (question or "").strip():
-                ids = [self.eos_id, *self._tokenize(caption), self.eos_id]
-                if with_image and len(ids) > room:
-                    ids[room - 1] = self.eos_id
-                label = list(ids)
+                ids = self.shorten([self.eos_id, *self._tokenize(caption), self.eos_id], room)
+                if with_image:  # a text alone loses its EOS, too
+                    ids[-1] = self.eos_id
+                label = ids
             else:
                 ids, label = self._conversation(conversation)
-            rows.append(head + ids[:room])
+                ids = self.shorten(ids, room)
+            rows.append(head + ids)
             labels.append([-100] * len(head) + label[:room])
         length = self.max_length if padding == "max_length" else None
         batch = self._rectangular(rows, "right", length)
@@ -269,15 +270,13 @@ class ShowOProcessor(UnifiedProcessor):
         return batch
 
     def questions(self, text: list[str], with_image: bool) -> list[torch.Tensor]:
-        """Sequences `[1, T]` that end where an answer starts. The plain variant reads questions about images behind an
-        EOS and a line break."""
-        if not with_image:
-            return [torch.tensor([self._tokenize(f"USER: {question} ASSISTANT:")]) for question in text]
-        if self.clip_image_size is None:
-            rows = [[self.eos_id, *self._tokenize(f"USER: \n{question} ASSISTANT:")] for question in text]
-        else:
-            rows = [self._tokenize(f"USER: {question} ASSISTANT:") for question in text]
-        return [torch.tensor([self._image_head() + row]) for row in rows]
+        """Sequences `[1, T]` that end where an answer starts, with questions of up to `max_text_length` tokens. The plain
+        variant reads questions about images behind an EOS and a line break."""
+        head, separator = self._image_head() if with_image else [], ""
+        if with_image and self.clip_image_size is None:
+            head, separator = [*head, self.eos_id], "\n"
+        questions = [self._question(f"USER: {separator}{question}", self.max_text_length) for question in text]
+        return [torch.tensor([head + question]) for question in questions]
 
     @property
     def max_length(self) -> int:
@@ -322,8 +321,12 @@ class ShowOProcessor(UnifiedProcessor):
         return to_pixels([resize_and_crop(image, self.image_size) for image in images])
 
     def _tokenize(self, text: str) -> list[int]:
-        # a caption that spells out a special token does not get to use it
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return word_ids(self.tokenizer, text)
+
+    def _question(self, text: str, length: int) -> list[int]:
+        """A question with the assistant's header behind it: of one that is too long the header stays whole."""
+        ids, header = self._tokenize(f"{text} ASSISTANT:"), self._tokenize(" ASSISTANT:")
+        return ids if len(ids) <= length else self.shorten(ids, length - len(header)) + header
 
     def _target(self) -> list[int]:
         return [self.soi_id, *[self.mask_token_id] * self.num_image_tokens, self.eoi_id]

@@ -1,0 +1,19 @@
+"""Texts as token ids: special tokens that a text only names, and texts that are too long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def word_ids(tokenizer: Any, text: str) -> list[int]:
+    """The token ids of a text in which names of special tokens, such as `<|im_end|>`, are words like all others."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def fits(tokenize: Callable[[str], list[int]], texts: Sequence[str], length: int) -> bool:
+    """Whether `tokenize` makes at most `length` tokens of all texts together. They are only tokenised where their bytes
+    leave a doubt: a token stands for a byte or more, and a Unicode normal form has at most three times the bytes."""
+    if 3 * sum(len(text.encode(errors="surrogatepass")) for text in texts) <= length:
+        return True
+    return sum(len(tokenize(text)) for text in texts) <= length
