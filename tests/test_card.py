@@ -12,8 +12,10 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 from PIL import Image
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor, RecAConfig, RecATrainer
+from reca_trainer.callbacks import EVENTS
 from reca_trainer.images import ImageError
 from reca_trainer.saving.card import base_license, escaped, folder_card, model_card, public_name, save_card
 
@@ -105,29 +107,38 @@ def test_a_card_that_cannot_be_written_is_warned_of(tmp_path, warnings):
 
 
 @pytest.fixture
-def run(tmp_path):
+def make_run(tmp_path):
     images = np.random.default_rng(0).integers(0, 255, (4, 48, 64, 3), dtype=np.uint8)
-    options = {"generation_size": (64, 32, 16), "condition_size": (42, 42, 14)}
-    args = RecAConfig(
-        output_dir=str(tmp_path / "run"),
-        max_steps=2,
-        per_device_train_batch_size=2,
-        save_strategy="no",
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        preview_steps=1,
-        preview_images=1,
-        preview_prompts=["boat"],
-        preview_generation_kwargs={"num_inference_steps": 1},
-    )
-    return RecATrainer(
-        AutoUnifiedModel.from_pretrained(CHECKPOINT),
-        args,
-        train_dataset=Dataset.from_dict({"image": [Image.fromarray(image) for image in images]}),
-        processing_class=AutoUnifiedProcessor.from_pretrained(CHECKPOINT, **options),
-        peft_config=LoraConfig(r=2),
-    )
+    sizes = {"generation_size": (64, 32, 16), "condition_size": (42, 42, 14)}
+    defaults = {
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "preview_steps": 1,
+        "preview_images": 1,
+        "preview_prompts": ["boat"],
+        "preview_generation_kwargs": {"num_inference_steps": 1},
+    }
+
+    def make(**options):
+        return RecATrainer(
+            AutoUnifiedModel.from_pretrained(CHECKPOINT),
+            RecAConfig(**{**defaults, **options}),
+            train_dataset=Dataset.from_dict({"image": [Image.fromarray(image) for image in images]}),
+            processing_class=AutoUnifiedProcessor.from_pretrained(CHECKPOINT, **sizes),
+            peft_config=LoraConfig(r=2),
+        )
+
+    return make
+
+
+@pytest.fixture
+def run(make_run):
+    return make_run()
 
 
 class Tracker(TrainerCallback):
@@ -203,14 +214,94 @@ def test_previews_that_cannot_be_read_or_written_do_not_end_the_run(run, warning
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, ImageError, TypeError])
-def test_only_want_of_memory_is_no_error_of_drawing(run, warnings, error):
-    def generate_images(*args, **kwargs):
+def test_a_preview_that_cannot_be_drawn_ends_no_run_that_has_trained_a_step(run, warnings, error):
+    generate_images, drawn = run.model.generate_images, []
+
+    def fail_later(*args, **kwargs):
+        drawn.append(run.state.global_step)
+        if run.state.global_step == 0:
+            return generate_images(*args, **kwargs)
         raise error("what went wrong")
 
-    run.model.generate_images = generate_images
-    if error is torch.OutOfMemoryError:
+    run.model.generate_images = fail_later
+    run.train()
+    assert run.state.global_step == 2 and {1, 2} < set(drawn)
+    for step in (0, 1, 2):
+        assert (f"no preview of step {step}: {error.__name__}('what went wrong')" in warnings.text) == (step > 0)
+
+
+def test_a_preview_that_never_fits_is_done_without_and_other_errors_are_said_before_the_first_step(run, warnings):
+    def fail(*args, **kwargs):
+        raise error("what went wrong")
+
+    run.model.generate_images = fail
+    error = TypeError
+    with pytest.raises(TypeError, match="what went wrong"):
         run.train()
-        assert run.state.global_step == 2 and warnings.text.count("for want of memory: what went wrong") == 3
-    else:
-        with pytest.raises(error, match="what went wrong"):
-            run.train()
+    assert run.state.global_step == 0
+    error = torch.OutOfMemoryError
+    run.train()
+    assert run.state.global_step == 2 and warnings.text.count("OutOfMemoryError('what went wrong')") == 3
+
+
+# --- trackers ---
+
+
+def event(name):
+    def method(tracker, args, state, control, **kwargs):
+        tracker.calls.append(name)
+        if name in tracker.failing:
+            raise ConnectionError("The server does not answer.")
+
+    return method
+
+
+class UnreachableTracker(TensorBoardCallback):
+    """One whose server stops answering; `failing` names the events that it fails at."""
+
+    def __init__(self, *failing):
+        self.failing, self.calls = failing, []
+
+    for name in EVENTS:
+        vars()[name] = event(name)
+
+
+EVERY_STEP = {"preview_steps": 0, "save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
+EVERY_STEP |= {"eval_size": 1, "eval_strategy": "steps", "eval_steps": 1}
+
+
+def test_a_tracker_that_fails_at_everything_is_named_once(make_run, warnings):
+    run = make_run(**EVERY_STEP)
+    tracker = UnreachableTracker(*set(EVENTS) - {"on_init_end", "on_train_begin"})
+    run.add_callback(tracker)
+    run.train()
+    run.save_model()
+    assert {"on_log", "on_save", "on_evaluate", "on_step_end", "on_train_end"} < set(tracker.calls)
+    assert run.state.global_step == 2 and tracker.calls.count("on_log") == 5
+    assert warnings.text.count("The server does not answer.") == 1
+    assert "UnreachableTracker failed at step 0; the run goes on: ConnectionError" in warnings.text
+    assert (Path(run.args.output_dir) / "adapter_model.safetensors").is_file()
+
+
+def test_a_tracker_that_cannot_start_is_an_error_of_a_new_run_and_none_of_a_resumed_one(make_run, warnings):
+    first = make_run(**EVERY_STEP)
+    first.add_callback(UnreachableTracker("on_train_begin"))
+    with pytest.raises(ConnectionError):
+        first.train()
+    assert first.state.global_step == 0
+    make_run(**EVERY_STEP).train()
+    resumed = make_run(**{**EVERY_STEP, "max_steps": 3})
+    resumed.add_callback(UnreachableTracker("on_train_begin"))
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 3 and "UnreachableTracker failed at step 2" in warnings.text
+
+
+def test_a_callback_that_is_no_tracker_may_end_the_run(make_run):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise ConnectionError("This callback is the user's.")
+
+    stopped = make_run(preview_steps=0)
+    stopped.add_callback(Stop())
+    with pytest.raises(ConnectionError):
+        stopped.train()

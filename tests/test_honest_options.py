@@ -34,6 +34,9 @@ CHANGED = {
     "eval_use_gather_object": True,
     "eval_do_concat_batches": False,
     "do_predict": True,
+    "do_train": False,
+    "enable_jit_checkpoint": True,
+    "remove_unused_columns": True,
 }
 
 

@@ -117,14 +117,14 @@ def test_accumulation_equals_one_large_batch(tmp_path, model, dataset, processor
     def gradients(*micro_batches):
         run.model.zero_grad()
         batches = iter([run.data_collator(rows[start:end]) for start, end in micro_batches])
-        batches, _ = run.get_batch_samples(batches, len(micro_batches), torch.device("cpu"))
+        batches, count = run.get_batch_samples(batches, len(micro_batches), torch.device("cpu"))
         if task == "reconstruct":
             drawn = [(len(batch["corruption"]["timesteps"]), batch["supervised"]) for batch in batches]
             elements = 12 * model.config.latent_token_dim
             assert drawn == [
                 ((end - start) * timesteps, (end - start) * timesteps * elements) for start, end in micro_batches
             ]
-        total = sum(run.training_step(run.model, batch) for batch in batches)
+        total = sum(run.training_step(run.model, batch, count) for batch in batches)
         return total, {name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None}
 
     whole_loss, whole = gradients((0, 4))
@@ -158,8 +158,8 @@ def test_resume_is_bit_exact(tmp_path, dataset, processor, workers):
 
 
 def test_the_average_of_weights_is_what_is_evaluated_and_left_in_the_end(tmp_path, dataset, processor):
-    def run(folder, steps):
-        one = trainer(
+    def train(folder, steps):
+        run = trainer(
             AutoUnifiedModel.from_pretrained(CHECKPOINT),
             folder,
             dataset,
@@ -172,24 +172,24 @@ def test_the_average_of_weights_is_what_is_evaluated_and_left_in_the_end(tmp_pat
             save_strategy="steps",
             save_steps=2,
         )
-        weights, start = Weights(), trained(one)
-        one.add_callback(weights)
-        one.train(resume_from_checkpoint=True)
-        return one, start, weights.at
+        weights, start = Weights(), trained(run)
+        run.add_callback(weights)
+        run.train(resume_from_checkpoint=True)
+        return run, start, weights.at
 
-    one, average, steps = run(tmp_path / "one", 4)
+    whole, average, steps = train(tmp_path / "whole", 4)
     for weights in steps:
         average = {name: 0.4 * mean + 0.6 * weights[name] for name, mean in average.items()}
-    for name, weight in trained(one).items():
+    for name, weight in trained(whole).items():
         torch.testing.assert_close(weight, average[name], msg=name)
-    assert losses(one, "eval_loss") == [one.evaluate()["eval_loss"]]
-    for name, weight in load_file(tmp_path / "one" / "checkpoint-4" / "adapter_model.safetensors").items():
+    assert losses(whole, "eval_loss") == [whole.evaluate()["eval_loss"]]
+    for name, weight in load_file(tmp_path / "whole" / "checkpoint-4" / "adapter_model.safetensors").items():
         if "lora_" in name:
             assert torch.equal(weight, steps[-1][name.replace(".weight", ".default.weight")])
 
-    run(tmp_path / "two", 2)
-    two, _, _ = run(tmp_path / "two", 4)
-    assert all(torch.equal(weight, trained(two)[name]) for name, weight in trained(one).items())
+    train(tmp_path / "parts", 2)
+    resumed, _, _ = train(tmp_path / "parts", 4)
+    assert all(torch.equal(weight, trained(resumed)[name]) for name, weight in trained(whole).items())
 
 
 class Weights(TrainerCallback):
@@ -259,7 +259,7 @@ def test_checkpoints_hold_the_adapter_and_not_the_base(tmp_path, model, dataset,
 
 
 def test_evaluation_repeats_itself_at_any_batch_size(tmp_path, model, dataset, processor):
-    found = []
+    results = []
     for batch_size in (1, 4, 4):
         run = RecATrainer(
             AutoUnifiedModel.from_pretrained(CHECKPOINT),
@@ -268,18 +268,18 @@ def test_evaluation_repeats_itself_at_any_batch_size(tmp_path, model, dataset, p
             eval_dataset=dataset.select(range(10)),
             processing_class=processor,
         )
-        found.append({name: value for name, value in run.evaluate().items() if name.endswith("loss")})
-    assert found[1] == found[2]
-    assert found[0].keys() == {"eval_loss", "eval_reconstruction_loss", "eval_text_to_image_loss"}
-    for name, value in found[0].items():
-        assert value == pytest.approx(found[1][name], rel=1e-5)
+        results.append({name: value for name, value in run.evaluate().items() if name.endswith("loss")})
+    assert results[1] == results[2]
+    assert results[0].keys() == {"eval_loss", "eval_reconstruction_loss", "eval_text_to_image_loss"}
+    for name, value in results[0].items():
+        assert value == pytest.approx(results[1][name], rel=1e-5)
 
 
 def test_terms_are_logged_and_add_up(tmp_path, model, dataset, processor):
     run = trainer(model, tmp_path, dataset, processor, text_to_image_weight=0.25, gradient_accumulation_steps=2)
     run.train()
     total, parts = losses(run), zip(losses(run, "reconstruction_loss"), losses(run, "text_to_image_loss"), strict=True)
-    assert total == pytest.approx([(one + 0.25 * other) / 2 for one, other in parts], rel=1e-4)
+    assert total == pytest.approx([(image + 0.25 * text) / 2 for image, text in parts], rel=1e-4)
 
 
 def test_lora_touches_only_the_generator(tmp_path, model, dataset, processor):
@@ -349,8 +349,8 @@ def test_data_is_checked_before_the_model_is_loaded(tmp_path, dataset, processor
 def test_a_checkpoint_of_another_adapter_is_refused(tmp_path, dataset, processor):
     def run(lora, steps):
         model = AutoUnifiedModel.from_pretrained(CHECKPOINT)
-        one = trainer(model, tmp_path, dataset, processor, lora, max_steps=steps, save_strategy="steps", save_steps=2)
-        return one.train(resume_from_checkpoint=True)
+        options = {"max_steps": steps, "save_strategy": "steps", "save_steps": 2}
+        return trainer(model, tmp_path, dataset, processor, lora, **options).train(resume_from_checkpoint=True)
 
     run(LoraConfig(r=4), 2)
     with pytest.raises(ValueError, match="r: 4, now 8; lora_alpha: 8, now 16"):

@@ -1,9 +1,10 @@
-"""What goes along with a run: the average of its weights, preview pictures, reconstruction scores, and the alarms."""
+"""What goes along with a run: trackers that never end it, the average of its weights, preview pictures, scores, alarms."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,43 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import logging
 
 from reca_trainer import adapters
 from reca_trainer.config import PREVIEW_PROMPTS
-from reca_trainer.data import RowDataset, SamplingPlan, TaskBatchSampler
+from reca_trainer.data import Row, RowDataset, SamplingPlan, StreamingBatches, TaskBatchSampler
 from reca_trainer.data.collator import NOTES
-from reca_trainer.data.task_datasets import target_rule
+from reca_trainer.data.task_datasets import TaskDatasets, target_rule
 from reca_trainer.files import replacing
 from reca_trainer.images import ImageError, decode_image
 
 logger = logging.get_logger(__name__)
+
+
+TRACKERS = tuple(INTEGRATION_TO_CALLBACK.values())
+EVENTS = [name for name in vars(TrainerCallback) if name.startswith("on_")]
+
+
+def shield_run(tracker: TrainerCallback) -> None:
+    """Make errors of a tracker a warning, once. Only at the start of a new run, which then has nothing to lose, they are
+    raised. Other callbacks are left alone."""
+    if not isinstance(tracker, TRACKERS) or "on_log" in vars(tracker):
+        return
+    failures: list[Exception] = []
+
+    def attempt(event: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return getattr(type(tracker), event)(tracker, *args, **kwargs)
+        except Exception as error:  # each tracker has its own, and most are the network's
+            state = args[1]
+            if event in ("on_init_end", "on_train_begin") and state.global_step == 0:
+                raise
+            if not failures:
+                logger.warning(f"{type(tracker).__name__} failed at step {state.global_step}; the run goes on: {error!r}")
+            failures.append(error)
+
+    vars(tracker).update({event: partial(attempt, event) for event in EVENTS})
 
 
 class WeightAverage(TrainerCallback):
@@ -117,16 +144,17 @@ class PreviewCallback(TrainerCallback):
     `before_after.png` shows the first above the last. Trackio, which closes its run before that, has all but the last.
 
     A picture that does not fit into the device's memory, or cannot be written or tracked, is warned of, and the run
-    goes on. Other errors of the model, and those of the data, are raised.
+    goes on. So it does after any other error, unless a new run begins, which has nothing to lose, or processes that hold
+    parts of the model wait for one another.
 
     Args:
-        trainer: a `RecATrainer`; images come from its evaluation set if it has one, else from the training set.
+        trainer: a `RecATrainer`; images come from its (first) evaluation set if it has one, else from the training set.
     """
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
         self.prompts = trainer.args.preview_prompts or PREVIEW_PROMPTS
-        self.rows: list[dict] | None = None
+        self.rows: list[Row] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         # Sharded weights are gathered for `forward` alone, unless told of other methods that need them.
@@ -155,30 +183,31 @@ class PreviewCallback(TrainerCallback):
     def draw(self) -> Path | None:
         """Generate, save and track the picture of the current step, and return its path; `None` if it was not saved.
         All processes generate, since all may hold a part of the model; the first saves."""
-        trainer = self.trainer
+        trainer, step = self.trainer, self.trainer.state.global_step
         try:
             with trainer.averaged_weights():
                 picture = self._picture()
-        except torch.OutOfMemoryError as error:
-            if trainer.args.world_size > 1:  # the other processes wait for this one's part
+        except Exception as error:
+            is_new = step == 0 and not isinstance(error, torch.OutOfMemoryError)
+            if is_new or any(isinstance(module, FSDPModule) for module in trainer.model.modules()):
                 raise
-            logger.warning(f"No preview of step {trainer.state.global_step}, for want of memory: {error}")
+            logger.warning(f"There is no preview of step {step}: {error!r}")
             return None
         if picture is None:
             return None
         self._track(picture)
-        path = Path(trainer.args.output_dir) / "previews" / f"step-{trainer.state.global_step:06d}.png"
+        path = Path(trainer.args.output_dir) / "previews" / f"step-{step:06d}.png"
         return path if self._save(picture, path) else None
 
     def _picture(self) -> Image.Image | None:
         """The picture of the current step; `None` in all processes but the first."""
         trainer = self.trainer
         if self.rows is None:
-            self.rows = fixed_rows(trainer, "reconstruct", trainer.args.preview_images)
+            self.rows = fixed_rows(trainer, watched_images(trainer), "reconstruct", trainer.args.preview_images)
         model, processor = trainer.model, trainer.processing_class
         options = dict(trainer.args.preview_generation_kwargs or {})
-        inputs = [row["image"] for row in self.rows]
-        sizes = [row["draw"].size for row in self.rows]
+        inputs = [row.image for row in self.rows]
+        sizes = [row.draw.size for row in self.rows]
 
         def generators(indices: Sequence[int]) -> list[torch.Generator]:
             return [torch.Generator().manual_seed(index) for index in indices]
@@ -188,7 +217,7 @@ class PreviewCallback(TrainerCallback):
             members = [index for index, size in enumerate(sizes) if size == (height, width)]
             images = model.generate_images(
                 processor,
-                text=[self.rows[index]["draw"].instruction for index in members],
+                text=[self.rows[index].draw.instruction for index in members],
                 images=[inputs[index] for index in members],
                 task="reconstruct",
                 generator=generators(members),
@@ -234,32 +263,34 @@ class PreviewCallback(TrainerCallback):
 
 
 class ReconstructionScores(TrainerCallback):
-    """Scores reconstructions of fixed held-out images (loss at fixed corruptions, PSNR in dB, SSIM) after every
-    evaluation, logged as `eval_reconstruction_<score>`.
+    """Scores reconstructions of fixed held-out images (PSNR in dB, SSIM) at every evaluation. They become metrics of it,
+    `eval_reconstruction_<score>`, or of one named set `eval_<name>_reconstruction_<score>`, so that
+    `metric_for_best_model` may name one.
 
     Args:
-        trainer: a `RecATrainer`; `args.score_images` images come from its evaluation set.
+        trainer: a `RecATrainer`; the first `args.score_images` images of the set that is evaluated are scored.
         models: further scores' models, `clip=` and `lpips=` of `evaluation.reconstruction.score_reconstructions`.
     """
 
     def __init__(self, trainer: Any, **models: Any):
         self.trainer, self.models = trainer, models
-        self.images: list[Image.Image] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         register_fsdp_forward_method(self.trainer.model, "generate_images")
 
-    def on_evaluate(self, args, state, control, **kwargs):
+    def on_evaluate(self, args, state, control, metrics: dict[str, float], **kwargs):
         from reca_trainer.evaluation.reconstruction import evaluate_reconstruction  # needs torchmetrics
 
-        trainer = self.trainer
-        if self.images is None:
-            self.images = [row["image"] for row in fixed_rows(trainer, "reconstruct", args.score_images)]
+        trainer, (prefix, images) = self.trainer, self.trainer.evaluated
+        pictures = [row.image for row in fixed_rows(trainer, images, "reconstruct", args.score_images)]
         sampling = dict(args.preview_generation_kwargs or {})
         scores = evaluate_reconstruction(
-            adapters.unwrap(trainer.model), trainer.processing_class, self.images, **self.models, **sampling
+            adapters.unwrap(trainer.model), trainer.processing_class, pictures, **self.models, **sampling
         )
-        trainer.log({f"eval_reconstruction_{name.removeprefix('reconstruction_')}": v for name, v in scores.items()})
+        del scores["reconstruction_loss"]  # the evaluation has that of all images
+        scores = {f"{prefix}_reconstruction_{name}": value for name, value in scores.items()}
+        metrics.update(scores)
+        trainer.log(scores)
 
 
 class CollapseAlarm(TrainerCallback):
@@ -301,7 +332,7 @@ class UnderstandingProbe(TrainerCallback):
     a few fixed captions before and after training, logged as `understanding_loss`; a rise is warned of.
 
     Args:
-        trainer: a `RecATrainer` whose images have captions; they come from its evaluation set if it has one.
+        trainer: a `RecATrainer` whose images have captions; they come from its (first) evaluation set if it has one.
     """
 
     rows = 8
@@ -326,7 +357,7 @@ class UnderstandingProbe(TrainerCallback):
     @torch.no_grad()
     def measure(self) -> None:
         trainer = self.trainer
-        rows = [row for row in fixed_rows(trainer, "caption", self.rows) if row["text"]]
+        rows = [row for row in fixed_rows(trainer, watched_images(trainer), "caption", self.rows) if row.text]
         if not rows:
             return
         batch = trainer._prepare_inputs(trainer.data_collator(rows))
@@ -369,21 +400,25 @@ class UnderstandingAccuracy(TrainerCallback):
         self.trainer.log({"understanding_accuracy": accuracy})
 
 
-def fixed_rows(trainer: Any, task: str, count: int) -> list[dict]:
-    """The first rows of the evaluation (or training) images, decoded."""
-    images, args = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.images, trainer.args
+def watched_images(trainer: Any) -> TaskDatasets:
+    """The first evaluation set, or the training set where there is none."""
+    sets = trainer.eval_dataset
+    if isinstance(sets, dict):
+        return next(iter(sets.values()))
+    return trainer.images if sets is None else sets
+
+
+def fixed_rows(trainer: Any, images: TaskDatasets, task: str, count: int) -> list[Row]:
+    """The first rows of `images`, decoded."""
+    args, processor = trainer.args, trainer.processing_class
+    sources = {task: images.datasets[task]}, {task: images.columns[task]}
+    reading = {"on_bad_image": args.on_bad_image, "conversation_problem": processor.conversation_problem}
+    plan = SamplingPlan({task: 1}, shuffle=False)
     if images.is_streaming:
-        batches = trainer._dataloader(images, 1, training=False).dataset
-        rows = (row for batch in batches for row in batch if row["task"] == task)
-        return list(islice(rows, count))
-    targets = images.targets(task, trainer.processing_class, args)
-    sampler = TaskBatchSampler({task: targets}, SamplingPlan({task: 1}, shuffle=False))
-    rows = RowDataset(
-        {task: images.datasets[task]},
-        {task: images.columns[task]},
-        args.on_bad_image,
-        trainer.processing_class.conversation_problem,
-    )
+        batches = StreamingBatches(*sources, target_rule(processor, args), plan, **reading)
+        return list(islice((row for batch in batches for row in batch), count))
+    sampler = TaskBatchSampler({task: images.targets(task, processor, args)}, plan)
+    rows = RowDataset(*sources, **reading)
     return [rows[draw] for [draw] in islice(sampler, count)]
 
 

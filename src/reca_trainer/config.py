@@ -201,6 +201,18 @@ class RecAConfig(TrainingArguments):
             "before the run stops with an error. 0: it stops at the first."
         },
     )
+    # --- TrainingArguments by their names of today, which transformers before 5.23 lacks ---
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute activations again in the backward pass: less memory, more time.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of the model's `activation_checkpointing_enable`."}
+    )
     # --- TrainingArguments with other defaults ---
     learning_rate: float = field(default=4e-5, metadata={"help": "Paper: 4e-5 for BAGEL's whole generator."})
     lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "As BAGEL's script."})
@@ -208,14 +220,15 @@ class RecAConfig(TrainingArguments):
     adam_beta2: float = field(default=0.95, metadata={"help": "As BAGEL's script."})
     adam_epsilon: float = field(default=1e-15, metadata={"help": "As BAGEL's script."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Whether logs hide non-finite losses. RecATrainer stops at one instead."}
-    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator picks its columns itself."})
+    do_train: bool = field(default=True, metadata={"help": "A run trains."})
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "preview_generation_kwargs"]  # noqa: RUF012
 
     def __post_init__(self) -> None:
+        if not hasattr(TrainingArguments, "activation_checkpointing"):
+            self.gradient_checkpointing = bool(self.activation_checkpointing or self.gradient_checkpointing)
+            self.gradient_checkpointing_kwargs = self.activation_checkpointing_kwargs
         super().__post_init__()
         refuse_meaningless(self)
         least = {
@@ -233,7 +246,10 @@ class RecAConfig(TrainingArguments):
                 raise ValueError(f"{name} is {bound} or more, not {getattr(self, name)}.")
         hub_strategy = HubStrategy(self.hub_strategy)
         if hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
-            raise ValueError(f"hub_strategy is 'end' or 'every_save', not {hub_strategy.value!r}.")
+            raise ValueError(
+                f"hub_strategy is 'end' or 'every_save', not {hub_strategy.value!r}: a model is uploaded, and what resumes "
+                "its run is not."
+            )
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             raise ValueError(
                 f"Nothing would be trained: {self.max_steps=}, {self.num_train_epochs=}.".replace("self.", "")

@@ -3,55 +3,81 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 from transformers import TrainingArguments
 
-_NO_PREDICTIONS = "an evaluation keeps the losses of every sample and no predictions"
-_OWN_SAMPLER = "rows are drawn by task and size (see reca_trainer.data.sampling)"
+NO_PREDICTIONS = "an evaluation keeps the losses of every sample and no predictions"
+SAMPLER = "rows are drawn by task and size (see reca_trainer.data.sampling)"
+LIGER = "its kernels replace modules of language models that it knows, and it knows none of these"
+PRECISION = "losses are evaluated in the precision of training, so that they compare"
 
 # Option: why any other value than the default changes nothing here, or what to do instead.
 MEANINGLESS = {
     "label_smoothing_factor": "the losses are those that the families were trained with",
     "neftune_noise_alpha": "the dense prompt is made of an image's embeddings, which get no noise",
-    "use_liger_kernel": "its kernels replace modules of language models that it knows, and it knows none of these",
-    "liger_kernel_config": "its kernels replace modules of language models that it knows, and it knows none of these",
+    "use_liger_kernel": LIGER,
+    "liger_kernel_config": LIGER,
     "use_cache": "training reads every sequence once",
-    "train_sampling_strategy": _OWN_SAMPLER,
-    "length_column_name": _OWN_SAMPLER,
+    "train_sampling_strategy": SAMPLER,
+    "length_column_name": SAMPLER,
     "average_tokens_across_devices": "targets are always counted over all processes; see token_weighting",
     "include_num_input_tokens_seen": "a batch's tensors are pixels; images_per_second is logged",
     "label_names": "the losses know their targets",
-    "bf16_full_eval": "losses are evaluated in the precision of training, so that they compare",
-    "fp16_full_eval": "losses are evaluated in the precision of training, so that they compare",
-    "prediction_loss_only": _NO_PREDICTIONS,
-    "include_for_metrics": _NO_PREDICTIONS,
-    "batch_eval_metrics": _NO_PREDICTIONS,
-    "eval_accumulation_steps": _NO_PREDICTIONS,
-    "eval_use_gather_object": _NO_PREDICTIONS,
-    "eval_do_concat_batches": _NO_PREDICTIONS,
+    "remove_unused_columns": "a row holds what the collator needs and no other column",
+    "bf16_full_eval": PRECISION,
+    "fp16_full_eval": PRECISION,
+    "prediction_loss_only": NO_PREDICTIONS,
+    "include_for_metrics": NO_PREDICTIONS,
+    "batch_eval_metrics": NO_PREDICTIONS,
+    "eval_accumulation_steps": NO_PREDICTIONS,
+    "eval_use_gather_object": NO_PREDICTIONS,
+    "eval_do_concat_batches": NO_PREDICTIONS,
+    "enable_jit_checkpoint": "SIGTERM ends every run after the current step, with a checkpoint",
+    "do_train": "a run trains; to measure a model call RecATrainer.evaluate",
     "do_predict": "call RecATrainer.predict",
 }
 
 # Of `accelerator_config`, what concerns data loaders that accelerate does not see here.
 MEANINGLESS_FOR_ACCELERATOR = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler")
 
+# Parts of the names of optimizers that read these options.
+USE_OPTIM_ARGS = ("anyprecision", "sgd", "adagrad", "rmsprop", "galore", "apollo", "ademamix", "grok", "stable")
+USE_OPTIM_ARGS += ("schedule_free", "adamw_torch_4bit", "adamw_torch_8bit")
+USE_OPTIM_TARGET_MODULES = ("galore", "apollo")
+PARALLELISM = ("tp_size", "cp_size", "sp_size")  # of `parallelism_config`, what splits a sample over GPUs
+
 
 def refuse_meaningless(args: TrainingArguments) -> None:
     """Raises `ValueError` for an option that would be ignored."""
-    defaults = {field.name: _default(field) for field in dataclasses.fields(TrainingArguments)}
-    for name, reason in MEANINGLESS.items():
-        value = getattr(args, name, None)
-        if name in defaults and value not in (defaults[name], None):
-            raise ValueError(f"{name}={value!r} would change nothing: {reason}. Leave it out.")
+    defaults = {field.name: _default(field) for field in dataclasses.fields(args)}
+    reasons = {name: reason for name, reason in MEANINGLESS.items() if getattr(args, name, None) is not None}
+    reasons = {name: reason for name, reason in reasons.items() if getattr(args, name) != defaults.get(name)}
+    if args.optim_args and not any(part in args.optim for part in USE_OPTIM_ARGS):
+        reasons["optim_args"] = f"optim={args.optim.value!r} takes none"
+    if args.optim_target_modules and not any(part in args.optim for part in USE_OPTIM_TARGET_MODULES):
+        reasons["optim_target_modules"] = f"optim={args.optim.value!r} acts on all trained weights"
+    if args.do_eval and args.eval_strategy == "no":
+        reasons["do_eval"] = "set eval_strategy to evaluate while training, or call RecATrainer.evaluate"
+    if args.local_rank not in (-1, int(os.environ.get("LOCAL_RANK", -1))):
+        reasons["local_rank"] = "a launcher says it in the environment variable LOCAL_RANK"
+    for name, reason in reasons.items():
+        raise ValueError(f"{name}={getattr(args, name)!r} would change nothing: {reason}. Leave it out.")
     accelerator = args.accelerator_config
     standard = type(accelerator)()
     for name in MEANINGLESS_FOR_ACCELERATOR:
         value = getattr(accelerator, name, None)
         if value != getattr(standard, name, None):
+            raise ValueError(f"accelerator_config {name}={value!r} would change nothing: {SAMPLER}. Leave it out.")
+    for name in PARALLELISM:
+        if (size := getattr(getattr(args, "parallelism_config", None), name, 1)) > 1:
             raise ValueError(
-                f"accelerator_config {name}={value!r} would change nothing: {_OWN_SAMPLER}. Leave it out."
+                f"parallelism_config {name}={size} is not supported: no family splits a sample over GPUs. Use DDP, FSDP2 or "
+                "DeepSpeed ZeRO."
             )
+    if "tpu_metrics_debug" in args.debug:
+        raise ValueError("debug='tpu_metrics_debug' needs a TPU, which no family has been tried on. Leave it out.")
     if args.fp16 and args.use_cpu:
         raise ValueError("fp16=True needs a GPU; on a CPU train in float32, or with bf16=True.")
     if args.max_steps == 0:

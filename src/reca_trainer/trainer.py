@@ -17,7 +17,7 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import BitsAndBytesConfig, Trainer
+from transformers import BitsAndBytesConfig, Trainer, trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, set_seed
 from transformers.utils import logging
@@ -29,15 +29,17 @@ from reca_trainer.callbacks import (
     ReconstructionScores,
     UnderstandingProbe,
     WeightAverage,
+    shield_run,
 )
 from reca_trainer.config import RecAConfig
 from reca_trainer.data import collator, latent_cache
 from reca_trainer.data.collator import UnifiedCollator
 from reca_trainer.data.rows import RowDataset
 from reca_trainer.data.sampling import SamplingPlan, TaskBatchSampler
-from reca_trainer.data.streaming import StreamingRows
+from reca_trainer.data.streaming import StreamingBatches
 from reca_trainer.data.task_datasets import Images, TaskDatasets, target_rule
 from reca_trainer.images import ImageError, list_problems
+from reca_trainer.interruption import Interrupted, ignore_interrupts
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
 from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
 from reca_trainer.saving.hub_uploads import HubUploads
@@ -46,7 +48,7 @@ from reca_trainer.tasks import TASKS
 
 logger = logging.get_logger(__name__)
 
-NOTES = (*collator.NOTES, "supervised", "share")  # of a batch, for the trainer and not the model
+NOTES = (*collator.NOTES, "timesteps_per_image", "supervised", "share")  # of a batch, for the trainer and not the model
 
 
 class RecATrainer(RunCheckpoints, HubUploads, Trainer):
@@ -58,7 +60,8 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
         data_collator: rows to batch; by default `UnifiedCollator(processing_class)`.
         train_dataset: any `datasets` dataset with an image column; or one per task, `{"reconstruct": …, "caption": …,
             "generate": …}`. By default `args.dataset_name`.
-        eval_dataset: likewise; by default `args.eval_size` rows held out of the training set.
+        eval_dataset: likewise, or several by names of your own, `{"faces": …, "rooms": …}`, whose metrics are called
+            `eval_faces_loss` and so on; by default `args.eval_size` rows held out of the training set.
         processing_class: the family's processor; by default loaded from where the model is from.
         peft_config: adapter to train instead of the whole generator. Its `target_modules` default to the generator's
             linear layers.
@@ -71,7 +74,6 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
     """
 
     _tag_names = ("reca-trainer", "reconstruction-alignment")
-    loss_is_scaled_for_ga = True  # compute_loss weights each micro-batch by its share of the step
 
     def __init__(
         self,
@@ -79,7 +81,7 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
         args: RecAConfig | None = None,
         data_collator: Any = None,
         train_dataset: Images | Mapping[str, Images] | None = None,
-        eval_dataset: Images | Mapping[str, Images] | None = None,
+        eval_dataset: Images | Mapping[str, Any] | None = None,
         processing_class: UnifiedProcessor | None = None,
         callbacks: list | None = None,
         optimizers: tuple = (None, None),
@@ -99,13 +101,14 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
             args = RecAConfig(output_dir=f"{Path(name).name}-reca")
         make_output_dir(args)
         self.images = TaskDatasets.open(train_dataset, args)
-        eval_images = None if eval_dataset is None else TaskDatasets.open(eval_dataset, args)
+        eval_images = None if eval_dataset is None else open_eval_sets(eval_dataset, args)
         if eval_images is None and args.eval_size:
             self.images, eval_images = self.images.split(args.eval_size, args.seed)
         if eval_images is None and args.eval_strategy != "no":
             raise ValueError(
                 f"eval_strategy={args.eval_strategy.value!r} needs images: pass an eval_dataset, or set eval_size to hold some out."
             )
+        check_metric(args)
         if self.images.is_streaming and args.max_steps <= 0:
             raise ValueError("A stream does not say how long it is: set max_steps.")
 
@@ -116,8 +119,8 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
                 processing_class = AutoUnifiedProcessor.from_pretrained(model)
             # What is wrong with the images need not wait for the model.
             self.images.check_batches(processing_class, args)
-            if eval_images is not None:
-                eval_images.check_sizes(processing_class, args)
+            for images in eval_images.values() if isinstance(eval_images, dict) else [eval_images] if eval_images else []:
+                images.check_sizes(processing_class, args)
             init = dict(args.model_init_kwargs or {})
             init.setdefault("dtype", adapters.default_dtype(args.bf16, peft_config is not None))
             model = AutoUnifiedModel.from_pretrained(
@@ -184,6 +187,7 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
         self._encoded: Dataset | None = None
         self._terms = {mode: torch.zeros(len(TASKS), 2, dtype=torch.float64) for mode in ("train", "eval")}
         self.images_seen, self.skipped_images, self.nonfinite_steps = 0, 0, 0  # of all processes
+        self.texts_cut = 0  # likewise
         self._sources, self._leave_out = [], False  # of the current step
         self._images_at_last_log, self._data_seconds, self._last_log = 0, 0.0, time.perf_counter()
         super().__init__(
@@ -200,6 +204,7 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
         )
         self._check_optimizer()
         self.can_return_loss, self.label_names = True, []
+        self.model_accepts_loss_kwargs = True  # see `training_step`
         if args.n_gpu > 1:
             raise ValueError("RecATrainer runs one process per GPU: start it with `accelerate launch`.")
         if args.ema_decay:
@@ -239,11 +244,21 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
                 "optimizer from a PeftModel, or pass optimizer_cls_and_kwargs."
             )
 
+    def add_callback(self, callback: Any) -> None:
+        super().add_callback(callback)
+        for callback in self.callback_handler.callbacks:
+            shield_run(callback)
+
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         arguments = super()._build_accelerator_args(**kwargs)
         # A backend from the arguments or the environment would compile the model as a whole; see `compile_layers`.
         arguments["dynamo_plugin"] = TorchDynamoPlugin(backend="NO")
         return arguments
+
+    def train(self, *args: Any, **kwargs: Any):
+        """As `Trainer.train`, but for the ids of special tokens in the model's configuration, which stay as they are."""
+        with special_tokens_kept():
+            return super().train(*args, **kwargs)
 
     # --- the loss ---
 
@@ -279,9 +294,10 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
         logger.warning(f"{problem} The step is left out.")
         self._leave_out = True
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        return torch.where(torch.isfinite(loss), loss, 0.0)  # of a step that is left out, in the logged mean
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """As in `Trainer`. Told a number of items it takes the loss for a share of the step's, as `compute_loss` makes it;
+        else it would divide it by the number of micro-batches."""
+        return super().training_step(model, inputs, num_items_in_batch=1)
 
     def _get_grad_norm(self, model, grad_norm=None):
         """As in `Trainer`; comes before the optimizer, so a gradient that is not finite is dropped here."""
@@ -291,8 +307,8 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
         if not (math.isfinite(value) or scaled or self._leave_out):
             self._not_finite(f"The gradient's norm is {value}", self._sources)
         if self.args.max_nonfinite_steps:  # the loss may be finite on other processes
-            found = torch.tensor(float(self._leave_out), device=self.args.device)
-            if self.accelerator.reduce(found, "sum") > 0:
+            count = torch.tensor(float(self._leave_out), device=self.args.device)
+            if self.accelerator.reduce(count, "sum") > 0:
                 self.nonfinite_steps += 1
                 if not scaled:
                     model.zero_grad()
@@ -306,6 +322,7 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
         self._data_seconds += time.perf_counter() - started
         targets, micro_batches = torch.zeros(2, len(TASKS), dtype=torch.float64)
         problems: list[str] = []
+        lost_rows = sum(batch.pop("lost_rows", 0) for batch in batches)
         for batch in batches:
             problems += self._note_skipped(batch)
             if self.args.timesteps_per_image > 1:
@@ -314,10 +331,17 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
             index = TASKS[batch["task"]].index
             targets[index] += batch["supervised"]
             micro_batches[index] += not batch["repeated"]
-        seen = [sum(len(batch["seeds"]) for batch in batches), len(problems)]
-        counts = torch.cat([targets, micro_batches, torch.tensor(seen)])
-        *counts, images, skipped = self.accelerator.reduce(counts.to(device, torch.float32), "sum").tolist()
+        images = sum(len(batch["seeds"]) for batch in batches)
+        stops = self.interruption.cause is not None
+        cut = sum(batch.get("texts_cut", 0) for batch in batches)
+        counts = torch.cat([targets, micro_batches, torch.tensor([images, len(problems) + lost_rows, cut, stops])])
+        *counts, images, skipped, cut, stops = self.accelerator.reduce(counts.to(device, torch.float32), "sum").tolist()
+        if stops:
+            raise Interrupted
         self._check_bad_share(int(images), int(skipped), problems)
+        if cut and not self.texts_cut:
+            logger.warning("Some texts are longer than this model takes and lose their end; texts_cut counts them.")
+        self.texts_cut += int(cut)
         targets, micro_batches = counts[: len(TASKS)], counts[len(TASKS) :]
         self._sources = [source for batch in batches for source in batch["sources"]]
         for batch in batches:
@@ -378,8 +402,7 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
         images = self.eval_dataset if eval_dataset is None else eval_dataset
         if images is None:
             raise ValueError("Evaluation needs images: pass eval_dataset, or set eval_size to hold some out.")
-        if not isinstance(images, TaskDatasets):
-            images = TaskDatasets.open(images, self.args)
+        images = self.eval_dataset[images] if isinstance(images, str) else TaskDatasets.open(images, self.args)
         return self._dataloader(images, self.args.eval_batch_size, training=False)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
@@ -410,17 +433,22 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
             "pin_memory": args.dataloader_pin_memory and torch.cuda.is_available(),
             "persistent_workers": args.dataloader_persistent_workers,
             "prefetch_factor": args.dataloader_prefetch_factor,
-            "multiprocessing_context": args.dataloader_multiprocessing_context,
-            "in_order": args.dataloader_in_order,
+            "multiprocessing_context": getattr(args, "dataloader_multiprocessing_context", None),  # not in 5.14
+            "in_order": getattr(args, "dataloader_in_order", True),  # likewise
             "generator": torch.Generator(),  # else the loader draws from the run's own random state
+            "worker_init_fn": ignore_interrupts,
         }
         datasets = {task: images.datasets[task] for task in tasks}
         columns = {task: images.columns[task] for task in tasks}
         processor = self.processing_class
         reading = {"on_bad_image": args.on_bad_image, "conversation_problem": processor.conversation_problem}
         if images.is_streaming:
-            rows = StreamingRows(datasets, columns, target_rule(processor, args), plan, endless=training, **reading)
-            return EpochDataLoader(rows, batch_size=None, **loading)
+            rule = target_rule(processor, args)
+            options = {**reading, **loading, "endless": training, "count_processes": self._count_processes}
+            stream = StreamingBatches(datasets, columns, rule, plan, **options)
+            if training:
+                self.follow_stream(stream)
+            return EpochDataLoader(stream, batch_size=None, collate_fn=as_it_is)
         rows = RowDataset(datasets, columns, **reading)
         targets = {task: images.targets(task, processor, args) for task in tasks}
         if training and args.cache_latents and "reconstruct" in tasks:
@@ -447,6 +475,10 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
                     f"{file} is not there on every machine: set HF_DATASETS_CACHE to a folder they share."
                 )
             return latent_cache.encode_images(rows, sizes, processor, encode, file)
+
+    def _count_processes(self, present: bool) -> int:
+        """On how many processes `present` is true."""
+        return int(self.accelerator.reduce(torch.tensor(float(present), device=self.args.device), "sum"))
 
     def num_examples(self, dataloader: DataLoader) -> int:
         return len(dataloader.dataset) if not self.images.is_streaming else super().num_examples(dataloader)
@@ -479,10 +511,14 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
         """A context in which the model holds the average of its weights, if there is one."""
         return contextlib.nullcontext() if self.weight_average is None else self.weight_average.applied()
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """As `Trainer.evaluate`, of the averaged weights where there are any."""
+        images = self.eval_dataset if eval_dataset is None else open_eval_sets(eval_dataset, self.args)
+        self.evaluated = metric_key_prefix, images
         with self.averaged_weights():
-            return super().evaluate(*args, **kwargs)
+            return super().evaluate(images, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
@@ -551,9 +587,37 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
             self._data_seconds, self._last_log = 0.0, time.perf_counter()
             if self.skipped_images:
                 logs["skipped_images"] = self.skipped_images
+            if self.texts_cut:
+                logs["texts_cut"] = self.texts_cut
             if self.nonfinite_steps:
                 logs["nonfinite_steps"] = self.nonfinite_steps
         super().log(logs, start_time)
+
+
+def open_eval_sets(source: Any, args: RecAConfig) -> TaskDatasets | dict[str, TaskDatasets]:
+    """One set, of which a mapping may say the dataset of each task; or several, by names that are no task's."""
+    if isinstance(source, Mapping) and source and not source.keys() & TASKS.keys():
+        return {name: TaskDatasets.open(images, args) for name, images in source.items()}
+    return TaskDatasets.open(source, args)
+
+
+def check_metric(args: RecAConfig) -> None:
+    """Raises `ValueError` if the best model is to be chosen by a score that is not computed."""
+    metric = args.metric_for_best_model or ""
+    if metric.endswith(("reconstruction_psnr", "reconstruction_ssim")) and not args.score_images:
+        raise ValueError(f"metric_for_best_model={metric!r} needs score_images: how many held-out images to score.")
+
+
+@contextlib.contextmanager
+def special_tokens_kept():
+    """Outside of this context `Trainer` writes the tokenizer's special tokens into the model's configuration: the weights
+    were trained with those that are there, and a tokenizer that has no such token may know none (BAGEL's start of text)."""
+    align = trainer.align_special_tokens
+    trainer.align_special_tokens = lambda model, processing_class: None
+    try:
+        yield
+    finally:
+        trainer.align_special_tokens = align
 
 
 class EpochDataLoader(DataLoader):
@@ -562,6 +626,10 @@ class EpochDataLoader(DataLoader):
     def set_epoch(self, epoch: int) -> None:
         source = self.dataset if self.batch_size is None and self.batch_sampler is None else self.batch_sampler
         source.set_epoch(epoch)
+
+
+def as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def compile_layers(model: UnifiedModel, **options: Any) -> None:

@@ -8,6 +8,7 @@ runs, checkpoints in OUTPUT_DIR. The options are those of `RecAConfig`, and
 - `die_at`: kill -9 at the so-manyth file operation below OUTPUT_DIR,
 - `nonfinite`: `[process, step]` whose loss is to be NaN,
 - `measure`: every so many steps, note memory, open files, threads and time of the process and its workers,
+- `hold_at`: the step that begins and never ends; the file `held` says that it has begun,
 - `file_limit`: bytes a file may have; writing more fails, as on a full disk.
 """
 
@@ -46,7 +47,7 @@ _context.set_forkserver_preload([__name__, "reca_trainer.models.bagel"])
 def start(output_dir: Path, **options) -> multiprocessing.Process:
     """Run in a fresh process (from a server that has the imports done); its output goes to OUTPUT_DIR/log.txt."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    return fork(_logged, str(output_dir), options)
+    return fork(run_logged, str(output_dir), options)
 
 
 def start_together(output_dir: Path, processes: int, **options) -> list[multiprocessing.Process]:
@@ -57,7 +58,7 @@ def start_together(output_dir: Path, processes: int, **options) -> list[multipro
         port = free.getsockname()[1]
     layout = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
-        fork(_logged, str(output_dir), options, {**layout, "RANK": rank, "LOCAL_RANK": rank})
+        fork(run_logged, str(output_dir), options, {**layout, "RANK": rank, "LOCAL_RANK": rank})
         for rank in range(processes)
     ]
 
@@ -68,7 +69,7 @@ def fork(target, *args) -> multiprocessing.Process:
     return process
 
 
-def _logged(output_dir: str, options: dict, layout: Mapping[str, object] = MappingProxyType({})) -> None:
+def run_logged(output_dir: str, options: dict, layout: Mapping[str, object] = MappingProxyType({})) -> None:
     os.environ.update({name: str(value) for name, value in layout.items()})
     with open(Path(output_dir) / (f"log-{layout['RANK']}.txt" if layout else "log.txt"), "a") as log:
         os.dup2(log.fileno(), 1)
@@ -139,9 +140,12 @@ def main(output_dir: str, options: dict) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     nonfinite, measure = options.pop("nonfinite", None), options.pop("measure", 0)
+    hold_at = options.pop("hold_at", 0)
     run = trainer(output_dir, streaming, full, options.pop("rows", 23), **options)
     if nonfinite:
         poison(run, *nonfinite)
+    if hold_at:
+        run.add_callback(Hold(hold_at))
     measured = Measure(measure)
     if measure:
         run.add_callback(measured)
@@ -170,6 +174,17 @@ class Measure(TrainerCallback):
                 "seconds": time.monotonic(),
             }
             self.samples.append(sample)
+
+
+class Hold(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            (Path(args.output_dir) / "held").touch()
+            while True:
+                signal.pause()
 
 
 def poison(run: Recorder, process: int, step: int) -> None:

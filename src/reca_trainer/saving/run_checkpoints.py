@@ -7,10 +7,11 @@ import errno
 import json
 import os
 import shutil
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import peft
 import torch
@@ -28,7 +29,9 @@ from transformers.utils import logging
 import reca_trainer
 from reca_trainer import adapters
 from reca_trainer.data.instructions import CAPTION_QUESTIONS, INSTRUCTIONS
+from reca_trainer.data.streaming import StreamingBatches
 from reca_trainer.files import sync
+from reca_trainer.interruption import Interrupted, Interruption
 
 try:
     import fcntl
@@ -88,7 +91,7 @@ def make_output_dir(args: TrainingArguments) -> None:
 
     Raises:
         OSError: nothing can be written in `args.output_dir`.
-        RuntimeError: another run writes there.
+        BlockingIOError: another run writes there.
     """
     path = args.output_dir
     try:
@@ -110,7 +113,7 @@ def sole_run(output_dir: str | os.PathLike) -> Iterator[None]:
     """Within it, nobody else can enter for the same folder. Whoever dies leaves, however that happens. Reading is free.
 
     Raises:
-        RuntimeError: another run is in there.
+        BlockingIOError: another run is in there.
     """
     with open(Path(output_dir) / LOCK, "a+") as file:
         _lock(file, output_dir)
@@ -128,7 +131,7 @@ def _lock(file: IO[str], output_dir: str | os.PathLike) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        raise RuntimeError(
+        raise BlockingIOError(
             f"Another run ({file.read()}) writes to output_dir={str(output_dir)!r}. Choose another folder, or wait until "
             "it has ended."
         ) from None
@@ -317,13 +320,16 @@ class RunCheckpoints(Trainer if TYPE_CHECKING else object):
         }
         self._settings: dict[str, Any] = {}
         self._frozen: str | None = None
+        self._stream: StreamingBatches | None = None
+        self.interruption = Interruption()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
         """As `Trainer.train`, and alone in `output_dir`. `resume_from_checkpoint=True` goes on from the newest complete
         checkpoint there, or starts from the beginning, with a warning, if there is none.
 
         Raises:
-            RuntimeError: another run writes to `output_dir`.
+            BlockingIOError: another run writes to `output_dir`.
+            KeyboardInterrupt, SystemExit: the run was told to stop, and has written a checkpoint.
             ValueError: the checkpoint is damaged, holds weights only, or is of a run that goes on differently.
         """
         args = self.args
@@ -336,20 +342,55 @@ class RunCheckpoints(Trainer if TYPE_CHECKING else object):
             by_main_process(args, lambda: stack.enter_context(sole_run(args.output_dir)))
             checkpoint = by_main_process(args, lambda: self._find_checkpoint(resume_from_checkpoint))
             self._settings = self._run_settings()
+            first_step = 0
             if checkpoint is not None:
+                first_step = by_main_process(args, lambda: read_seal(Path(checkpoint))["step"])
                 steps = self._planned_steps()
                 by_main_process(args, lambda: self._check_same_run(Path(checkpoint), steps))
             if self.is_world_process_zero():
                 for abandoned in Path(args.output_dir).glob(f".{PREFIX_CHECKPOINT_DIR}-*.partial"):
                     shutil.rmtree(abandoned)
             self.resumed_from = checkpoint
-            result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
-        if result.global_step == self._initial_global_step:
+            self.interruption.signal = None
+            try:
+                result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            except Interrupted:
+                self._end_interrupted()
+        if result.global_step == first_step:
             logger.warning(
                 f"Nothing was trained: {checkpoint} is of step {result.global_step}, and the run has "
                 f"{self.state.max_steps}. Raise max_steps or num_train_epochs to go on."
             )
         return result
+
+    def _end_interrupted(self) -> NoReturn:
+        """Leave a checkpoint of the last step and how to go on from it.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed.
+            SystemExit: with the status 143, as after SIGTERM.
+        """
+        args, step = self.args, self.state.global_step
+        saves = step > 0 and args.save_strategy != SaveStrategy.NO
+        if saves and by_main_process(args, lambda: self._last_saved_step() != step):
+            self._save_checkpoint(self.model_wrapped, trial=None)
+        if not saves:
+            advice = "There is no checkpoint of it." if step else "Nothing was trained."
+        elif args.save_only_model:
+            advice = f"It was saved with save_only_model=True: you can {NEW_RUN}."
+        else:
+            advice = "To go on, start it again with resume_from_checkpoint=True (on the command line: "
+            advice += "--resume_from_checkpoint true)."
+        cause = self.interruption.cause or "another of its processes was told to stop"
+        message = f"The run ended after step {step} of {self.state.max_steps}, because {cause}. {advice}"
+        logger.warning(message)
+        if self.interruption.signal == signal.SIGINT:
+            raise KeyboardInterrupt(message)
+        raise SystemExit(128 + signal.SIGTERM)
+
+    def _last_saved_step(self) -> int | None:
+        whole, _ = checkpoints(self.args.output_dir)
+        return read_seal(whole[-1])["step"] if whole else None
 
     def _find_checkpoint(self, resume_from_checkpoint: str | os.PathLike | bool | None) -> str | None:
         if resume_from_checkpoint is True:
@@ -367,15 +408,28 @@ class RunCheckpoints(Trainer if TYPE_CHECKING else object):
             ) from error
         return str(resume_from_checkpoint)
 
+    @property
+    def _stream_file(self) -> str:
+        """Where the stream of this process stands; each has its own rows."""
+        return f"stream-{self.args.process_index}.json"
+
+    def follow_stream(self, stream: StreamingBatches) -> None:
+        """Write down in every checkpoint where a stream stands. In a resumed run it goes on from there."""
+        self._stream = stream
+        if self.resumed_from and not self.args.ignore_data_skip:
+            stream.load_state_dict(json.loads((Path(self.resumed_from) / self._stream_file).read_text()))
+
     def _planned_steps(self) -> int:
         if self.args.max_steps > 0:
             return self.args.max_steps
         return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """As in `Trainer`, except that a run resumed behind its last step does not take another one."""
+        """As in `Trainer`, except that a run resumed behind its last step does not take another one, and that it may be
+        told to stop."""
         if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
+            with self.interruption.watched():
+                super()._run_epoch(*args, **kwargs)
         else:
             self.control.should_training_stop = True
 
@@ -392,6 +446,8 @@ class RunCheckpoints(Trainer if TYPE_CHECKING else object):
                 super()._save_checkpoint(model, trial)
             if self.weight_average is not None:
                 self.weight_average.save(staging / final.name)
+            if self._stream is not None:
+                (staging / final.name / self._stream_file).write_text(json.dumps(self._stream.state_dict()))
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 self._finish_checkpoint(staging / final.name, final)
@@ -483,12 +539,20 @@ class RunCheckpoints(Trainer if TYPE_CHECKING else object):
         order: dict[str, Any] = {
             "micro-batches of each task": self.task_pattern,
             "seed": args.seed if args.data_seed is None else args.data_seed,
-            "rows": None if self.images.is_streaming else {t: len(self.images.datasets[t]) for t in self.task_pattern},
+            "rows": None
+            if self.images.is_streaming
+            else {t: len(self.images.datasets[t]) for t in self.task_pattern},
             "columns": {task: self.images.columns[task] for task in self.task_pattern},
             "seed of the rows held out": args.seed if args.eval_size else None,
             "dataloader_drop_last": args.dataloader_drop_last,
             "cache_latents": args.cache_latents,  # keeps images at their own sizes
         }
+        if self.images.is_streaming:
+            order["shards"] = {t: getattr(self.images.datasets[t], "num_shards", None) for t in self.task_pattern}
+            order[
+                "readers of the stream (processes x dataloader_num_workers), who divide its shards: with others, rows would "
+                "come twice or never"
+            ] = f"{args.world_size} x {max(args.dataloader_num_workers, 1)}"
         if self.processing_class.fixed_size is not None:
             order["images per micro-batch (per_device_train_batch_size x processes)"] = (
                 args.train_batch_size * args.world_size
