@@ -347,10 +347,15 @@ def prepare(model: PeftModel) -> PeftModel:
             if getattr(layer, "gradient_checkpointing", False):
                 layer._gradient_checkpointing_func = functools.partial(_anchored, layer._gradient_checkpointing_func)
 
+    def gradient_checkpointing_enable(gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+        # Its name in transformers before 5.23.
+        activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
     vars(model).update(
         save_pretrained=save_pretrained,
         create_or_update_model_card=lambda output_dir: None,  # PEFT's shows the base's path; `hub.model_card` is ours
         activation_checkpointing_enable=activation_checkpointing_enable,
+        gradient_checkpointing_enable=gradient_checkpointing_enable,
     )
     return model
 

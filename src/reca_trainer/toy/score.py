@@ -115,8 +115,15 @@ def judge_dense(scenes: Sequence[Scene], facts: Sequence[list[Fact]]) -> dict[st
 
 
 def compare_images(images: Sequence[Image.Image], references: Sequence[Image.Image]) -> dict[str, Score]:
-    """PSNR (dB) and SSIM of each image against its reference, which it is resized to, both on the range [0, 1]."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+    """PSNR (dB) and SSIM of each image against its reference, which it is resized to, both on the range [0, 1].
+
+    Raises:
+        ImportError: torchmetrics is not installed.
+    """
+    try:
+        from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+    except ImportError as error:
+        raise ImportError("PSNR and SSIM need torchmetrics: pip install 'reca-trainer[evaluation]'.") from error
 
     psnr, ssim = [], []
     for image, reference in zip(images, references, strict=True):
@@ -156,7 +163,8 @@ def score(
 
     Returns:
         For each name a mean, its standard error and the number of measurements: the `CATEGORIES` and their
-        `short_mean`; `dense_soft`, `dense_strict`; `psnr` (dB), `ssim`, `facts_kept` of reconstructions;
+        `short_mean`; `dense_soft`, `dense_strict`; `facts_kept` of reconstructions and, unless `quick`, their `psnr` (dB)
+        and `ssim`, which need torchmetrics;
         `question_accuracy` and, for each of `QUESTION_KINDS`, its own accuracy, as `question_where_is`.
     """
     world = world or World()
@@ -194,7 +202,8 @@ def score(
     kept = dense[:size]
     originals = [world.render(scene) for scene in kept]
     images = generate(len(CATEGORIES) + 1, text=[INSTRUCTION] * size, images=originals)
-    results |= compare_images(images, originals)
+    if not quick:
+        results |= compare_images(images, originals)
     results["facts_kept"] = judge_dense(detect(images), [world.facts(scene) for scene in kept])["soft"]
 
     for kind, triples in asked.items():

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig, Qwen2Config
 
+from reca_trainer.models.common.configuration import CompositeConfig
+
 
 class HarmonMarConfig(PreTrainedConfig):
     """The MAR part (arXiv:2406.11838), argument names as in its published configurations. Defaults: Harmon-0.5B.
@@ -55,7 +57,7 @@ class HarmonMarConfig(PreTrainedConfig):
         return self.img_size // self.vae_stride
 
 
-class HarmonConfig(PreTrainedConfig):
+class HarmonConfig(CompositeConfig):
     """Configuration of `HarmonModel`.
 
     Args:
@@ -68,7 +70,7 @@ class HarmonConfig(PreTrainedConfig):
     """
 
     model_type = "harmon"
-    sub_configs_defaults = {"text_config": Qwen2Config, "mar_config": HarmonMarConfig}  # noqa: RUF012
+    sub_configs = {"text_config": Qwen2Config, "mar_config": HarmonMarConfig}  # noqa: RUF012
 
     text_config: dict | PreTrainedConfig | None = None
     mar_config: dict | PreTrainedConfig | None = None
@@ -80,6 +82,7 @@ class HarmonConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any):
         if self.text_config is None:
             self.text_config = qwen2_5("0.5b")
+        self.mar_config = HarmonMarConfig() if self.mar_config is None else self.mar_config
         self.vae_config = self.vae_config or kl_vae_config()
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = self.text_config.tie_word_embeddings

@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import InternVLConfig, PreTrainedConfig, SiglipVisionConfig
 
+from reca_trainer.models.common.configuration import CompositeConfig
+
 # InternVL3-1B, as arguments of transformers' InternVLConfig.
 INTERNVL3_1B = {
     "text_config": {
@@ -54,7 +56,7 @@ DC_AE_F32C32 = {
 FLOW_DPM_SOLVER = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 
 
-class OpenUniConfig(PreTrainedConfig):
+class OpenUniConfig(CompositeConfig):
     """Configuration of an `OpenUniModel`. The defaults are those of OpenUni-B-512.
 
     Args:
@@ -68,7 +70,7 @@ class OpenUniConfig(PreTrainedConfig):
     """
 
     model_type = "openuni"
-    sub_configs_defaults = {"internvl_config": InternVLConfig, "connector_config": SiglipVisionConfig}  # noqa: RUF012
+    sub_configs = {"internvl_config": InternVLConfig, "connector_config": SiglipVisionConfig}  # noqa: RUF012
 
     internvl_config: dict | PreTrainedConfig | None = None
     connector_config: dict | PreTrainedConfig | None = None
