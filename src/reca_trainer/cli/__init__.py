@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import logging
 import re
 import sys
-import warnings
 from collections.abc import Sequence
 
 # Functions (by default `main`) that take `argv` and read the command's own arguments.
@@ -18,6 +16,7 @@ COMMANDS = {
     "generate": ("reca_trainer.cli.pictures:generate", "make pictures from prompts"),
     "reconstruct": ("reca_trainer.cli.pictures:reconstruct", "make pictures again from the model's understanding"),
     "edit": ("reca_trainer.cli.pictures:edit", "change pictures as prompts say"),
+    "demo": ("reca_trainer.cli.demo", "a page to click: a model beside its adapters"),
     "merge": ("reca_trainer.cli.merge", "merge an adapter into its base model"),
     "export": ("reca_trainer.cli.export", "write a model in another layout, dtype or quantisation"),
     "push": ("reca_trainer.cli.push", "upload an adapter or a model to the Hub"),
@@ -49,9 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] not in COMMANDS:
         make_parser().parse_args(argv)
-    # What these say, nobody at a command line can act on.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of kernels that nothing here needs
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT's own
     try:
         module, _, function = COMMANDS[argv[0]][0].partition(":")
         getattr(importlib.import_module(module), function or "main")(with_underscores(argv[1:]))
