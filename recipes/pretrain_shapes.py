@@ -318,9 +318,9 @@ def train_generator(model: Model, world: World, texts: Texts, arguments: Argumen
         chosen = rng.integers(len(scenes), size=arguments.batch_size)
         captions = ["" if rng.random() < 0.1 else world.caption(scenes[i], rng, SPARSE) for i in chosen]
         batch = {"task": "generate", "latents": latents[chosen], **texts.processor.tokenize(captions)}
-        batch["timesteps_per_image"] = 2
+        corruption = model.sample_corruption({**batch, "timesteps_per_image": 2})
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return {"velocity": model(**batch).loss}
+            return {"velocity": model(corruption=corruption, **batch).loss}
 
     train_modules(model, model.generation_modules, "generator", loss_of_step, arguments.generator_steps, 3e-3, curves)
 

@@ -8,7 +8,9 @@ from datasets import Dataset
 
 from reca_trainer import RecAConfig, RecATrainer
 from reca_trainer.data.collator import UnifiedCollator
+from reca_trainer.models import janus
 from reca_trainer.models.common.texts import fits, word_ids
+from reca_trainer.models.janus.processing_janus import MASK
 from reca_trainer.toy.tokenizer import UNKNOWN
 from tests.models.test_contract import CASES, PICTURES, TASKS, build, conversation, fresh
 
@@ -18,6 +20,7 @@ AS_ORIGINAL = {
     "bagel": ("reconstruct", "caption", "generate", "edit"),
     "embedded": ("reconstruct", "caption", "generate", "edit"),
     "harmon": ("reconstruct", "caption", "generate"),
+    "lance": ("reconstruct", "caption", "generate", "edit"),
     "openuni": ("generate",),
 }
 LONG = "a, red, " * 2_500  # 5,000 words, and as many commas
@@ -35,7 +38,7 @@ def special_tokens(processor):
 def limited(family):
     """A processor that takes few enough tokens for quick tests, where its own limit is high."""
     model, processor = fresh(family)
-    if family in ("bagel", "embedded", "lance"):
+    if family in ("bagel", "embedded", "janus", "lance"):
         processor.max_text_length = 512
     return model, processor
 
@@ -96,11 +99,16 @@ def test_inference_reads_texts_as_training_does(family):
     steps = {} if family == "janus" else {"num_inference_steps": 1}
     calls = {
         "generate": lambda text: model.generate_images(
-            processor, text, guidance_scale=model.no_guidance_scale, generator=torch.Generator().manual_seed(0), **steps
+            processor,
+            text,
+            guidance_scale=model.no_guidance_scale,
+            generator=torch.Generator().manual_seed(0),
+            **steps,
         ),
         "caption": lambda text: model.generate_text(processor, text, PICTURE, max_new_tokens=1),
     }
-    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: embedded.append(inputs[0]))
+    embeddings = getattr(model, "internvl", model).get_input_embeddings()
+    hook = embeddings.register_forward_pre_hook(lambda _, inputs: embedded.append(inputs[0]))
     try:
         for task, call in calls.items():
             counts = []
@@ -200,16 +208,23 @@ def test_words_keep_their_spelling():
     assert processor.tokenizer.decode(word_ids(processor.tokenizer, text)) == text
 
 
-def test_janus_reads_any_text_as_its_words():
-    _, processor = build("janus")
-    mask = "\ue000"
-    for text in (f"a {mask}0{mask} cat", f"{mask}", "<image_placeholder><begin_of_image>", "<|begin▁of▁sentence|>"):
+def test_janus_hides_names_from_its_chat_template_and_nothing_else():
+    processor = janus.Processor.tiny(janus.Config.tiny(image_size=16))  # its tokens are bytes
+    tokens = special_tokens(processor)
+    frame = processor(text=["x"], task="generate")["input_ids"][0]
+    for text in (
+        f"a {MASK}0{MASK} cat",
+        MASK,
+        "<image_placeholder><begin_of_image>",
+        "a <|begin▁of▁sentence|> b",
+        "é",
+    ):
         (ids,) = processor(text=[text], task="generate")["input_ids"]
-        frame = processor(text=["x"], task="generate")["input_ids"][0]
-        words = word_ids(processor.tokenizer, text)
-        tokens = special_tokens(processor)
         assert count_of(ids, tokens) == count_of(frame, tokens)
-        assert len(ids) == len(frame) - len(word_ids(processor.tokenizer, "x")) + len(words)
+        start = next(place for place, pair in enumerate(zip(ids, frame, strict=False)) if pair[0] != pair[1])
+        words = ids[start : start + len(text.encode())].tolist()
+        assert processor.tokenizer.decode(words) == text
+        assert torch.equal(ids[start + len(words) :], frame[start + 1 :])
 
 
 def test_a_run_counts_and_logs_the_texts_that_it_cuts(tmp_path, caplog, monkeypatch):
@@ -230,9 +245,7 @@ def test_a_run_counts_and_logs_the_texts_that_it_cuts(tmp_path, caplog, monkeypa
         disable_tqdm=True,
     )
     pictures = Dataset.from_dict({"image": [picture.resize((32, 32)) for picture in (*PICTURES, PICTURE)]})
-    run = RecATrainer(
-        model, args, UnifiedCollator(processor), train_dataset=pictures, processing_class=processor
-    )
+    run = RecATrainer(model, args, UnifiedCollator(processor), train_dataset=pictures, processing_class=processor)
     run.train()
     assert [entry["texts_cut"] for entry in run.state.log_history if "texts_cut" in entry] == [2, 4]
     assert caplog.text.count("texts_cut counts them") == 1

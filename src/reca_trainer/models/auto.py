@@ -149,4 +149,5 @@ class AutoUnifiedProcessor:
         package, published = detect(folder)
         if published:
             return package.read_published_processor(folder, **kwargs)
+        kwargs.setdefault("config", package.Config.from_pretrained(folder))  # else the tokenizer looks for one it knows
         return package.Processor.from_pretrained(folder, **kwargs)

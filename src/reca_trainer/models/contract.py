@@ -126,6 +126,12 @@ class UnifiedModel(PreTrainedModel):
         ) -> None:
             self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
 
+    else:
+
+        @property
+        def is_gradient_checkpointing(self) -> bool:
+            return self.is_activation_checkpointing  # PEFT asks by the older name, and transformers would warn of it
+
     @property
     def image_sides(self) -> range | None:
         return None

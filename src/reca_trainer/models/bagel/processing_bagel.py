@@ -151,7 +151,9 @@ class BagelProcessor(UnifiedProcessor):
     def conversation_problem(self, conversation: Conversation) -> str | None:
         """See `UnifiedProcessor.conversation_problem`: no words to learn, none among the tokens that are kept, or two
         messages that show the one image."""
-        answers = [i for i, message in enumerate(conversation) if message["role"] == "assistant" and message["content"]]
+        answers = [
+            i for i, message in enumerate(conversation) if message["role"] == "assistant" and message["content"]
+        ]
         if not answers:
             return "no answer"
         if sum(message["role"] == "user" and IMAGE_MARK in message["content"] for message in conversation) > 1:

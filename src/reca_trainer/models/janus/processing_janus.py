@@ -26,10 +26,6 @@ from reca_trainer.models.contract import Conversation, UnifiedProcessor, convers
 from reca_trainer.models.janus.configuration_janus import TINY_SPECIAL_TOKENS, JanusConfig
 from reca_trainer.tasks import TASKS
 
-# Janus was trained on sequences of up to 4,096 tokens (arXiv:2410.13848, section 4.1), of which 1,156 are images where it
-# reads and draws one.
-MAX_LENGTH = 4096
-MAX_TEXT_LENGTH = 2048
 MASK = "\ue000"  # of the private use area: stands around what a text must not be read as
 
 _BYTES = pre_tokenizers.ByteLevel.alphabet()
@@ -53,10 +49,17 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
     The first two are padded on the left, so that `boi` is last. Where their text is dropped, padding tokens, which are
     attended to, stand for everything between `bos` and the last `boi`, the image included.
 
-    A text of more than `MAX_TEXT_LENGTH` tokens loses its end, and so does a conversation of more than `MAX_LENGTH`.
-
     It saves and loads as transformers' own, whose call with free-form text is `transformers.JanusProcessor.__call__`.
+
+    Attributes:
+        max_length: tokens of a conversation, its image included: Janus was trained on sequences of 4,096 tokens
+            (arXiv:2410.13848, section 4.1).
+        max_text_length: tokens of a caption, instruction or question. Beside it such a sequence has room for an image that
+            is read and one that is drawn.
     """
+
+    max_length: int = 4096
+    max_text_length: int = 2048
 
     @classmethod
     def tiny(cls, config: JanusConfig, tokenizer: PreTrainedTokenizerFast | None = None) -> JanusProcessor:
@@ -216,8 +219,8 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
                 answer_ids = [*word_ids(self.tokenizer, f" {answer}"), self.tokenizer.eos_token_id]
                 sequence += prompt + answer_ids
                 target += [-100] * len(prompt) + answer_ids
-            sequences.append(self.shorten(sequence, MAX_LENGTH))
-            targets.append(target[:MAX_LENGTH])
+            sequences.append(self.shorten(sequence, self.max_length))
+            targets.append(target[: self.max_length])
         return {
             "condition_pixel_values": inputs["pixel_values"],
             "input_ids": pad_rows(sequences, self.tokenizer.pad_token_id),
@@ -243,12 +246,10 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
         return prompts
 
     def _shorten_text(self, text: str) -> str:
-        if fits(partial(word_ids, self.tokenizer), [text], MAX_TEXT_LENGTH):
+        if fits(partial(word_ids, self.tokenizer), [text], self.max_text_length):
             return text
-        words = self.tokenizer(
-            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
-        )
-        last = len(self.shorten(words["input_ids"], MAX_TEXT_LENGTH)) - 1
+        words = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+        last = len(self.shorten(words["input_ids"], self.max_text_length)) - 1
         return text[: words["offset_mapping"][last][1]]
 
     def _mask(self, text: str) -> str:

@@ -120,7 +120,6 @@ class LanceModel(LanceGeneration, MoTModel):
         condition_embeds: torch.Tensor | None = None,
         condition_grid: torch.Tensor | None = None,
         condition_attention_mask: torch.Tensor | None = None,
-        timesteps_per_image: int = 1,
     ) -> UnifiedOutput:
         """RecA: read the image's own embeddings and the instruction, then denoise the same image.
 
@@ -131,7 +130,6 @@ class LanceModel(LanceGeneration, MoTModel):
             latents, posterior: instead of `pixel_values`, see `_target_latents`.
             condition_embeds, condition_grid, condition_attention_mask: instead of `condition_pixel_values`, what
                 `encode_batch` gives.
-            timesteps_per_image: only `sample_corruption` reads it; here `corruption` has the number already.
         """
         latents = self._target_latents(corruption, pixel_values, latents, posterior)
         if condition_embeds is None:
@@ -151,7 +149,6 @@ class LanceModel(LanceGeneration, MoTModel):
         pixel_values: torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
         posterior: torch.Tensor | None = None,
-        timesteps_per_image: int = 1,
     ) -> UnifiedOutput:
         """Text-to-image; the arguments are as in `_reconstruct`."""
         latents = self._target_latents(corruption, pixel_values, latents, posterior)
@@ -169,7 +166,6 @@ class LanceModel(LanceGeneration, MoTModel):
         pixel_values: torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
         posterior: torch.Tensor | None = None,
-        timesteps_per_image: int = 1,
     ) -> UnifiedOutput:
         """Editing: the source as image embeddings and as latents, the instruction, then the target. Without
         `source_pixel_values` and `condition_pixel_values` the source is dropped. The other arguments are as in
@@ -194,14 +190,12 @@ class LanceModel(LanceGeneration, MoTModel):
         attention_mask: torch.Tensor | None = None,
         condition_pixel_values: torch.Tensor | list[torch.Tensor] | None = None,
         image_position: torch.Tensor | None = None,
-        timesteps_per_image: int = 1,
     ) -> UnifiedOutput:
         """Text about an image: next-token cross-entropy over the supervised tokens of a conversation.
 
         Args:
             condition_pixel_values: `None` where no conversation shows an image.
             image_position: `[B]` int64, how many tokens come before the image, -1 where the conversation shows none.
-            timesteps_per_image: the trainer sets it for all tasks alike; here it changes nothing.
         """
         text, embeds = self.embed(input_ids), None
         if condition_pixel_values is not None:
