@@ -1,6 +1,8 @@
 import json
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -8,7 +10,8 @@ from PIL import Image
 
 from reca_trainer.cli import compare, evaluate
 from reca_trainer.evaluation.compare import compare_runs
-from reca_trainer.evaluation.report import summarize
+from reca_trainer.evaluation.image_scores import mean_lab
+from reca_trainer.evaluation.report import summarize, summarize_measures
 from reca_trainer.models.auto import AutoUnifiedModel
 
 
@@ -74,6 +77,30 @@ def test_the_table_gives_paired_differences(runs, tmp_path):
     )
 
 
+def test_the_colour_cast_against_the_base_is_in_the_table(tmp_path):
+    runs = [write_run(tmp_path / name, {"p": [1, 1], "q": [0, 1]}) for name in ("base", "yellow")]
+    for run, values in zip(runs, ([1, 1, 3, 3], [5, 5, 9, 9]), strict=True):
+        rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+        rows = [row | {"measures": {"lab_b": value}} for row, value in zip(rows, values, strict=True)]
+        (run / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        report = json.loads((run / "report.json").read_text()) | {"means": summarize_measures(rows)}
+        (run / "report.json").write_text(json.dumps(report))
+    text = compare_runs(runs, tmp_path / "out")
+    assert "| lab_b | 2 (0.04004 to 3.96) | 7 (3.08 to 10.92) | +5 (3.04 to 6.96) |" in text
+    assert "<td>lab_b</td>" in (tmp_path / "out/compare.html").read_text()
+
+
+def test_runs_from_before_colours_were_measured_are_still_compared(runs, tmp_path):
+    assert "lab_b" not in compare_runs(runs, tmp_path / "out")
+
+
+def test_answers_to_own_questions_are_refused(tmp_path):
+    run = write_run(tmp_path / "a", {"p": [1]})
+    (run / "results.jsonl").write_text('{"index": 0, "question": "?", "correct": true}\n')
+    with pytest.raises(ValueError, match="questions of your own"):
+        compare_runs([run, run], tmp_path / "out")
+
+
 @pytest.mark.parametrize("place", ["../secret.png", "/absolute", "images/link.png"])
 def test_only_pictures_of_the_run_itself_are_shown(tmp_path, place):
     runs = [write_run(tmp_path / name, {"p": [1, 1]}) for name in ("base", "tuned")]
@@ -134,6 +161,35 @@ def test_a_base_its_adapter_and_a_finished_run(bagel_folder, detector_folder, cl
     report = json.loads((tmp_path / result["runs"][1] / "report.json").read_text())
     assert (report["model"], report["adapter"]) == (bagel_folder, str(tmp_path / "adapter"))
     assert (tmp_path / "out/compare.html").read_text().count("<figure") == 18
+    means = [difference["means"] for difference in result["differences"]]
+    assert list(means[0]) == ["lab_l", "lab_a", "lab_b"] and means[1]["lab_b"] == {"mean": 0, "margin": 0}
+    colors = [mean_lab(Image.open(path)) for path in sorted((tmp_path / "before").glob("images/*/samples/*.png"))]
+    measured = json.loads((tmp_path / "before/report.json").read_text())["means"]
+    assert [measured[f"lab_{axis}"]["mean"] for axis in "lab"] == pytest.approx(np.mean(colors, axis=0))
+
+
+def test_a_base_and_its_adapter_are_compared_in_4_bits(bagel_folder, judge_folder, clip_folder, tmp_path):
+    model = AutoUnifiedModel.from_pretrained(bagel_folder)
+    get_peft_model(model, LoraConfig(target_modules=model.lora_target_modules)).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "questions.csv").write_text(
+        "item_id,text,proposition_id,dependency,tuple,question_natural_language\na,A plane.,1,0,entity - whole (p),is it red ?\n"
+    )
+    options = f"--benchmark dpg --prompts {tmp_path / 'questions.csv'} --judge {judge_folder} --dtype float32"
+    options += f" --images_per_prompt 2 --clip {clip_folder} --sampling num_inference_steps=2 --output_dir"
+    models = [bagel_folder, str(tmp_path / "adapter")]
+    compare.main([*models, *options.split(), str(tmp_path / "plain")])
+    compare.main([*models, "--load_in_4bit", *options.split(), str(tmp_path / "quantised")])
+    results = [json.loads((tmp_path / name / "compare.json").read_text()) for name in ("plain", "quantised")]
+    images = [
+        [(path / "images/a/samples/00000.png").read_bytes() for path in map(Path, result["runs"])]
+        for result in results
+    ]
+    assert images[0][0] == images[0][1] != images[1][0] == images[1][1]  # the adapter changes nothing, 4 bits do
+    report = json.loads((Path(results[1]["runs"][0]) / "report.json").read_text())
+    assert report["load_in_4bit"] is True and 0 < report["means"]["clip_diversity"]["mean"] < 2
+    command = f"--model {bagel_folder} {options} {results[1]['runs'][0]}"
+    with pytest.raises(ValueError, match="load_in_4bit was True, is None"):
+        evaluate.main(command.split())  # the folder's images are those of quantised weights
 
 
 def test_one_model_is_no_comparison(tmp_path):

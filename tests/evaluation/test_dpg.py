@@ -9,8 +9,8 @@ from PIL import Image
 
 from reca_trainer.cli import evaluate
 from reca_trainer.evaluation import dpg
+from reca_trainer.evaluation.endpoint_judge import EndpointJudge
 from reca_trainer.evaluation.generation import Prompt, find_images
-from reca_trainer.evaluation.judge import EndpointJudge
 
 HEADER = (
     "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language"
@@ -103,12 +103,13 @@ def test_grids_hold_the_images_in_reading_order(tmp_path):
     dpg.write_grids([prompt], lambda drawn: find_images(tmp_path / "images", drawn.id), tmp_path / "grids")
     grid = Image.open(tmp_path / "grids/item.png")
     assert grid.size == (12, 8) and grid.getpixel((11, 0)) == (0, 128, 0) and grid.getpixel((0, 7)) == (0, 0, 255)
+    (tmp_path / "grids/item.png").rename(tmp_path / "grids/item.PNG")
     dpg.read_grids(tmp_path / "grids", [prompt], tmp_path / "again")
     for first, other in zip(
         find_images(tmp_path / "images", "item"), find_images(tmp_path / "again", "item"), strict=True
     ):
         assert Image.open(first).tobytes() == Image.open(other).tobytes()
-    Image.new("RGB", (5, 4)).save(tmp_path / "grids/item.png")
+    Image.new("RGB", (5, 4)).save(tmp_path / "grids/item.PNG")
     with pytest.raises(ValueError, match="even sides"):
         dpg.read_grids(tmp_path / "grids", [prompt], tmp_path / "again")
 

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from reca_trainer.cli import main
-from reca_trainer.evaluation.judge import EndpointJudge, JudgeError
+from reca_trainer.evaluation.endpoint_judge import EndpointJudge, JudgeError
 
 KEY = "sk-0123456789-secret"
 IMAGE = Image.new("RGB", (4, 4), "red")
@@ -288,7 +288,7 @@ def test_the_key_is_in_no_message_and_in_no_log(status, caplog):
 )
 def test_the_command_line_prints_one_line(failure, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr("reca_trainer.evaluation.evaluate.EndpointJudge", partial(EndpointJudge, pause=0))
+    monkeypatch.setattr("reca_trainer.evaluation.endpoint_judge.EndpointJudge", partial(EndpointJudge, pause=0))
     (tmp_path / "questions.csv").write_text(
         "item_id,text,proposition_id,dependency,tuple,question_natural_language\n"
         "a,A red plane.,1,0,entity - whole (plane),Is it red?\n"

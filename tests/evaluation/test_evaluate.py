@@ -1,14 +1,18 @@
+import subprocess
 import sys
 from dataclasses import fields
 
 import pytest
+from PIL import Image
 
+from reca_trainer.callbacks import ReconstructionScores
 from reca_trainer.cli import main
 from reca_trainer.cli.compare import make_parser as comparison_parser
 from reca_trainer.cli.evaluate import make_parser
 from reca_trainer.evaluation.arguments import EvaluationArguments, parse_sampling, parse_value
 from reca_trainer.evaluation.evaluate import spread
 from reca_trainer.evaluation.geneval import TAGS, prompts
+from reca_trainer.evaluation.image_scores import image_scores, load_lpips, mean_lab
 
 
 def test_sampling_options_are_json_where_they_can_be():
@@ -57,7 +61,7 @@ def test_every_option_is_explained():
     assert all(option.metadata["help"] for option in fields(EvaluationArguments))
     text = make_parser().format_help()
     assert all(f"--{option.name}" in text for option in fields(EvaluationArguments))
-    assert "geneval,dpg}" in comparison_parser().format_help()
+    assert "{geneval,dpg,understanding}" in comparison_parser().format_help()
 
 
 @pytest.mark.parametrize(
@@ -67,8 +71,15 @@ def test_every_option_is_explained():
         ("--benchmark geneval --model a --images b", "either --model or --images"),
         ("--benchmark reconstruction --images b", "needs a --model"),
         ("--benchmark dpg --model a", "needs --prompts"),
-        ("--benchmark understanding --model a", "needs --dataset"),
-        ("--benchmark understanding --model a --dataset b --protocol paper", "about making images"),
+        ("--benchmark understanding --model a --dataset b --protocol paper", "about images that were made"),
+        ("--benchmark understanding --model a --lpips", "about images that were made"),
+        (
+            "--benchmark understanding --model a --dataset b --tasks mme",
+            "--tasks is for understanding without --dataset",
+        ),
+        ("--benchmark geneval --model a --tasks mme", "--tasks is for understanding without --dataset"),
+        ("--benchmark reconstruction --model a", "reconstruction needs --dataset"),
+        ("--benchmark geneval --images a --load_in_4bit", "--load_in_4bit is about making images"),
         ("--benchmark geneval --images a --protocol paper", "--protocol is about making images"),
         ("--benchmark geneval --images a --prompts_file b", "--prompts_file is about making images"),
         ("--benchmark dpg --model a --prompts b --judge c --prompts_file d", "--prompts_file is GenEval's"),
@@ -82,7 +93,31 @@ def test_a_command_that_cannot_work_says_so_at_once(arguments, message, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def test_a_package_that_is_missing_is_named(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    assert main(["evaluate", "--benchmark", "geneval", "--model", "a", "--output_dir", str(tmp_path)]) == 1
-    assert "pip install 'reca-trainer[evaluation]'" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("package", "options", "extra"),
+    [
+        ("scipy", "--benchmark geneval", "evaluation"),
+        ("torchmetrics", "--benchmark reconstruction --dataset b", "evaluation"),
+        ("torchmetrics", "--benchmark dpg --prompts b --judge c --lpips", "evaluation"),
+        ("torchvision", "--benchmark dpg --prompts b --judge c --lpips", "lpips"),
+        ("httpx2", "--benchmark dpg --prompts b --judge c --judge_url http://d", "evaluation"),
+        ("lmms_eval", "--benchmark understanding", "lmms"),
+    ],
+)
+def test_a_package_that_is_missing_is_named(package, options, extra, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["evaluate", *options.split(), "--model", "a", "--output_dir", str(tmp_path)]) == 1
+    name = options.split()[1]
+    line = f"reca-trainer evaluate: {name} needs {package}: pip install 'reca-trainer[{extra}]'.\n"
+    assert capsys.readouterr().err == line
+
+
+def test_without_torchmetrics_only_its_scores_are_missing(monkeypatch):
+    script = "import sys; sys.modules['torchmetrics'] = None; import reca_trainer.callbacks, reca_trainer.evaluation.compare"
+    subprocess.run([sys.executable, "-c", script], check=True)
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    image = Image.new("RGB", (16, 16))
+    for scores in (lambda: image_scores(image, image), load_lpips, lambda: ReconstructionScores(None)):
+        with pytest.raises(ImportError, match=r"need torchmetrics: pip install 'reca-trainer\[evaluation\]'"):
+            scores()
+    assert mean_lab(image) == pytest.approx([0, 0, 0])

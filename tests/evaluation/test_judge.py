@@ -10,7 +10,8 @@ from PIL import Image
 from transformers.utils.import_utils import is_serve_available
 
 from reca_trainer.cli import compare, evaluate
-from reca_trainer.evaluation.judge import EndpointJudge, LocalJudge
+from reca_trainer.evaluation.endpoint_judge import EndpointJudge
+from reca_trainer.evaluation.judge import LocalJudge
 
 IMAGES = [
     Image.fromarray(np.random.default_rng(i).integers(0, 256, (30, 20, 3), dtype=np.uint8)) for i in range(5)

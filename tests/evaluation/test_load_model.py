@@ -8,7 +8,7 @@ from transformers import BitsAndBytesConfig
 
 from reca_trainer import AutoUnifiedModel
 from reca_trainer.adapters import attach
-from reca_trainer.evaluation.evaluate import load_model
+from reca_trainer.evaluation.generation import load_model
 from reca_trainer.models.weights import CheckpointError
 from tests.conftest import GOLDEN
 
@@ -57,3 +57,17 @@ def test_a_qlora_adapter_is_scored_on_the_quantised_base(tmp_path):
     assert loaded.is_loaded_in_4bit and any(".absmax" in name for name in loaded.state_dict())
     plain = AutoUnifiedModel.from_pretrained(tmp_path, base_model=CHECKPOINT, quantization_config=None)
     assert not any(".absmax" in name for name in plain.state_dict())
+
+
+def test_4_bits_are_those_of_the_training(tmp_path):
+    """Double quantisation stays where the adapter was trained on it; without an adapter's word it is plain NF4."""
+    nested = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    saved_adapter(tmp_path / "nested", quantization_config=nested)
+    saved_adapter(tmp_path / "plain")
+    for adapter, double in (("nested", True), ("plain", False), (None, False)):
+        path = None if adapter is None else str(tmp_path / adapter)
+        model, _ = load_model(CHECKPOINT, path, "float32", load_in_4bit=True)
+        config = model.config.quantization_config
+        assert (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == ("nf4", double)
+        assert model.is_loaded_in_4bit
+    assert not getattr(load_model(CHECKPOINT, str(tmp_path / "plain"), "float32")[0], "is_loaded_in_4bit", False)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from reca_trainer.evaluation.report import compare_rows, summarize
+from reca_trainer.evaluation.report import compare_measures, compare_rows, summarize, summarize_measures, write_report
 
 
 def rows(scores, images=1, tag="a", prefix=""):
@@ -98,3 +98,38 @@ def test_the_interval_of_a_difference_covers_as_often_as_it_says():
 def test_runs_over_other_images_are_not_compared():
     with pytest.raises(ValueError, match="same images"):
         compare_rows(rows([1, 0]), rows([1, 0, 1]), "mean of images")
+
+
+def measured(values):
+    """Rows of prompts a, b, … with two images each."""
+    return [
+        {"id": prompt, "filename": f"{k}.png", "score": 1.0, "categories": {}, "measures": {"b": value}}
+        for prompt, pair in zip("abc", values, strict=True)
+        for k, value in enumerate(pair)
+    ]
+
+
+def test_prompts_and_not_images_are_what_a_mean_is_sure_of():
+    mean = summarize_measures(measured([(1, 3), (2, 2), (5, 5)]))["b"]
+    assert mean["mean"] == 3 and mean["margin"] == pytest.approx(1.959964 * 3**0.5 / 3**0.5)
+    assert summarize_measures([{"id": "a"}]) == {}
+
+
+def test_a_measure_that_a_row_lacks_is_left_out():
+    rows = measured([(1, 3), (2, 2), (5, 5)])
+    rows[3]["measures"] = {}
+    assert summarize_measures(rows) == {} == compare_measures(rows, rows)
+
+
+def test_differences_of_measures_are_paired():
+    base, other = measured([(1, 3), (20, 20), (50, 50)]), measured([(2, 4), (21, 21), (51, 51)])
+    assert compare_measures(base, other) == {"b": {"mean": 1, "margin": 0}}
+    assert compare_measures(other, base) == {"b": {"mean": -1, "margin": 0}}
+
+
+def test_a_report_has_a_table_of_shares_and_one_of_means(tmp_path):
+    answers = rows([1, 0, 1, 0])
+    report = {"title": "T", "notes": ["N."], "overall_is": "mean of images", **summarize(answers, "mean of images")}
+    text = write_report(tmp_path, {**report, "means": {"lab_b": {"mean": 3.14159, "margin": 0.5}}})
+    assert "| overall | 50.0 |" in text and "| lab_b | 3.142 | 2.642 to 3.642 |" in text and text.endswith("\nN.\n")
+    assert "| mean |" not in write_report(tmp_path, {**report, "means": {}})

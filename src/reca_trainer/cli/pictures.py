@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import BitsAndBytesConfig
 
 from reca_trainer import toy
 from reca_trainer.callbacks import contact_sheet
@@ -103,12 +102,7 @@ def picture_files(names: Sequence[str]) -> list[Path]:
 def load(args: argparse.Namespace) -> tuple[UnifiedModel, UnifiedProcessor]:
     """The model that the arguments name, on this machine's accelerator if it has one."""
     dtype = args.dtype or ("bfloat16" if processes().device.type == "cuda" else "float32")
-    quantization = None
-    if args.load_in_4bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )
-    return load_model(args.model or str(toy.CHECKPOINT), args.adapter, dtype, quantization)
+    return load_model(args.model or str(toy.CHECKPOINT), args.adapter, dtype, args.load_in_4bit)
 
 
 def write(args: argparse.Namespace, task: str, requests: list[tuple[str, str, Image.Image | None]]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from reca_trainer.evaluation import dpg, geneval
+from reca_trainer.evaluation import dpg, geneval, understanding
 
 
 @dataclass(kw_only=True)
@@ -31,6 +31,13 @@ class BenchmarkArguments:
     )
     seed: int = field(default=0, metadata={"help": "Determines, with prompt and number, every image."})
     dtype: str = field(default="bfloat16", metadata={"help": "Data type of the model's weights."})
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "NF4 weights, as in training with --load_in_4bit, so that a small GPU scores what it trained. An "
+            "adapter of a quantised base gets that base also without it."
+        },
+    )
     protocol: Literal["default", "paper"] = field(
         default="default",
         metadata={
@@ -87,10 +94,17 @@ class BenchmarkArguments:
         default=None,
         metadata={
             "help": "Reconstruction, understanding: folder or Hub id of images (for understanding with the columns image, "
-            "question and answer)."
+            "question and answer; without it, understanding asks the --tasks)."
         },
     )
     dataset_split: str = field(default="train", metadata={"help": "Its split."})
+    tasks: list[str] = field(
+        default_factory=lambda: list(understanding.TASKS),
+        metadata={
+            "help": "Understanding: tasks of lmms-eval. Without: those of the paper's table, which are MME, POPE, GQA, MMMU "
+            "and SEED-Bench."
+        },
+    )
     instruction: str | None = field(
         default=None,
         metadata={
@@ -99,9 +113,19 @@ class BenchmarkArguments:
         },
     )
     clip: str | None = field(
-        default=None, metadata={"help": "Reconstruction: a CLIP model for the similarity of image and reconstruction."}
+        default=None,
+        metadata={
+            "help": "A CLIP model, folder or Hub id. Reconstruction: similarity of image and reconstruction. GenEval, DPG: "
+            "diversity, the mean distance (1 - cosine) of a prompt's images."
+        },
     )
-    lpips: bool = field(default=False, metadata={"help": "Reconstruction: LPIPS as well; needs torchvision."})
+    lpips: bool = field(
+        default=False,
+        metadata={
+            "help": "LPIPS, which needs torchvision and downloads AlexNet once. Reconstruction: distance of image and "
+            "reconstruction. GenEval, DPG: diversity, the mean distance of a prompt's images."
+        },
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.sampling, dict):
@@ -110,10 +134,14 @@ class BenchmarkArguments:
             raise ValueError(f"--prompts_file is GenEval's; {self.benchmark} does not read it.")
         if self.benchmark == "dpg" and not (self.prompts and self.judge):
             raise ValueError("dpg needs --prompts (its CSV file) and --judge.")
-        if self.benchmark in ("reconstruction", "understanding") and not self.dataset:
-            raise ValueError(f"{self.benchmark} needs --dataset.")
-        if self.benchmark == "understanding" and self.protocol != "default":
-            raise ValueError("--protocol is about making images; understanding makes none.")
+        if self.benchmark == "reconstruction" and not self.dataset:
+            raise ValueError("reconstruction needs --dataset.")
+        if self.benchmark == "understanding":
+            for name, default in (("protocol", "default"), ("clip", None), ("lpips", False)):
+                if getattr(self, name) != default:
+                    raise ValueError(f"--{name} is about images that were made; understanding makes none.")
+        if self.tasks != list(understanding.TASKS) and (self.benchmark != "understanding" or self.dataset):
+            raise ValueError("--tasks is for understanding without --dataset; nothing else reads it.")
 
 
 @dataclass(kw_only=True)
@@ -132,7 +160,8 @@ class EvaluationArguments(BenchmarkArguments):
         if self.images is not None:
             if self.benchmark not in ("geneval", "dpg"):
                 raise ValueError(f"{self.benchmark} needs a --model; it does not score images made elsewhere.")
-            for name, default in (("adapter", None), ("prompts_file", None), ("protocol", "default")):
+            making = (("adapter", None), ("prompts_file", None), ("protocol", "default"), ("load_in_4bit", False))
+            for name, default in making:
                 if getattr(self, name) != default:
                     raise ValueError(f"--{name} is about making images; with --images they are made already.")
         super().__post_init__()
@@ -142,15 +171,22 @@ class EvaluationArguments(BenchmarkArguments):
 class ComparisonArguments(BenchmarkArguments):
     """What `compare` measures of every model."""
 
-    benchmark: Literal["geneval", "dpg"] = field(metadata={"help": "What the models are scored on."})
+    benchmark: Literal["geneval", "dpg", "understanding"] = field(
+        metadata={"help": "What the models are scored on; understanding means the --tasks of lmms-eval."}
+    )
     thumbnail: int = field(default=224, metadata={"help": "Longest side of the page's images, in pixels."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.benchmark == "understanding" and self.dataset:
+            raise ValueError("compare asks the --tasks of lmms-eval; questions in a --dataset are for evaluate.")
 
 
 def parse_sampling(pairs: Iterable[str]) -> dict[str, Any]:
     """`["height=512", "name=value"]` → `{"height": 512, "name": "value"}`, see `parse_value`.
 
     Raises:
-        ValueError: one of them is no `NAME=VALUE`.
+        ValueError: a pair is no `NAME=VALUE`.
     """
     sampling = {}
     for pair in pairs:

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
@@ -18,7 +19,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from reca_trainer.evaluation.arguments import BenchmarkArguments, ComparisonArguments, EvaluationArguments
 from reca_trainer.evaluation.evaluate import evaluate
 from reca_trainer.evaluation.generation import processes
-from reca_trainer.evaluation.report import compare_rows, interval, percent
+from reca_trainer.evaluation.report import compare_measures, compare_rows, interval, mean_interval, percent
 from reca_trainer.files import replacing
 from reca_trainer.images import decode_image
 from reca_trainer.saving.card import escaped
@@ -49,7 +50,7 @@ def compare(models: Sequence[str], args: ComparisonArguments) -> str:
 def _run(models: Sequence[str], number: int, args: ComparisonArguments) -> Path:
     """The results of one of the models, made now unless they are there."""
     name = models[number]
-    if (Path(name) / "report.json").is_file() and (Path(name) / "results.jsonl").is_file():
+    if (Path(name) / "report.json").is_file():
         return Path(name)
     folder = Path(args.output_dir) / f"{number}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', name).strip('-.')[-60:]}"
     is_adapter = number > 0 and find_adapter_config_file(name) is not None
@@ -62,8 +63,9 @@ def _run(models: Sequence[str], number: int, args: ComparisonArguments) -> Path:
 def compare_runs(runs: Sequence[str | Path], folder: str | Path, thumbnail: int = 224) -> str:
     """Compare what `evaluate` wrote of several models with the first of them.
 
-    Writes `compare.json`, `compare.md` (for a model card) and `compare.html`, one file with the images in it. Of a run's
-    images only those inside its folder are shown: what a results file names elsewhere may be anything.
+    Writes `compare.json`, `compare.md` (for a model card) and, of benchmarks that look at images, `compare.html`, one file
+    with the images in it. Of a run's images only those inside its folder are shown: what a results file names elsewhere
+    may be anything.
 
     Args:
         runs: the folders.
@@ -78,22 +80,44 @@ def compare_runs(runs: Sequence[str | Path], folder: str | Path, thumbnail: int 
     """
     folder, runs = Path(folder), [Path(run) for run in runs]
     reports = [json.loads((run / "report.json").read_text()) for run in runs]
-    rows = [[json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()] for run in runs]
     for run, report in zip(runs[1:], reports[1:], strict=True):
         for name in CONDITIONS:
             here, there = (conditions.get(name, DEFAULTS.get(name)) for conditions in (report, reports[0]))
             if here != there:
                 raise ValueError(f"{run} has {name} {here!r}, {runs[0]} has {there!r}.")
     names = _names(reports, runs)
-    differences = [compare_rows(rows[0], other, reports[0]["overall_is"]) for other in rows[1:]]
+    rows: list[list[dict[str, Any]]] = []
+    if "overall" in reports[0]:
+        rows = [[json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()] for run in runs]
+        if "filename" not in rows[0][0]:
+            raise ValueError(
+                f"{runs[0]} holds answers to questions of your own; compare reads images and tasks of lmms-eval."
+            )
+        differences = [
+            compare_rows(rows[0], other, reports[0]["overall_is"]) | {"means": compare_measures(rows[0], other)}
+            for other in rows[1:]
+        ]
+    else:
+        differences = [{"means": _unpaired(reports[0]["means"], report["means"])} for report in reports[1:]]
     text = _table(names, reports, differences)
     result = {"names": names, "runs": [str(run) for run in runs], "differences": differences}
     for name, content in (("compare.json", json.dumps(result, indent=2) + "\n"), ("compare.md", text)):
         with replacing(folder / name) as temporary:
             temporary.write_text(content)
-    with replacing(folder / "compare.html") as temporary, open(temporary, "w", encoding="utf-8") as page:
-        page.writelines(_page(names, reports, differences, runs, rows, thumbnail))
+    if rows:
+        with replacing(folder / "compare.html") as temporary, open(temporary, "w", encoding="utf-8") as page:
+            page.writelines(_page(names, reports, differences, runs, rows, thumbnail))
     return text
+
+
+def _unpaired(base: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`other` minus `base`, as if different questions had been asked: the margin is rather too wide."""
+    result = {}
+    for name in (name for name in base if name in other):
+        margins = base[name]["margin"], other[name]["margin"]
+        margin = None if None in margins else math.hypot(*margins)
+        result[name] = {"mean": other[name]["mean"] - base[name]["mean"], "margin": margin}
+    return result
 
 
 def _names(reports: list[dict[str, Any]], runs: list[Path]) -> list[str]:
@@ -107,7 +131,23 @@ def _names(reports: list[dict[str, Any]], runs: list[Path]) -> list[str]:
 
 
 def _cells(reports: list[dict[str, Any]], differences: list[dict[str, Any]]) -> Iterator[list[str]]:
-    """The rows of the table: name, the base's score, and per other model its score and paired difference."""
+    """The rows of the table: name, the base's score, and per other model its score and the difference."""
+    yield from _shares(reports, differences) if "overall" in reports[0] else ()
+    for name in reports[0].get("means", {}):
+        if all(name in difference["means"] for difference in differences):
+            cells = [name, _mean(reports[0]["means"][name])]
+            for report, difference in zip(reports[1:], differences, strict=True):
+                cells += [_mean(report["means"][name]), _mean(difference["means"][name], "+")]
+            yield cells
+
+
+def _mean(score: dict[str, Any], sign: str = "") -> str:
+    around = mean_interval(**score)
+    return f"{score['mean']:{sign}.4g}" + (f" ({around})" if around else "")
+
+
+def _shares(reports: list[dict[str, Any]], differences: list[dict[str, Any]]) -> Iterator[list[str]]:
+    """Of scores in percent, whose differences are paired."""
 
     def of(result: dict[str, Any], name: str) -> dict[str, float]:
         return result["overall"] if name == "overall" else result["categories"][name]
@@ -129,6 +169,11 @@ def _header(names: list[str]) -> list[str]:
 def _about(reports: list[dict[str, Any]]) -> list[str]:
     """What a reader of the table must know."""
     first = reports[0]
+    if "overall" not in first:
+        return [
+            "95 % intervals where there are any. A difference's is that of different questions, so it is rather too wide.",
+            *first["notes"],
+        ]
     return [
         f"{first['images']} images of {first['prompts']} prompts a model, same seeds; scores in percent with 95 % "
         f"intervals; overall is the {first['overall_is']}; differences are paired, prompt by prompt.",

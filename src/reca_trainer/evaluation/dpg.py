@@ -175,16 +175,22 @@ def write_grids(prompts: list[Prompt], images_of: Callable[[Prompt], list[Path]]
             grid.save(temporary, format="PNG")
 
 
+def find_grids(grids: str | Path) -> dict[str, Path]:
+    """The PNG files of a folder by their names without `.png`, which may be written large."""
+    return {path.stem: path for path in Path(grids).glob("*") if path.suffix.lower() == ".png"}
+
+
 def read_grids(grids: str | Path, prompts: list[Prompt], folder: str | Path) -> None:
     """Cut the grids of `grids` into single images under `folder`.
 
     Raises:
         ValueError: a grid is missing or does not divide into four.
     """
+    paths = find_grids(grids)
     for prompt in prompts:
-        path = Path(grids) / f"{prompt.id}.png"
-        if not path.is_file():
-            raise ValueError(f"{grids} lacks {path.name}: there must be one grid per prompt.")
+        if prompt.id not in paths:
+            raise ValueError(f"{grids} lacks {prompt.id}.png: there must be one grid per prompt.")
+        path = paths[prompt.id]
         grid = decode_image(path)
         if grid.width % 2 or grid.height % 2:
             raise ValueError(f"{path} is {grid.width} × {grid.height}; a grid of 2 × 2 images has even sides.")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 
@@ -24,12 +24,13 @@ from reca_trainer.evaluation.generation import (
     read_metadata,
     score_images,
 )
-from reca_trainer.evaluation.judge import EndpointJudge, LocalJudge
+from reca_trainer.evaluation.image_scores import LAB, ClipSimilarity, diversity, load_lpips, mean_lab
+from reca_trainer.evaluation.judge import LocalJudge
 from reca_trainer.evaluation.protocols import Protocol, find_protocol
-from reca_trainer.evaluation.report import Overall, Z, summarize, write_report
+from reca_trainer.evaluation.report import Overall, mean_and_margin, summarize, summarize_measures, write_report
 from reca_trainer.files import replacing
 from reca_trainer.images import decode_image
-from reca_trainer.models.contract import UnifiedModel
+from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
 
 Report = dict[str, Any]
 
@@ -47,14 +48,27 @@ def evaluate(args: EvaluationArguments) -> str:
         ValueError: what is to be read does not fit the benchmark, or there is no such protocol.
         ImportError: the benchmark needs a package that is not installed.
     """
-    names = ("benchmark", "model", "adapter", "dtype", "seed", "protocol", "sampling")
+    _check_packages(args)
+    names = ("benchmark", "model", "adapter", "dtype", "load_in_4bit", "seed", "protocol", "sampling")
     report = {name: getattr(args, name) for name in names} | BENCHMARKS[args.benchmark](args)
     return write_report(args.output_dir, report) if processes().is_main_process else ""
 
 
+def _check_packages(args: EvaluationArguments) -> None:
+    """Miss what is missing before hours of generation."""
+    for package, needed, extra in (
+        ("scipy", args.benchmark == "geneval", "evaluation"),
+        ("httpx2", args.benchmark == "dpg", "evaluation"),
+        ("torchmetrics", args.benchmark == "reconstruction" or args.lpips, "evaluation"),
+        ("torchvision", args.lpips, "lpips"),
+        ("httpx2", args.judge_url is not None, "evaluation"),
+        ("lmms_eval", args.benchmark == "understanding" and args.dataset is None, "lmms"),
+    ):
+        if needed and find_spec(package) is None:
+            raise ImportError(f"{args.benchmark} needs {package}: pip install 'reca-trainer[{extra}]'.")
+
+
 def _geneval(args: EvaluationArguments) -> Report:
-    if find_spec("scipy") is None:  # before hours of generation
-        raise ImportError("geneval needs SciPy for its detector: pip install 'reca-trainer[evaluation]'.")
     generation: Report = {}
     if args.images is None:
         prompts = geneval.prompts() if args.prompts_file is None else geneval.read_prompts(args.prompts_file)
@@ -69,7 +83,7 @@ def _geneval(args: EvaluationArguments) -> Report:
         geneval.Detector(args.detector, args.detector_revision, device),
         geneval.ColorClassifier(args.color_classifier, args.color_classifier_revision, device),
     )
-    rows = score_images(prompts, images_of, scorer, args.output_dir, scorer.scorer)
+    rows, described = _score(args, prompts, images_of, scorer)
     models = (scorer.detector.source, scorer.color_classifier.source)
     seen_by = " and ".join(f"{model['name']} ({model['revision'] or 'unversioned'})" for model in models)
     note = (
@@ -77,15 +91,20 @@ def _geneval(args: EvaluationArguments) -> Report:
         "Mask2Former): these scores can be compared with each other, not with those of papers."
     )
     notes = [note, *_made_by(args, generation)]
-    return _summary("GenEval (other detector)", scorer.scorer, rows, "mean of categories", notes, generation)
+    return _summary("GenEval (other detector)", described, rows, "mean of categories", notes, generation)
 
 
 def _dpg(args: EvaluationArguments) -> Report:
     prompts = spread(dpg.read_prompts(args.prompts), args.limit)
+    judge: Any = None
+    if args.judge_url:
+        from reca_trainer.evaluation.endpoint_judge import EndpointJudge  # needs httpx2
+
+        judge = EndpointJudge(args.judge_url, args.judge)
     generation: Report = {}
     if args.images is None:
         images_of, generation = _draw(args, prompts)
-    elif any(Path(args.images).glob("*.png")):
+    elif dpg.find_grids(args.images):
         cut = Path(args.output_dir) / "images"
         if processes().is_main_process:
             dpg.read_grids(args.images, prompts, cut)
@@ -95,12 +114,10 @@ def _dpg(args: EvaluationArguments) -> Report:
         images_of = _find(args.images)
     if args.grids and processes().is_main_process:
         dpg.write_grids(prompts, images_of, args.grids)
-    if args.judge_url:
-        judge: Any = EndpointJudge(args.judge_url, args.judge)
-    else:
+    if judge is None:
         judge = LocalJudge(args.judge, args.judge_revision, processes().device, batch_size=args.batch_size)
     scorer = dpg.DPGBench(judge, args.judge_instruction)
-    rows = score_images(prompts, images_of, scorer, args.output_dir, scorer.scorer)
+    rows, described = _score(args, prompts, images_of, scorer)
     notes = [
         f"Judged by {judge.source['name']}. DPG-Bench's published scores come from mPLUG-large: scores of different "
         "judges cannot be compared."
@@ -109,7 +126,36 @@ def _dpg(args: EvaluationArguments) -> Report:
         asked = sum(len(row["answers"]) for row in rows)
         notes.append(f"{unreadable} of {asked} answers were neither yes nor no and counted as no.")
     notes += _made_by(args, generation)
-    return _summary("DPG-Bench", scorer.scorer, rows, "mean of images", notes, generation)
+    return _summary("DPG-Bench", described, rows, "mean of images", notes, generation)
+
+
+def _score(
+    args: EvaluationArguments,
+    prompts: list[Prompt],
+    images_of: Callable[[Prompt], list[Path]],
+    scorer: geneval.GenEval | dpg.DPGBench,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows of all images, with what needs no judge: their mean colour and the diversity of each prompt's images.
+
+    Returns:
+        The rows, and what they depend on besides the images.
+    """
+    clip, lpips = _similarities(args)
+    described = scorer.scorer | {name: getattr(args, name) for name in ("clip", "lpips") if getattr(args, name)}
+
+    def score(prompt: Prompt, paths: list[Path]) -> list[dict[str, Any]]:
+        images = [decode_image(path) for path in paths]
+        spread_of_all = diversity(images, clip, lpips)
+        colors = [{f"lab_{axis}": float(v) for axis, v in zip(LAB, mean_lab(image), strict=True)} for image in images]
+        rows = scorer(prompt, paths)
+        return [row | {"measures": color | spread_of_all} for row, color in zip(rows, colors, strict=True)]
+
+    return score_images(prompts, images_of, score, args.output_dir, described), described
+
+
+def _similarities(args: EvaluationArguments) -> tuple[ClipSimilarity | None, torch.nn.Module | None]:
+    device = processes().device
+    return ClipSimilarity(args.clip, device=device) if args.clip else None, load_lpips(device) if args.lpips else None
 
 
 def _draw(args: EvaluationArguments, prompts: list[Prompt]) -> tuple[Callable[[Prompt], list[Path]], Report]:
@@ -118,11 +164,12 @@ def _draw(args: EvaluationArguments, prompts: list[Prompt]) -> tuple[Callable[[P
     Returns:
         Where the images of a prompt are, and how they were made.
     """
-    model, processor = load_model(args.model, args.adapter, args.dtype)
+    model, processor = _load(args)
     protocol = _protocol(args, model)
     count = protocol.images_per_prompt if args.images_per_prompt is None else args.images_per_prompt
     sampling = {**protocol.sampling, **args.sampling}
     settings = {name: getattr(args, name) for name in ("model", "adapter", "dtype")}
+    settings |= {"load_in_4bit": True} if args.load_in_4bit else {}
     folder = Path(args.output_dir) / "images"
     generate(
         model,
@@ -142,6 +189,10 @@ def _draw(args: EvaluationArguments, prompts: list[Prompt]) -> tuple[Callable[[P
     return _find(folder, count), {**made, "source": protocol.source}
 
 
+def _load(args: EvaluationArguments) -> tuple[UnifiedModel, UnifiedProcessor]:
+    return load_model(args.model, args.adapter, args.dtype, args.load_in_4bit)
+
+
 def _protocol(args: EvaluationArguments, model: UnifiedModel) -> Protocol:
     return find_protocol(args.protocol, args.benchmark, model.config.model_type)
 
@@ -159,7 +210,20 @@ def _summary(
     generation: Report,
 ) -> Report:
     about = {"title": title, "generation": generation, "scorer": scorer, "overall_is": overall}
-    return {**about, **summarize(rows, overall), "notes": notes}
+    means = summarize_measures(rows)
+    notes = [*notes, COLOR_NOTE] if "lab_b" in means else notes
+    return {**about, **summarize(rows, overall), "means": means, "notes": notes}
+
+
+# What the measures mean, for whoever reads a report.
+COLOR_NOTE = (
+    "lab_l, lab_a and lab_b are the images' mean colour in CIE Lab: lightness, green to red, blue to yellow. Against the same "
+    "images of another model they tell a colour cast."
+)
+CAST_NOTE = (
+    "lab_shift_l, lab_shift_a and lab_shift_b are the reconstructions' mean colour in CIE Lab less that of the inputs: lighter, "
+    "redder, yellower where positive."
+)
 
 
 def _made_by(args: EvaluationArguments, generation: Report) -> list[str]:
@@ -177,7 +241,8 @@ def _made_by(args: EvaluationArguments, generation: Report) -> list[str]:
 
 def _reconstruction(args: EvaluationArguments) -> Report:
     dataset, state = _Rows(args, images_only=True), processes()
-    model, processor = load_model(args.model, args.adapter, args.dtype)
+    clip, lpips = _similarities(args)
+    model, processor = _load(args)
     protocol = _protocol(args, model)
     instruction = args.instruction
     if instruction is None:
@@ -190,21 +255,23 @@ def _reconstruction(args: EvaluationArguments) -> Report:
         range(state.process_index, len(dataset), state.num_processes),
         instruction,
         seed=args.seed,
-        clip=reconstruction.ClipSimilarity(args.clip, device=state.device) if args.clip else None,
-        lpips=reconstruction.load_lpips(state.device) if args.lpips else None,
+        clip=clip,
+        lpips=lpips,
         **sampling,
     )
     rows = _gather(args.output_dir, rows)
     generation = {"instruction": instruction, "sampling": sampling, "source": protocol.source}
     about = {"title": "Reconstruction", "generation": generation, "dataset": args.dataset, "images": len(rows)}
-    means = {name: _mean([row[name] for row in rows]) for name in rows[0] if name != "index"}
-    return {**about, "means": means, "notes": _made_by(args, generation)}
+    means = {name: mean_and_margin([row[name] for row in rows]) for name in rows[0] if name != "index"}
+    return {**about, "means": means, "notes": [CAST_NOTE, *_made_by(args, generation)]}
 
 
 def _understanding(args: EvaluationArguments) -> Report:
+    if args.dataset is None:
+        return _tasks(args)
     dataset, state = _Rows(args, "question", "answer"), processes()
     rows = understanding.answer_questions(
-        *load_model(args.model, args.adapter, args.dtype),
+        *_load(args),
         dataset,
         range(state.process_index, len(dataset), state.num_processes),
         args.batch_size,
@@ -214,6 +281,22 @@ def _understanding(args: EvaluationArguments) -> Report:
     scored = [{"id": str(row["index"]), "score": float(row["correct"]), "categories": {}} for row in rows]
     summary = {"dataset": args.dataset, "overall_is": "share of right answers", **summarize(scored, "mean of images")}
     return {"title": "Understanding", **summary, "notes": []}
+
+
+def _tasks(args: EvaluationArguments) -> Report:
+    means, version = understanding.score_tasks(
+        args.model,
+        args.tasks,
+        args.limit,
+        adapter=args.adapter,
+        dtype=args.dtype,
+        load_in_4bit=args.load_in_4bit,
+        batch_size=args.batch_size,
+        **args.sampling,
+    )
+    asked = "" if args.limit is None else f" Only the first {args.limit} questions of each task were asked."
+    about = {"title": "Understanding", "scorer": {"tasks": args.tasks, "lmms_eval": version, "limit": args.limit}}
+    return {**about, "means": means, "notes": [f"Asked and scored by lmms-eval {version}.{asked}"]}
 
 
 class _Rows:
@@ -243,14 +326,6 @@ def _gather(folder: str | Path, rows: list[dict[str, Any]]) -> list[dict[str, An
         with replacing(Path(folder) / "results.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return rows
-
-
-def _mean(values: list[float]) -> dict[str, float | None]:
-    """Mean and the 95 % margin of its standard error, none for a single value."""
-    mean = sum(values) / len(values)
-    squares = sum((value - mean) ** 2 for value in values)
-    margin = Z * math.sqrt(squares / (len(values) - 1) / len(values)) if len(values) > 1 else None
-    return {"mean": mean, "margin": margin}
 
 
 BENCHMARKS = {

@@ -22,9 +22,9 @@ from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig
 
-from reca_trainer.adapters import unwrap
+from reca_trainer.adapters import read_quantization, unwrap
 from reca_trainer.files import replacing
-from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
+from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor, resolve
 from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -57,10 +57,19 @@ def processes() -> PartialState:
 
 
 def load_model(
-    model: str, adapter: str | None, dtype: str, quantization_config: BitsAndBytesConfig | None = None
+    model: str, adapter: str | None, dtype: str, load_in_4bit: bool = False
 ) -> tuple[UnifiedModel, UnifiedProcessor]:
-    """A model, with its adapter if any, on this process's device and in eval mode."""
-    options: dict[str, Any] = {} if quantization_config is None else {"quantization_config": quantization_config}
+    """A model, with its adapter if any, on this process's device and in eval mode.
+
+    Args:
+        load_in_4bit: NF4 weights as in a training with `--load_in_4bit`. The base of an adapter that was trained on a
+            quantised base is quantised as it was there in any case.
+    """
+    options: dict[str, Any] = {}
+    if load_in_4bit and read_quantization(resolve(adapter or model))[0] is None:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
     if adapter is None:
         unified = unwrap(AutoUnifiedModel.from_pretrained(model, dtype=dtype, **options))
         processor = AutoUnifiedProcessor.from_pretrained(model)
@@ -218,7 +227,8 @@ def score_images(
 
     Args:
         score: gives the rows of one prompt's images. Each needs `score` in [0, 1] and `categories`, the sums and weights
-            that go into the named scores of the report: `{name: [sum, weight]}`.
+            that go into the named scores of the report: `{name: [sum, weight]}`; `measures`, `{name: value}` of what is no
+            share, may join them.
         scorer: what the scores depend on besides the image (detector, judge, …). Rows of another scorer are redone.
     """
     folder, state = Path(folder), processes()

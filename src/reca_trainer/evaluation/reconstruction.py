@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-from torchmetrics.functional.multimodal import clip_score
 from tqdm.auto import tqdm
-from transformers import CLIPModel, CLIPProcessor
 
 from reca_trainer.evaluation.generation import image_seed
+from reca_trainer.evaluation.image_scores import ClipSimilarity, image_scores
 from reca_trainer.images import decode_image
 from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
 
@@ -59,11 +57,15 @@ def score_reconstructions(
         indices: which of `images`; all by default. An image's scores depend on its index and on no other image.
         instruction: what the model is asked for.
         draws: corruptions per image for the loss; with more it depends less on the timesteps that were drawn.
-        clip, lpips: optional further scores, see `ClipSimilarity` and `load_lpips`.
+        clip, lpips: optional further scores, see `image_scores.ClipSimilarity` and `image_scores.load_lpips`.
         sampling: passed to `generate_images`: `num_inference_steps`, `guidance_scale`, …
 
     Returns:
-        Per image its `index`, `reconstruction_loss` (fixed corruption), `psnr` (dB), `ssim`, `clip_similarity`, `lpips`.
+        Per image its `index`, `reconstruction_loss` (fixed corruption), and what `image_scores` says of the reconstruction:
+        `psnr` (dB), `ssim`, the colour cast `lab_shift_l`, `lab_shift_a` and `lab_shift_b`, `clip_similarity`, `lpips`.
+
+    Raises:
+        ImportError: torchmetrics is not installed.
     """
     rows = []
     for index in tqdm(range(len(images)) if indices is None else indices, desc="reconstruction", unit="image"):
@@ -132,74 +134,3 @@ def _generator(seed: int, index: int, draw: int) -> torch.Generator:
 
 def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-
-
-def image_scores(
-    wanted: Image.Image,
-    output: Image.Image,
-    clip: ClipSimilarity | None = None,
-    lpips: torch.nn.Module | None = None,
-) -> dict[str, float]:
-    """`psnr` in dB (infinite for equal images) and `ssim`, on RGB values in [0, 1]; `clip_similarity` and `lpips` (lower
-    is closer) where given what they need."""
-    target, pixels = _to_unit(wanted), _to_unit(output)
-    scores = {
-        "psnr": float(peak_signal_noise_ratio(pixels, target, data_range=1.0)),
-        "ssim": float(structural_similarity_index_measure(pixels, target, data_range=1.0)),
-    }
-    if clip is not None:
-        scores["clip_similarity"] = clip(wanted, output)
-    if lpips is not None:
-        device = next(lpips.parameters()).device
-        scores["lpips"] = float(lpips(pixels.to(device), target.to(device)))
-    return scores
-
-
-def _to_unit(image: Image.Image) -> torch.Tensor:
-    """`[1, 3, H, W]` float in [0, 1]."""
-    return _to_bytes(image)[None].float() / 255
-
-
-def _to_bytes(image: Image.Image) -> torch.Tensor:
-    """`[3, H, W]` uint8."""
-    image = decode_image(image)
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
-
-
-class ClipSimilarity:
-    """torchmetrics' CLIPScore of two images, in [0, 1]: alike in meaning, whatever the pixels.
-
-    Args:
-        name: id or folder of a `CLIPModel`.
-        revision: commit, branch or tag on the Hub.
-    """
-
-    def __init__(self, name: str, revision: str | None = None, device: str | torch.device = "cpu"):
-        self.processor = CLIPProcessor.from_pretrained(name, revision=revision)
-        self.model = _ImageEmbeddings.from_pretrained(name, revision=revision).to(device).eval()
-
-    @torch.inference_mode()
-    def __call__(self, a: Image.Image, b: Image.Image) -> float:
-        images = [_to_bytes(image).to(self.model.device) for image in (a, b)]
-        return float(clip_score(images[:1], images[1:], lambda: (self.model, self.processor))) / 100
-
-
-class _ImageEmbeddings(CLIPModel):
-    """A CLIP whose image features are a tensor, as torchmetrics takes them to be."""
-
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return super().get_image_features(pixel_values).pooler_output
-
-
-def load_lpips(device: str | torch.device = "cpu") -> torch.nn.Module:
-    """torchmetrics' LPIPS (AlexNet).
-
-    Raises:
-        ImportError: torchvision, which it takes the network from, is not installed.
-    """
-    try:
-        from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
-    except ImportError as error:
-        raise ImportError("LPIPS needs torchvision: pip install 'reca-trainer[lpips]'.") from error
-    return LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).to(device).eval()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +60,47 @@ def compare_rows(base: list[dict[str, Any]], other: list[dict[str, Any]], overal
     return {"overall": total, "categories": parts}
 
 
+def mean_and_margin(values: Sequence[float]) -> dict[str, float | None]:
+    """`mean` and the 95 % `margin` of its standard error, `None` for a single value."""
+    mean = sum(values) / len(values)
+    squares = sum((value - mean) ** 2 for value in values)
+    margin = Z * math.sqrt(squares / (len(values) - 1) / len(values)) if len(values) > 1 else None
+    return {"mean": mean, "margin": margin}
+
+
+def summarize_measures(rows: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Mean and margin of each of the rows' `measures` (`{name: value}`), every prompt counting once.
+
+    A measure that some row lacks is left out.
+    """
+    return {name: mean_and_margin(list(values.values())) for name, values in _measures(rows).items()}
+
+
+def compare_measures(base: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """`other` minus `base`, paired by prompt: mean and margin of each measure that both have of every prompt."""
+    before, after = _measures(base), _measures(other)
+    return {
+        name: mean_and_margin([value - before[name][prompt] for prompt, value in values.items()])
+        for name, values in after.items()
+        if before.get(name, {}).keys() == values.keys()
+    }
+
+
+def _measures(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The mean of each measure over the images of each prompt: `{measure: {prompt: mean}}`."""
+    common = set.intersection(*(set(row.get("measures", {})) for row in rows))
+    prompts: dict[str, list[dict[str, float]]] = {}
+    for row in rows:
+        prompts.setdefault(row["id"], []).append(row.get("measures", {}))
+    return {
+        name: {
+            prompt: sum(values[name] for values in measured) / len(measured) for prompt, measured in prompts.items()
+        }
+        for name in rows[0].get("measures", {})
+        if name in common
+    }
+
+
 def _paired_difference(changes: np.ndarray, weights: np.ndarray) -> dict[str, float]:
     difference, prompts = float(changes.sum() / weights.sum()), len(changes)
     # Two more prompts, half of one won and half of one lost, pull the interval to zero and keep it from vanishing.
@@ -109,22 +151,25 @@ def write_report(folder: str | Path, report: dict[str, Any]) -> str:
     """Write `report.json` and `report.md` into `folder` and return the latter.
 
     Args:
-        report: `title`, `notes` (sentences a reader must see), what made the scores, and either `summarize`'s result with
-            `overall_is`, or `means`: `{name: {"mean", "margin"}}` of scores that are no shares.
+        report: `title`, `notes` (sentences a reader must see), what made the scores, `summarize`'s result with
+            `overall_is` where there are shares, and `means`: `{name: {"mean", "margin"}}` of scores that are no shares.
     """
-    lines = [f"### {report['title']}", ""]
-    if "means" in report:
-        lines += ["| | mean | 95 % interval |", "|---|---|---|"]
-        lines += [f"| {name} | {score['mean']:.4g} | {_margin(**score)} |" for name, score in report["means"].items()]
-        lines += ["", f"{report['images']} images."]
-    else:
-        rows = [("overall", report["overall"]), *report["categories"].items()]
-        lines += ["| | score | 95 % interval |", "|---|---|---|"]
-        lines += [f"| {name} | {percent(estimate['score'])} | {interval(estimate)} |" for name, estimate in rows]
+    lines = [f"### {report['title']}"]
+    if "overall" in report:
+        shares = [("overall", report["overall"]), *report["categories"].items()]
+        lines += ["", "| | score | 95 % interval |", "|---|---|---|"]
+        lines += [f"| {name} | {percent(estimate['score'])} | {interval(estimate)} |" for name, estimate in shares]
         lines += [
             "",
             f"{report['images']} images of {report['prompts']} prompts; overall is the {report['overall_is']}.",
         ]
+    if report.get("means"):
+        lines += ["", "| | mean | 95 % interval |", "|---|---|---|"]
+        lines += [
+            f"| {name} | {score['mean']:.4g} | {mean_interval(**score)} |" for name, score in report["means"].items()
+        ]
+    if "overall" not in report and "images" in report:
+        lines += ["", f"{report['images']} images."]
     lines += [line for note in report["notes"] for line in ("", note)]
     text = "\n".join(lines) + "\n"
     for name, content in (("report.json", json.dumps(report, indent=2) + "\n"), ("report.md", text)):
@@ -141,5 +186,5 @@ def interval(estimate: dict[str, float]) -> str:
     return f"{percent(estimate['low'])} to {percent(estimate['high'])}"
 
 
-def _margin(mean: float, margin: float | None) -> str:
+def mean_interval(mean: float, margin: float | None) -> str:
     return "" if margin is None else f"{mean - margin:.4g} to {mean + margin:.4g}"

@@ -1,19 +1,87 @@
-"""Is understanding still there? Questions with short answers, asked before and after a training."""
+"""Is understanding still there? Questions with short answers, asked before and after a training: your own, or those of
+lmms-eval's tasks."""
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from reca_trainer.evaluation.generation import batched
+from reca_trainer.evaluation.report import Z
 from reca_trainer.images import decode_image
 from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
 
 ARTICLES = ("a", "an", "the")
+
+# The paper's table "understanding is not lost": tasks of lmms-eval, and the metric of each that the table shows.
+TASKS = {
+    "mme": "mme_perception_score",  # of 2,000
+    "pope": "pope_accuracy",
+    "gqa": "exact_match",
+    "mmmu_val": "mmmu_acc",
+    "seedbench": "seed_image",
+}
+
+
+def score_tasks(
+    model: str, tasks: Sequence[str], limit: int | None = None, include_path: str | Path | None = None, **options: Any
+) -> tuple[dict[str, dict[str, float | None]], str]:
+    """A model's results on tasks of lmms-eval, whose own prompts and metrics hold.
+
+    Args:
+        model: folder or Hub id.
+        tasks: their names in lmms-eval. Of the paper's, the metric that its table shows is kept, of others all.
+        limit: ask only so many questions of each, the first ones.
+        include_path: folder with tasks of your own, as `--include_path` of lmms-eval.
+        options: as for `lmms_eval_model.RecALmms`: `adapter`, `dtype`, `load_in_4bit`, `batch_size`, and what
+            `generate_text` takes.
+
+    Returns:
+        Per result, called `<task>` or `<task> <metric>`, its `mean` and 95 % `margin` (`None` where lmms-eval gives none),
+        and the version of lmms-eval. Under `accelerate launch` nothing but on the main process.
+
+    Raises:
+        ValueError: lmms-eval has no such task.
+        ImportError: lmms-eval is not installed.
+    """
+    try:
+        import lmms_eval.tasks
+        from lmms_eval.evaluator import simple_evaluate
+    except ImportError as error:
+        raise ImportError(f"Tasks of lmms-eval need it ({error}): pip install 'reca-trainer[lmms]'.") from error
+    from reca_trainer.evaluation.lmms_eval_model import RecALmms
+
+    manager = lmms_eval.tasks.TaskManager("WARNING", include_path and str(include_path), model_name="reca_trainer")
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        raise ValueError(f"lmms-eval has no task {unknown[0]!r}.")
+    results = simple_evaluate(
+        RecALmms(model, mode="text", **options),
+        tasks=list(tasks),
+        limit=limit,
+        task_manager=manager,
+        log_samples=False,
+    )
+    means: dict[str, dict[str, float | None]] = {}
+    for task, values in (results or {"results": {}})["results"].items():
+        for key, value in values.items():
+            metric, _, filtered = key.partition(",")
+            if not filtered or "_stderr" in metric or metric != TASKS.get(task, metric):
+                continue
+            if not isinstance(value, int | float):  # lmms-eval has text for what it could not compute
+                raise ValueError(f"lmms-eval gives no {metric} of {task}, but {value!r}.")
+            errors = (values.get(f"{metric}_{kind},{filtered}") for kind in ("stderr_clt", "stderr"))
+            error = next((e for e in errors if isinstance(e, int | float) and math.isfinite(e)), None)
+            name = task if task in TASKS else f"{task} {metric}"
+            means[name] = {"mean": float(value), "margin": None if error is None else Z * error}
+    return means, version("lmms-eval")
 
 
 def understanding_accuracy(
