@@ -345,10 +345,11 @@ def test_generation_of_a_batch_is_generation_one_by_one(model, processor):
     for case in cases:
         together = model.generate_images(processor, **case, **options, generator=generators(2))
         for index, image in enumerate(together):
-            one = {
+            sample = {
                 name: value[index : index + 1] if isinstance(value, list) else value for name, value in case.items()
             }
-            alone = model.generate_images(processor, **one, **options, generator=generators(2)[index : index + 1])[0]
+            generator = generators(2)[index : index + 1]
+            (alone,) = model.generate_images(processor, **sample, **options, generator=generator)
             assert image.size == (48, 32)
             assert np.abs(np.asarray(image, int) - np.asarray(alone, int)).max() <= 1
     answers = model.generate_text(processor, prompts, images[:1] * 2, max_new_tokens=6)

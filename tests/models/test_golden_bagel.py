@@ -163,8 +163,8 @@ def check_training(model, processor, case, tensors):
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         assert not any(name.startswith("vae.") for name in gradients)
         for name, norm in case.get(f"grad_norms_{freezing}", {}).items():
-            found = gradients[name].norm().item() if name in gradients else 0.0
-            assert found == pytest.approx(norm or 0.0, rel=TOLERANCE["grad_norms_rtol"]), name
+            total_norm = gradients[name].norm().item() if name in gradients else 0.0
+            assert total_norm == pytest.approx(norm or 0.0, rel=TOLERANCE["grad_norms_rtol"]), name
         if (norm := case.get(f"grad_norm_total_{freezing}")) is not None:
             squares = sum(gradient.double().square().sum() for gradient in gradients.values())
             assert squares.sqrt().item() == pytest.approx(norm, rel=TOLERANCE["grad_norms_rtol"])
@@ -255,8 +255,8 @@ def check_image_generation(model, processor, case, tensors, monkeypatch):
     if "decoded_image" in tensors:
         decoded = calls["decode_target"][0][1]
         close(decoded, tensors["decoded_image"].view_as(decoded))
-    got = torch.from_numpy(np.array(result[0])).int()
-    assert (got - tensors["image_uint8"].int()).abs().max() <= TOLERANCE["image_uint8_max_abs"]
+    levels = torch.from_numpy(np.array(result[0])).int()
+    assert (levels - tensors["image_uint8"].int()).abs().max() <= TOLERANCE["image_uint8_max_abs"]
 
 
 @pytest.mark.parametrize("name", GOLDEN.case_names)

@@ -32,11 +32,11 @@ def processor():
 def check(record_property):
     """Compare with a reference and record the largest deviation."""
 
-    def check(name, got, want, atol=5e-5, rtol=2e-5):
-        got, want = torch.as_tensor(got).detach().double(), torch.as_tensor(want).double()
-        assert got.shape == want.shape, f"{name}: {tuple(got.shape)}, expected {tuple(want.shape)}"
-        record_property(name, float((got - want).abs().max()))
-        torch.testing.assert_close(got, want, atol=atol, rtol=rtol, msg=lambda text: f"{name}: {text}")
+    def check(name, value, expected, atol=5e-5, rtol=2e-5):
+        value, expected = torch.as_tensor(value).detach().double(), torch.as_tensor(expected).double()
+        assert value.shape == expected.shape, f"{name}: {tuple(value.shape)}, expected {tuple(expected.shape)}"
+        record_property(name, float((value - expected).abs().max()))
+        torch.testing.assert_close(value, expected, atol=atol, rtol=rtol, msg=lambda text: f"{name}: {text}")
 
     return check
 
@@ -63,8 +63,8 @@ def check_gradients(check, model, tensors, norms):
     gradients = {name: p.grad for name, p in model.named_parameters()}
     expected = {name: norm for name, norm in norms.items() if norm is not None}
     assert {name for name, grad in gradients.items() if grad is not None} == set(expected)
-    got = [float(gradients[name].norm()) for name in expected]
-    check("gradient norms", got, list(expected.values()), atol=1e-6, rtol=7e-5)
+    measured = [float(gradients[name].norm()) for name in expected]
+    check("gradient norms", measured, list(expected.values()), atol=1e-6, rtol=7e-5)
     for name, norm in expected.items():
         assert norm > 0 or not gradients[name].any(), name
     for name, value in tensors.items():

@@ -50,15 +50,15 @@ class Case:
     def __contains__(self, key):
         return key in self.tensors
 
-    def check(self, key, got, expected=None, **tolerance):
+    def check(self, key, value, expected=None, **tolerance):
         expected = self.tensors[key] if expected is None else expected
         self.seen.add(key)
-        assert got.shape == expected.shape, key
-        if not got.is_floating_point():
-            assert torch.equal(got, expected.to(got.dtype)), key
+        assert value.shape == expected.shape, key
+        if not value.is_floating_point():
+            assert torch.equal(value, expected.to(value.dtype)), key
             return
         tolerance = tolerance or TOLERANCE
-        torch.testing.assert_close(got.float(), expected, msg=lambda text: f"{key}: {text}", **tolerance)
+        torch.testing.assert_close(value.float(), expected, msg=lambda text: f"{key}: {text}", **tolerance)
 
     def rows(self, key, batch_size):
         """A tensor with a row per sequence. Several samples of one prompt have its row stored once: it is repeated."""

@@ -119,7 +119,7 @@ def target_rows(batch, model, corruption, markers):
     start = length - model.config.num_vq_tokens - 1
     rows = torch.stack([sample, position + start], dim=1)
     if markers:
-        ends = [[one, at] for one in range(len(batch["input_ids"])) for at in (start - 1, length - 1)]
+        ends = [[row, place] for row in range(len(batch["input_ids"])) for place in (start - 1, length - 1)]
         rows = torch.cat([rows, torch.tensor(ends)])
         rows = torch.stack(sorted(rows, key=lambda row: row.tolist()))
     return rows
@@ -158,7 +158,7 @@ def t2i_step(case, tensors, model, processor):
 
 def mmu_step(case, tensors, model, processor):
     if "mmu_conversations" in case:
-        text, instruction = [messages(one) for one in case["mmu_conversations"]], None
+        text, instruction = [messages(turns) for turns in case["mmu_conversations"]], None
     else:
         text, instruction = case["mmu_texts"], None
     images = pil(tensors["raw.mmu"])

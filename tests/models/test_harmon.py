@@ -289,8 +289,8 @@ def conversation(*contents, roles=("user", "assistant")):
     ],
 )
 def test_conversations_that_teach_nothing_have_a_problem(processor, pictures, messages, problem):
-    got = processor.conversation_problem(messages)
-    assert got == problem if problem is None else problem in got
+    reason = processor.conversation_problem(messages)
+    assert reason == problem if problem is None else problem in reason
     if problem is None:
         assert (processor(pictures[:1], [messages], task="caption")["labels"] != -100).any()
     elif "within" not in problem:

@@ -58,7 +58,7 @@ def plain(model):
 def pictures(*sizes):
     rng = np.random.default_rng(0)
     coarse = [rng.integers(0, 255, (4, 4, 3), dtype=np.uint8) for _ in sizes]
-    return [Image.fromarray(one).resize(size) for one, size in zip(coarse, sizes, strict=True)]
+    return [Image.fromarray(noise).resize(size) for noise, size in zip(coarse, sizes, strict=True)]
 
 
 # The reference: one sample, one token, one full forward pass at a time, through transformers' modules.
@@ -149,7 +149,7 @@ def unpadded(row, mask):
 def test_image_tokens_are_the_nearest_unit_codes(model, plain, processor):
     pixels = processor(images=pictures((16, 16), (50, 40)))["pixel_values"]
     tokens = model.encode_target(pixels)
-    assert tokens.tolist() == [naive_image_tokens(plain, one) for one in pixels]
+    assert tokens.tolist() == [naive_image_tokens(plain, image) for image in pixels]
     assert len(set(tokens.flatten().tolist())) > 5
     # no other choice of code lies closer to the latents in what the decoder is given
     vq = model.model.vqmodel
@@ -317,7 +317,7 @@ def test_text_generation_is_that_of_transformers(model, plain, processor):
     inputs = processor.prompts(questions, images)
     ids = plain.generate(**inputs, do_sample=False, max_new_tokens=12)[:, inputs["input_ids"].shape[1] :]
     answers = model.generate_text(processor, questions, images, max_new_tokens=12)
-    assert answers == [one.strip() for one in processor.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    assert answers == [answer.strip() for answer in processor.tokenizer.batch_decode(ids, skip_special_tokens=True)]
     torch.testing.assert_close(model.generate(**inputs, do_sample=False, max_new_tokens=12)[:, -ids.shape[1] :], ids)
 
     def sample(seed):
@@ -429,7 +429,7 @@ def test_reload_keeps_weights_batches_and_generation_settings(tmp_path, model, p
         assert torch.equal(value, again.state_dict()[name]), name
     assert again.generation_config.generation_kwargs == {"boi_token_id": processor.tokenizer.boi_token_id}
     images = pictures((16, 16), (50, 40))
-    before, after = (one(images=images, instruction=INSTRUCTION) for one in (processor, same))
+    before, after = (each(images=images, instruction=INSTRUCTION) for each in (processor, same))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before if name != "task")
 
@@ -443,12 +443,12 @@ def test_an_adapter_merges_into_every_form(tmp_path, model, processor):
     trained.save_pretrained(tmp_path / "adapter")
     batch = processor(images=pictures((16, 16)), instruction=INSTRUCTION, task="reconstruct")
     with torch.no_grad():
-        wanted, found = trained.eval()(**batch).prediction, {}
+        expected, merged = trained.eval()(**batch).prediction, {}
         for into in ("base", "dequantized", "quantized"):
             merge_adapter(None, tmp_path / "adapter", tmp_path / into, into, torch.float32)
-            found[into] = AutoUnifiedModel.from_pretrained(tmp_path / into).eval()(**batch).prediction
-    torch.testing.assert_close(found["dequantized"], wanted, rtol=1e-4, atol=1e-4)
-    difference = {into: float((one - wanted).norm() / wanted.norm()) for into, one in found.items()}
+            merged[into] = AutoUnifiedModel.from_pretrained(tmp_path / into).eval()(**batch).prediction
+    torch.testing.assert_close(merged["dequantized"], expected, rtol=1e-4, atol=1e-4)
+    difference = {into: float((velocity - expected).norm() / expected.norm()) for into, velocity in merged.items()}
     assert 1e-3 < difference["base"] < 1 and 1e-3 < difference["quantized"] < 1
     assert load_file(tmp_path / "quantized" / "model.safetensors").keys() > model.state_dict().keys()
 

@@ -42,7 +42,7 @@ def processor():
 def pictures(count, size=(70, 50)):
     generator = torch.Generator().manual_seed(1)
     noise = torch.randint(256, (count, size[1] // 10, size[0] // 10, 3), generator=generator, dtype=torch.uint8)
-    return [Image.fromarray(one.numpy()).resize(size) for one in noise]
+    return [Image.fromarray(image.numpy()).resize(size) for image in noise]
 
 
 @pytest.fixture
@@ -54,9 +54,9 @@ def draws(model, batch, seed=0):
     return model.sample_corruption(batch, torch.Generator().manual_seed(seed))
 
 
-def same_weights(one, other):
-    one, other = one.state_dict(), other.state_dict()
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+def same_weights(model, other):
+    weights, others = model.state_dict(), other.state_dict()
+    return weights.keys() == others.keys() and all(torch.equal(weights[key], others[key]) for key in weights)
 
 
 LARGE = {
@@ -231,7 +231,7 @@ def test_bfloat16_keeps_the_autoencoder_and_the_loss_in_float32(batch):
     for name, part in model.named_children():
         assert {value.dtype for value in part.parameters()} == {torch.float32 if name == "vae" else torch.bfloat16}
     reference = AutoUnifiedModel.from_pretrained(CHECKPOINT)
-    losses = [one(**batch, corruption=draws(one, batch)).loss for one in (model, reference)]
+    losses = [each(**batch, corruption=draws(each, batch)).loss for each in (model, reference)]
     assert losses[0].dtype == torch.float32
     torch.testing.assert_close(*losses, rtol=0.05, atol=0)
 

@@ -65,9 +65,9 @@ def generators(count=3):
     return [torch.Generator().manual_seed(seed) for seed in range(count)]
 
 
-def same_weights(one, other):
-    one, other = one.state_dict(), other.state_dict()
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+def same_weights(model, other):
+    weights, others = model.state_dict(), other.state_dict()
+    return weights.keys() == others.keys() and all(torch.equal(weights[key], others[key]) for key in weights)
 
 
 # losses
@@ -79,8 +79,8 @@ def test_padding_to_the_official_length_changes_nothing(model, processor, pictur
     short, long = make_batch(processor, pictures, task), make_batch(processor, pictures, task, padding="max_length")
     corruption = model.sample_corruption(short, generators())
     with torch.no_grad():
-        one, other = model(corruption=corruption, **short), model(corruption=corruption, **long)
-    torch.testing.assert_close(one.per_sample_loss, other.per_sample_loss, atol=1e-5, rtol=1e-5)
+        tight, padded = model(corruption=corruption, **short), model(corruption=corruption, **long)
+    torch.testing.assert_close(tight.per_sample_loss, padded.per_sample_loss, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("task", ["reconstruct", "generate"])
@@ -89,13 +89,13 @@ def test_hidden_pixels_do_not_reach_the_prediction_but_the_condition_does(model,
     corruption = model.sample_corruption(batch, generators())
     corruption["mask"][:] = True
     with torch.no_grad():
-        one = model(corruption=corruption, **batch)
+        seen = model(corruption=corruption, **batch)
         other = model(corruption=corruption, **{**batch, "pixel_values": batch["pixel_values"].flip(0)})
-        assert torch.equal(one.prediction, other.prediction) and not torch.equal(one.target, other.target)
+        assert torch.equal(seen.prediction, other.prediction) and not torch.equal(seen.target, other.target)
         if task == "reconstruct":
             condition = {"condition_pixel_values": batch["condition_pixel_values"].flip(0)}
             other = model(corruption=corruption, **{**batch, **condition})
-            assert not torch.allclose(one.prediction, other.prediction, atol=1e-3)
+            assert not torch.allclose(seen.prediction, other.prediction, atol=1e-3)
 
 
 def test_every_task_is_deterministic_given_its_corruption(model, processor, pictures):
@@ -343,8 +343,8 @@ def test_conversations_may_have_as_many_tokens_as_in_the_official_runs():
 def test_each_sample_may_have_its_own_question(processor, pictures):
     batch = processor(images=pictures[:2], text=["a", "b"], instruction=["one?", "two?"], task="caption")
     rows = [row[(row >= 0) & (row < processor.pad_id)] for row in batch["input_ids"]]
-    one, two = (processor.tokenizer.decode(row) for row in rows)
-    assert one.endswith("USER: one? ASSISTANT: a<|endoftext|>") and two.endswith(
+    first, second = (processor.tokenizer.decode(row) for row in rows)
+    assert first.endswith("USER: one? ASSISTANT: a<|endoftext|>") and second.endswith(
         "USER: two? ASSISTANT: b<|endoftext|>"
     )
 
@@ -396,8 +396,8 @@ def test_arguments_that_do_not_belong_together_are_refused(processor, arguments,
 def test_reconstructions_follow_the_image(model, processor, pictures, guidance_scale):
     settings = {"task": "reconstruct", "num_inference_steps": 3, "guidance_scale": guidance_scale}
     same = [torch.Generator().manual_seed(0) for _ in range(2)]
-    one, other = model.generate_images(processor, ["Describe it."] * 2, pictures[:2], generator=same, **settings)
-    assert one.size == (32, 32) and one.tobytes() != other.tobytes()
+    image, other = model.generate_images(processor, ["Describe it."] * 2, pictures[:2], generator=same, **settings)
+    assert image.size == (32, 32) and image.tobytes() != other.tobytes()
     assert len(model.generate_images(processor, images=pictures, **settings)) == 3
 
 

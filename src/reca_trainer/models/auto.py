@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from reca_trainer.adapters import base_state_dict, load_adapter, read_quantization
@@ -24,11 +25,18 @@ def resolve(pretrained_model_name_or_path: str | Path, **hub: Any) -> Path:
     name = str(pretrained_model_name_or_path)
     try:
         validate_repo_id(name)
+        owner, _ = name.split("/")
     except ValueError as error:
-        raise CheckpointError(f"{name} is neither a folder on this machine nor a Hub repository id.") from error
+        message = f"{name} is neither a folder on this machine nor a Hub repository id (owner/name)."
+        raise CheckpointError(message) from error
     patterns = ["*.json", "*.safetensors", "*.bin", "*.pth", "*.ckpt", "*.txt", "*.model", "*.jinja", "*/*.json"]
     patterns += ["*/*.safetensors", "*/*.txt"]
-    return Path(snapshot_download(name, allow_patterns=patterns, **hub))
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, **hub))
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"There is no folder {name} on this machine, and the Hub, where {owner} might have it, cannot be reached."
+        ) from error
 
 
 def open_lazily(model_or_path: UnifiedModel | str | Path, **hub: Any) -> UnifiedModel:
@@ -149,5 +157,6 @@ class AutoUnifiedProcessor:
         package, published = detect(folder)
         if published:
             return package.read_published_processor(folder, **kwargs)
-        kwargs.setdefault("config", package.Config.from_pretrained(folder))  # else the tokenizer looks for one it knows
+        # Of a folder alone the tokenizer reads a config of a type that it does not know, and warns.
+        kwargs.setdefault("config", package.Config.from_pretrained(folder))
         return package.Processor.from_pretrained(folder, **kwargs)

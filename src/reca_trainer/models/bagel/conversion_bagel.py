@@ -72,11 +72,11 @@ def write_published(
     folder = Path(folder)
     config = model.config
     fixed = {"norm_num_groups": 32, "mid_block_add_attention": True}
-    found = {name: config.vae_config.get(name, fixed[name]) for name in fixed}
-    if found != fixed:
+    built = {name: config.vae_config.get(name, fixed[name]) for name in fixed}
+    if built != fixed:
         raise CheckpointError(
-            f"The autoencoder has {found}; in BAGEL's published layout it can only have FLUX' {fixed}. Use the "
-            '"transformers" layout.'
+            f"BAGEL's published layout holds no autoencoder but FLUX' ({fixed}), and this model has another ({built}), as "
+            'the tiny model that comes with the package has. Use the "transformers" layout.'
         )
     main, autoencoder = published_state_dict(model)
     weight_map = write_sharded(main, folder, "ema.safetensors", max_shard_size)  # without metadata, as published

@@ -128,7 +128,7 @@ def write_config(config: HarmonConfig) -> dict[str, Any]:
     for generic in ("model_type", "transformers_version", "dtype", "architectures", "_name_or_path"):
         mar.pop(generic, None)
     dimensions = tuple(getattr(config.mar_config, field) for field in fields)
-    size = next((name for name, one in MAR_SIZES.items() if one + one == dimensions), "mar_base")
+    size = next((name for name, half in MAR_SIZES.items() if half + half == dimensions), "mar_base")
     explicit = {} if MAR_SIZES[size] * 2 == dimensions else dict(zip(fields, dimensions, strict=True))
     mar = {
         "type": size,
@@ -154,11 +154,11 @@ def write_config(config: HarmonConfig) -> dict[str, Any]:
 
 
 def _open_training_weights(folder: Path, variant: str | None) -> dict[str, LazyTensor]:
-    found = sorted(path.name for path in folder.glob("harmon_*.pth"))
-    wanted = [f"harmon_{variant}.pth"] if variant is not None else found
-    if len(wanted) != 1 or wanted[0] not in found:
+    files = sorted(path.name for path in folder.glob("harmon_*.pth"))
+    wanted = [f"harmon_{variant}.pth"] if variant is not None else files
+    if len(wanted) != 1 or wanted[0] not in files:
         raise CheckpointError(
-            f"{folder} holds {', '.join(found) or 'no harmon_*.pth'}: choose one with variant=…, for example "
+            f"{folder} holds {', '.join(files) or 'no harmon_*.pth'}: choose one with variant=…, for example "
             f"variant='1.5b' for harmon_1.5b.pth."
         )
     weights = open_weights(folder, wanted[0])

@@ -136,7 +136,7 @@ def write_published(
     if is_video:
         main |= {f"vit_model.{key}": tensor for key, tensor in vision.items()}
     for path in (part, vision_folder):
-        path.mkdir()
+        path.mkdir(parents=True, exist_ok=True)
     write_sharded(main, part, "model.safetensors", max_shard_size)
     write_sharded(vision, vision_folder, "vit.safetensors")
     pickled = {key: tensor[...].contiguous() for key, tensor in rename_autoencoder(autoencoder, back=True).items()}

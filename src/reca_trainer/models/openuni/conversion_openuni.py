@@ -225,9 +225,9 @@ def _choose_checkpoint(folder: Path) -> str:
     if CHECKPOINT_NAME in names:
         return CHECKPOINT_NAME
     if len(names) != 1:
-        found = f"several: {', '.join(names)}" if names else "none"
+        files = ", ".join(names) or "none"
         raise CheckpointError(
-            f"Of the .pth files one must be the checkpoint, and {folder} has {found}. Pass checkpoint=<name>."
+            f"One .pth file in {folder} must be the checkpoint, but these are there: {files}. Pass checkpoint=<name>."
         )
     return names[0]
 

@@ -123,14 +123,14 @@ def write_published(
     reach.
     """
     folder, config = Path(folder), model.config
-    own, vq, clip = {}, {}, {}
+    main, vq, clip = {}, {}, {}
     for name, tensor in weights_of(model).items():
         if name.startswith("vq_model."):
             vq[name.removeprefix("vq_model.")] = tensor
         elif name.startswith("vision_tower."):
             clip["vision_model." + name.removeprefix("vision_tower.")] = tensor
         else:
-            own[re.sub(r"^language_model\.", "showo.", name)] = tensor
+            main[re.sub(r"^language_model\.", "showo.", name)] = tensor
     vq = autoencoder_to_ldm(vq)
     bits = config.vq_config["latent_channels"]
     fixed = fixed_codes(bits)
@@ -163,7 +163,7 @@ def write_published(
         | ({} if config.vq_config == MAGVIT_V2 else {"tiny": vq_sizes}),
         part_name(LLM): text_config,
     }
-    weights = {"": own, part_name(VQ_MODEL): vq}
+    weights = {"": main, part_name(VQ_MODEL): vq}
     if config.w_clip_vit:
         vision_config = config.vision_config.to_dict()
         vision_config.pop("dtype", None)
@@ -189,8 +189,8 @@ def show_o_folder(folder: Path) -> Path:
         path.parent for path in sorted(folder.glob("*/config.json")) if read_json(path).get("_class_name") == "Showo"
     ]
     if len(inside) != 1:
-        found = ", ".join(path.name for path in inside) or "none"
-        raise CheckpointError(f"{folder} must hold exactly one Show-o checkpoint, or be one; it holds {found}.")
+        names = ", ".join(path.name for path in inside) or "none"
+        raise CheckpointError(f"{folder} must hold exactly one Show-o checkpoint, or be one; it holds {names}.")
     return inside[0]
 
 

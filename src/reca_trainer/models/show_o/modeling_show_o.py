@@ -9,6 +9,9 @@ What is unusual about this model:
 - Phi's query and key norms are on, whatever Phi's own configuration says.
 - The CLIP variant reads CLIP embeddings of an image, the plain variant its MAGVIT-v2 tokens. Reconstruction in the CLIP
   variant sends no gradient into its inputs: the projector and the embeddings learn from image-to-text alone.
+
+Shapes: B samples, L tokens of a sequence, P of them the condition image, n the target image, D model width, M supervised
+positions of a batch.
 """
 
 from __future__ import annotations
@@ -20,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D, UNetMidBlock2D, UpDecoderBlock2D
 from PIL import Image
 from torch import nn
 from transformers import CLIPVisionModel, DynamicCache, PhiForCausalLM
@@ -40,117 +42,16 @@ from reca_trainer.models.contract import (
 )
 from reca_trainer.models.inference import read_images, spread
 from reca_trainer.models.show_o.configuration_show_o import CONDITION_TOKEN_ID, ShowOConfig
+from reca_trainer.models.show_o.magvit_show_o import MagvitV2
 from reca_trainer.models.show_o.processing_show_o import ShowOProcessor, resize_and_crop
-
-
-class MagvitV2Encoder(nn.Module):
-    """`[B, 3, H, W]` -> `[B, bits, h, w]`, whose signs are the tokens."""
-
-    def __init__(self, base_channels: int, latent_channels: int, multipliers: list[int], layers: list[int]):
-        super().__init__()
-        channels = [base_channels * multiplier for multiplier in multipliers]
-        self.conv_in = nn.Conv2d(3, base_channels, 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            DownEncoderBlock2D(
-                in_channels=before,
-                out_channels=after,
-                num_layers=num_layers,
-                add_downsample=level < len(channels) - 1,
-                downsample_padding=0,  # which pads right and bottom only
-            )
-            for level, (before, after, num_layers) in enumerate(
-                zip([base_channels, *channels], channels, layers, strict=False)
-            )
-        )
-        self.mid_block = build_mid_block(channels[-1])
-        self.conv_norm_out = nn.GroupNorm(32, channels[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(channels[-1], latent_channels, 3, padding=1)
-        self.quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        hidden = self.conv_in(pixel_values)
-        for block in self.down_blocks:
-            hidden = block(hidden)
-        hidden = self.mid_block(hidden)
-        return self.quant_conv(self.conv_out(F.silu(self.conv_norm_out(hidden))))
-
-
-class MagvitV2Decoder(nn.Module):
-    """`[B, bits, h, w]` of -1 and 1 -> `[B, 3, H, W]`, about [-1, 1]. The multipliers count from the output inwards."""
-
-    def __init__(self, base_channels: int, latent_channels: int, multipliers: list[int], layers: list[int]):
-        super().__init__()
-        channels = [base_channels * multiplier for multiplier in reversed(multipliers)]
-        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
-        self.conv_in = nn.Conv2d(latent_channels, channels[0], 3, padding=1)
-        self.mid_block = build_mid_block(channels[0])
-        self.up_blocks = nn.ModuleList(
-            UpDecoderBlock2D(
-                in_channels=before,
-                out_channels=after,
-                num_layers=num_layers,
-                add_upsample=level < len(channels) - 1,
-            )
-            for level, (before, after, num_layers) in enumerate(
-                zip([channels[0], *channels], channels, reversed(layers), strict=False)
-            )
-        )
-        self.conv_norm_out = nn.GroupNorm(32, channels[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
-
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        hidden = self.mid_block(self.conv_in(self.post_quant_conv(latents)))
-        for block in self.up_blocks:
-            hidden = block(hidden)
-        return self.conv_out(F.silu(self.conv_norm_out(hidden)))
-
-
-class MagvitV2(nn.Module):
-    """MAGVIT-v2 with lookup-free quantisation: a token is the signs of `bits` channels, the first the most significant."""
-
-    def __init__(
-        self,
-        base_channels: int,
-        latent_channels: int,
-        encoder_channel_multipliers: list[int],
-        encoder_layers_per_block: list[int],
-        decoder_channel_multipliers: list[int],
-        decoder_layers_per_block: list[int],
-    ):
-        super().__init__()
-        self.bits = latent_channels
-        self.encoder = MagvitV2Encoder(
-            base_channels, latent_channels, encoder_channel_multipliers, encoder_layers_per_block
-        )
-        self.decoder = MagvitV2Decoder(
-            base_channels, latent_channels, decoder_channel_multipliers, decoder_layers_per_block
-        )
-
-    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`[B, 3, H, W]` in [-1, 1] -> tokens `[B, h · w]` int64 in `[0, 2^bits)`, row by row."""
-        positive = self.encoder(pixel_values).flatten(2) > 0  # [B, bits, h · w]
-        return (positive * self._powers()[:, None]).sum(1)
-
-    def decode(self, tokens: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
-        """Tokens `[B, N]` of a `grid` `(h, w)`, by default a square -> `[B, 3, H, W]`, about [-1, 1]."""
-        height, width = grid or (math.isqrt(tokens.shape[1]),) * 2
-        return self.decoder(self.codes(tokens).unflatten(2, (height, width)))
-
-    def codes(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens `[B, N]` -> their code vectors of -1 and 1 `[B, bits, N]`."""
-        positive = (tokens[:, None] & self._powers()[:, None]) != 0
-        return positive.to(self.decoder.conv_in.weight.dtype) * 2 - 1
-
-    def _powers(self) -> torch.Tensor:
-        return 2 ** torch.arange(self.bits - 1, -1, -1, device=self.decoder.conv_in.weight.device)
 
 
 class ShowOModel(UnifiedModel):
     """Show-o. The language model, its embeddings and output layer, and the projector are trained; CLIP and MAGVIT-v2
     are frozen.
 
-    Of every task's output `prediction` holds the logits `[M, vocabulary]` of the supervised positions, in the order of the
-    sequence and sample by sample, `target` their token ids `[M]`.
+    In every task's output `prediction` holds the logits `[M, vocabulary]` of the supervised positions, sample by sample and
+    in the order of the sequence, and `target` their token ids `[M]`.
     """
 
     config_class = ShowOConfig
@@ -194,6 +95,8 @@ class ShowOModel(UnifiedModel):
     def frozen_modules(self) -> list[str]:
         return ["vq_model"]
 
+    # --- losses ---
+
     def _reconstruct(
         self,
         corruption: dict[str, torch.Tensor],
@@ -204,14 +107,14 @@ class ShowOModel(UnifiedModel):
     ) -> UnifiedOutput:
         """RecA: read the image's own embeddings and the instruction, then predict the image's masked tokens."""
         tokens = self.encode_target(pixel_values)  # [B, n]
-        mask = corruption["mask"].to(tokens.device)
-        condition = self.encode_condition(condition_pixel_values)
+        condition = self.encode_condition(condition_pixel_values)  # [B, P, D]
+        mask = corruption["mask"].to(tokens.device)  # [B, n]
         masked = tokens.masked_fill(mask, self.config.mask_token_id)
-        embeds = self.embed(input_ids, condition, masked)
+        embeds = self.embed(input_ids, condition, masked)  # [B, L, D]
         if self.config.w_clip_vit:
             embeds = embeds.detach()  # as in the official run
         hidden = self.attend(embeds, self.attention_mask("reconstruct", input_ids, attention_mask))
-        hidden = hidden[:, -1 - tokens.shape[1] : -1]  # the image tokens without their markers
+        hidden = hidden[:, -1 - tokens.shape[1] : -1]  # [B, n, D]: the image tokens without their markers
         return token_cross_entropy(self.language_model.lm_head, hidden, tokens, condition, supervised=mask)
 
     def _generate(
@@ -222,12 +125,13 @@ class ShowOModel(UnifiedModel):
         attention_mask: torch.Tensor,
     ) -> UnifiedOutput:
         """Text-to-image: predict the masked tokens behind the caption, and the two markers around them."""
-        tokens = self.encode_target(pixel_values)
-        mask = corruption["mask"].to(tokens.device)
-        embeds = self.embed(input_ids, target=tokens.masked_fill(mask, self.config.mask_token_id))
+        tokens = self.encode_target(pixel_values)  # [B, n]
+        mask = corruption["mask"].to(tokens.device)  # [B, n]
+        masked = tokens.masked_fill(mask, self.config.mask_token_id)
+        embeds = self.embed(input_ids, target=masked)  # [B, L, D]
         hidden = self.attend(embeds, self.attention_mask("generate", input_ids, attention_mask))
         segment = tokens.shape[1] + 2
-        labels = input_ids[:, -segment:].clone()
+        labels = input_ids[:, -segment:].clone()  # [B, n + 2]
         labels[:, 1:-1] = tokens.masked_fill(~mask, -100)
         return token_cross_entropy(self.language_model.lm_head, hidden[:, -segment:], labels)
 
@@ -240,17 +144,12 @@ class ShowOModel(UnifiedModel):
         condition_pixel_values: torch.Tensor | None = None,
     ) -> UnifiedOutput:
         """Image-to-text, or text alone: next-token cross-entropy over the supervised tokens."""
-        condition = None if condition_pixel_values is None else self.encode_condition(condition_pixel_values)
-        embeds = self.embed(input_ids, condition)
+        condition = None if condition_pixel_values is None else self.encode_condition(condition_pixel_values)  # [B, P, D]
+        embeds = self.embed(input_ids, condition)  # [B, L, D]
         hidden = self.attend(embeds, self.attention_mask("caption", input_ids, attention_mask))
         return token_cross_entropy(self.language_model.lm_head, hidden[:, :-1], labels[:, 1:], condition)
 
-    @torch.no_grad()
-    def encode_target(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`[B, 3, H, W]` in [-1, 1] -> ids of their image tokens `[B, n]`."""
-        with torch.autocast(pixel_values.device.type, enabled=False):
-            dtype = self.vq_model.decoder.conv_in.weight.dtype
-            return self.vq_model.encode(pixel_values.to(dtype)) + self.config.image_token_offset
+    # --- encodings ---
 
     def encode_condition(self, condition_pixel_values: torch.Tensor) -> torch.Tensor:
         """See `UnifiedModel.encode_condition`, `[B, P, D]`: what the projector makes of CLIP's embeddings, or in the plain
@@ -260,7 +159,24 @@ class ShowOModel(UnifiedModel):
             return table(self.encode_target(condition_pixel_values))
         with torch.no_grad():
             tower = self.vision_tower(condition_pixel_values.to(self.vision_tower.dtype), output_hidden_states=True)
-        return self.mm_projector(tower.hidden_states[-2][:, 1:].to(table.weight.dtype))  # without the class token
+        features = tower.hidden_states[-2][:, 1:]  # [B, P, D_clip], without the class token
+        return self.mm_projector(features.to(table.weight.dtype))
+
+    @torch.no_grad()
+    def encode_target(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`[B, 3, H, W]` in [-1, 1] -> ids of their image tokens `[B, n]`."""
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            dtype = self.vq_model.decoder.conv_in.weight.dtype
+            return self.vq_model.encode(pixel_values.to(dtype)) + self.config.image_token_offset
+
+    @torch.no_grad()
+    def decode_target(self, target: torch.Tensor) -> torch.Tensor:
+        """Ids `[B, n]` of a square image -> `[B, 3, H, W]` float32, about [-1, 1]."""
+        codes = (target - self.config.image_token_offset).clamp(0, self.config.codebook_size - 1)
+        with torch.autocast(target.device.type, enabled=False):
+            return self.vq_model.decode(codes).float()
+
+    # --- the language model ---
 
     def embed(
         self, input_ids: torch.Tensor, condition: torch.Tensor | None = None, target: torch.Tensor | None = None
@@ -302,14 +218,15 @@ class ShowOModel(UnifiedModel):
         Padding is seen by nobody (it is behind everything in `caption` anyway), except where a row would see nothing.
         """
         config = self.config
-        causal = torch.ones(input_ids.shape[1], input_ids.shape[1], dtype=torch.bool, device=input_ids.device).tril()
-        begins = (input_ids == config.special_token_id("<|soi|>")).long()
+        length = input_ids.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()  # [L, L]: query, key
+        begins = (input_ids == config.special_token_id("<|soi|>")).long()  # [B, L], like all that follow
         ends = (input_ids == config.special_token_id("<|eoi|>")).long()
         condition = input_ids == CONDITION_TOKEN_ID
         if task == "caption":
             if not config.w_clip_vit:
                 condition = (ends.cumsum(1) - ends == 0) & (ends.sum(1, keepdim=True) > 0)
-            return (causal | condition[:, None])[:, None]
+            return (causal | condition[:, None])[:, None]  # [B, 1, L, L]
         if task == "reconstruct" and config.w_clip_vit:
             image = (input_ids == config.mask_token_id).long()  # the only one
             allowed = causal | condition[:, None]
@@ -317,7 +234,7 @@ class ShowOModel(UnifiedModel):
             number = begins.cumsum(1)
             image = number * (number - ends.cumsum(1) + ends)  # 1 for the first image, 2 for the second, else 0
             allowed = causal
-        allowed = allowed | ((image[:, :, None] == image[:, None]) & (image[:, None] > 0))
+        allowed = allowed | ((image[:, :, None] == image[:, None]) & (image[:, None] > 0))  # [B, L, L]
         visible = allowed & attention_mask.bool()[:, None]
         return torch.where(visible.any(-1, keepdim=True), visible, allowed)[:, None]
 
@@ -349,6 +266,18 @@ class ShowOModel(UnifiedModel):
         valid = (empty != config.special_token_id("[PAD]")).to(attention_mask.dtype)
         return torch.where(drop, empty, input_ids), torch.where(drop, valid, attention_mask)
 
+    def _without_condition(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Everything before the target's start marker as padding."""
+        prefix = int((input_ids[0] == self.config.mask_token_id).int().argmax()) - 1
+        input_ids, attention_mask = input_ids.clone(), attention_mask.clone()
+        input_ids[:, :prefix] = self.config.special_token_id("[PAD]")
+        attention_mask[:, :prefix] = 0
+        return input_ids, attention_mask
+
+    # --- draws and counts ---
+
     def sample_corruption(self, batch: dict[str, Any], generator: Generators = None) -> dict[str, torch.Tensor]:
         """Draws per image which of its tokens are masked, `mask` `[B, n]` bool."""
         if batch.get("task") == "caption" or "labels" in batch:
@@ -363,15 +292,15 @@ class ShowOModel(UnifiedModel):
 
         return {"mask": per_sample(draw, len(pixels), generator)}
 
-    def decays(self, name: str, shape: torch.Size) -> bool:
-        return not name.endswith("bias")  # norms decay, too
-
     def count_supervised(self, batch: dict[str, Any], corruption: dict[str, torch.Tensor]) -> int:
         """The answers' tokens, or the masked image tokens, in `generate` with the two markers around them."""
         if "labels" in batch:
             return count_answer_tokens(batch["labels"])
         count = int(corruption["mask"].sum())
         return count if "condition_pixel_values" in batch else count + 2 * len(corruption["mask"])
+
+    def decays(self, name: str, shape: torch.Size) -> bool:
+        return not name.endswith("bias")  # norms decay, too
 
     def example_batch(
         self,
@@ -405,6 +334,8 @@ class ShowOModel(UnifiedModel):
             "input_ids": input_ids,
             "attention_mask": (input_ids != config.special_token_id("[PAD]")).long(),
         }
+
+    # --- sampling ---
 
     def _generate_images(
         self,
@@ -495,17 +426,17 @@ class ShowOModel(UnifiedModel):
             input_ids, negative_ids = stack_padded((input_ids, negative[0]), pad, "left").chunk(2)
             attention_mask, negative_mask = stack_padded((attention_mask, negative[1]), side="left").chunk(2)
             negative = negative_ids, negative_mask
-        masked = input_ids == config.mask_token_id
+        masked = input_ids == config.mask_token_id  # [B, L]
         count = int(masked[0].sum())
-        tokens = input_ids[masked].view(-1, count) if known is None else known
-        embeds = self.embed(input_ids, condition)
+        tokens = input_ids[masked].view(-1, count) if known is None else known  # [B, n]
+        embeds = self.embed(input_ids, condition)  # [B, L, D]
         mask = self.attention_mask("generate" if condition is None else "reconstruct", input_ids, attention_mask)
         if guidance_scale > 0:
             if negative is None:
                 blank = self._without_condition(input_ids, attention_mask)
                 negative = self.drop_text(*blank, torch.ones(len(tokens)).bool())
-            embeds = torch.cat([embeds, self.embed(negative[0])])
-            mask = torch.cat([mask, self.attention_mask("generate", *negative)])
+            embeds = torch.cat([embeds, self.embed(negative[0])])  # [2B, L, D]
+            mask = torch.cat([mask, self.attention_mask("generate", *negative)])  # [2B, 1, L, L]
         # What precedes the target never sees it: its keys and values are computed once.
         prefix = embeds.shape[1] - count - 2
         cache = DynamicCache(config=config.text_config)
@@ -513,25 +444,26 @@ class ShowOModel(UnifiedModel):
 
         codebook = slice(config.image_token_offset, config.mask_token_id)
         for step, (exponential, uniform) in zip(range(num_inference_steps), noise, strict=False):
-            image = self.language_model.model.embed_tokens(tokens)
+            image = self.language_model.model.embed_tokens(tokens)  # [B, n, D]
             image = torch.cat([image, image]) if guidance_scale > 0 else image
-            target = torch.cat([embeds[:, prefix : prefix + 1], image, embeds[:, -1:]], dim=1)
-            hidden = self.attend(target, mask[:, :, prefix:], cache)[:, 1:-1]
+            target = torch.cat([embeds[:, prefix : prefix + 1], image, embeds[:, -1:]], dim=1)  # [B or 2B, n + 2, D]
+            hidden = self.attend(target, mask[:, :, prefix:], cache)[:, 1:-1]  # [B or 2B, n, D]
             cache.crop(-(count + 2))
             logits = self.language_model.lm_head(hidden)[..., codebook].float()  # [B or 2B, n, codebook]
             if guidance_scale > 0:
                 conditional, unconditional = logits.chunk(2)
-                logits = (1 + guidance_scale) * conditional - guidance_scale * unconditional
+                logits = (1 + guidance_scale) * conditional - guidance_scale * unconditional  # [B, n, codebook]
             progress = (step + 1) / num_inference_steps
             temperature *= 1 - progress  # compounds over the steps, as in the original
-            unknown = tokens == config.mask_token_id
+            unknown = tokens == config.mask_token_id  # [B, n]
             sampled, confidence = sample_tokens(
                 logits, exponential.to(logits.device), uniform.to(logits.device), temperature
-            )
+            )  # [B, n] both
             sampled = torch.where(unknown, sampled + config.image_token_offset, tokens)
             confidence = confidence.masked_fill(~unknown, torch.finfo(confidence.dtype).max)
-            again = (unknown.sum(1, keepdim=True) - 1).clamp(max=math.floor(count * mask_ratio(progress))).clamp(min=1)
-            cutoff = confidence.sort(dim=1).values.gather(1, again)
+            remaining = unknown.sum(1, keepdim=True) - 1  # [B, 1]: at least one token is kept
+            again = remaining.clamp(max=math.floor(count * mask_ratio(progress))).clamp(min=1)
+            cutoff = confidence.sort(dim=1).values.gather(1, again)  # [B, 1]
             tokens = sampled.masked_fill(confidence < cutoff, config.mask_token_id)
             yield sampled, tokens
 
@@ -551,30 +483,13 @@ class ShowOModel(UnifiedModel):
         while True:
             yield per_sample(exponential, batch_size, generator), per_sample(uniform, batch_size, generator)
 
-    @torch.no_grad()
-    def decode_target(self, target: torch.Tensor) -> torch.Tensor:
-        """Ids `[B, n]` of a square image -> `[B, 3, H, W]` float32, about [-1, 1]."""
-        codes = (target - self.config.image_token_offset).clamp(0, self.config.codebook_size - 1)
-        with torch.autocast(target.device.type, enabled=False):
-            return self.vq_model.decode(codes).float()
-
     def token_mask(self, mask_images: list[Image.Image]) -> torch.Tensor:
         """White areas of masks -> the tokens under them `[B, n]` bool; masks are cut like their images."""
         side = math.isqrt(self.config.num_vq_tokens)
         masks = [resize_and_crop(image, self.config.image_size).convert("L") for image in mask_images]
-        values = torch.from_numpy(np.stack([np.asarray(mask) for mask in masks])).float()[:, None] / 255
-        values = F.interpolate(values, (side, side), mode="bicubic", align_corners=False)
+        values = torch.from_numpy(np.stack([np.asarray(mask) for mask in masks])).float()[:, None] / 255  # [B, 1, H, W]
+        values = F.interpolate(values, (side, side), mode="bicubic", align_corners=False)  # [B, 1, h, w]
         return (values.flatten(1) >= 0.5).to(self.device)
-
-    def _without_condition(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Everything before the target's start marker as padding."""
-        prefix = int((input_ids[0] == self.config.mask_token_id).int().argmax()) - 1
-        input_ids, attention_mask = input_ids.clone(), attention_mask.clone()
-        input_ids[:, :prefix] = self.config.special_token_id("[PAD]")
-        attention_mask[:, :prefix] = 0
-        return input_ids, attention_mask
 
     def _generate_text(
         self,
@@ -587,8 +502,8 @@ class ShowOModel(UnifiedModel):
         temperature: float = 0.0,
     ) -> list[str]:
         """See `UnifiedModel.generate_text`. Greedy at `temperature` 0, as the authors' evaluation is, else sampled."""
-        conditions = [None] * len(text)
-        if images is not None:
+        conditions: list[torch.Tensor | None] = [None] * len(text)
+        if images is not None:  # [1, P, D] each
             conditions = self.encode_condition(processor.understanding_pixels(images).to(self.device)).split(1)
         generators = one_per_sample(generator, len(text))
         questions = processor.questions(text, images is not None)
@@ -618,11 +533,6 @@ class ShowOModel(UnifiedModel):
             # A new token sees all before it, so it needs no mask.
             embeds, mask = self.language_model.model.embed_tokens(input_ids.new_tensor([ids[-1:]])), None
         return ids, torch.cat(logits)
-
-
-def build_mid_block(channels: int) -> UNetMidBlock2D:
-    """Residual block, single-head self-attention, residual block."""
-    return UNetMidBlock2D(channels, temb_channels=None, resnet_groups=32, attention_head_dim=channels)
 
 
 def check_places(places: torch.Tensor, images: torch.Tensor | None, name: str) -> None:
