@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor, RecATrainer
+from reca_trainer.data import Columns, Draw, RowDataset
 from reca_trainer.data.collator import UnifiedCollator
-from reca_trainer.data.latent_cache import EncodedRows, check_encoders
+from reca_trainer.data.latent_cache import EncodedRows, check_encoders, encode_images, encoded_images
 from tests import test_trainer
 from tests.conftest import Golden
 from tests.test_trainer import CHECKPOINT, StopAt, config, losses, trained, trainer
@@ -65,8 +66,8 @@ def test_openuni_trains_on_encoded_images_too(tmp_path, dataset):
         )
         for cached in (False, True)
     ]
-    for one in runs:
-        one.train()
+    for each in runs:
+        each.train()
     assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-6)
     keys = next(iter(runs[1].get_train_dataloader())).keys()
     assert {"condition_embeds", "latents"} < keys and not {name for name in keys if "pixel" in name}
@@ -119,10 +120,10 @@ def test_a_bad_image_is_replaced_as_without_a_cache(tmp_path, processor):
         run(tmp_path, images, processor, on_bad_image="skip", cache_latents=cached, text_to_image_weight=0.0)
         for cached in (False, True)
     ]
-    for one, other in zip(*(each.get_train_dataloader() for each in runs), strict=True):
-        assert one["sources"] == other["sources"] and one["skipped"] == other["skipped"]
-        encoded = runs[0].model.get_base_model().encode_batch(one)
-        torch.testing.assert_close(other["posterior"], encoded["posterior"], rtol=1e-4, atol=1e-5)
+    for plain, cached in zip(*(each.get_train_dataloader() for each in runs), strict=True):
+        assert plain["sources"] == cached["sources"] and plain["skipped"] == cached["skipped"]
+        encoded = runs[0].model.get_base_model().encode_batch(plain)
+        torch.testing.assert_close(cached["posterior"], encoded["posterior"], rtol=1e-4, atol=1e-5)
 
 
 def test_refusals(tmp_path, dataset, processor):
@@ -144,3 +145,35 @@ def test_refusals(tmp_path, dataset, processor):
             trainer(other, tmp_path, dataset, processor, lora=False, **options)
     with pytest.raises(ValueError, match="timesteps_per_image is 1 or more"):
         config(tmp_path, timesteps_per_image=0)
+
+
+def test_processes_encode_their_share_and_go_on_where_they_were(tmp_path):
+    paths = [str(tmp_path / f"{index}.png") for index in range(40)]
+    for index, path in enumerate(paths):
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(path)
+    images = datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image())
+    rows, sizes = RowDataset({"reconstruct": images}, {"reconstruct": Columns("image")}), [(8, 8)] * 40
+    encoded = []
+
+    def processor(images, **options):
+        return {"value": torch.tensor([images[0].getpixel((0, 0))[0]])}
+
+    def encode(batch, limit=40):
+        if len(encoded) == limit:
+            raise KeyboardInterrupt
+        encoded.append(int(batch["value"]))
+        return batch
+
+    folder = tmp_path / "encoded"
+    encode_images(rows, sizes, processor, encode, folder, process_index=1, num_processes=2)
+    assert encoded == [*range(8, 16), *range(24, 32)]
+    with pytest.raises(ValueError, match="lacks 3 parts"):
+        encoded_images(folder, 40)
+    with pytest.raises(KeyboardInterrupt):
+        encode_images(rows, sizes, processor, lambda batch: encode(batch, limit=30), folder, 0, 2)
+    assert len(list(folder.iterdir())) == 3  # no half part
+    encode_images(rows, sizes, processor, encode, folder)
+    assert encoded[30:] == [*range(16, 24), *range(32, 40)][-10:] or len(encoded) == 46
+    values = [int(row.tensors["value"]) for row in map(EncodedRows(rows, encoded_images(folder, 40)).__getitem__,
+              (Draw("reconstruct", index, (8, 8), 0, "") for index in range(40)))]  # fmt: skip
+    assert values == list(range(40))

@@ -5,7 +5,7 @@ from datasets import Dataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from reca_trainer.data import Columns, Draw, RowDataset, SamplingPlan, TaskBatchSampler
+from reca_trainer.data import Columns, Draw, Row, RowDataset, SamplingPlan, TaskBatchSampler
 from reca_trainer.data.collator import UnifiedCollator
 
 
@@ -29,14 +29,13 @@ collate = UnifiedCollator(PixelProcessor())
 
 
 def row(task="reconstruct", text=None, size=(4, 6), seed=1, skipped=(), **draw):
-    return {
-        "task": task,
-        "image": Image.new("RGB", (9, 5), (255, 0, 0)),
-        "text": text,
-        "draw": Draw(task, 0, size, seed, **{"instruction": "Look.", **draw}),
-        "source": f"row {seed}",
-        "skipped": list(skipped),
-    }
+    return Row(
+        Draw(task, 0, size, seed, **{"instruction": "Look.", **draw}),
+        f"row {seed}",
+        Image.new("RGB", (9, 5), (255, 0, 0)),
+        text,
+        skipped=tuple(skipped),
+    )
 
 
 def test_a_batch_carries_seeds_sources_and_what_was_skipped():

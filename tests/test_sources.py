@@ -14,7 +14,15 @@ from datasets import Dataset
 from PIL import Image, features
 
 from reca_trainer import RecAConfig
-from reca_trainer.data import Columns, Draw, RowDataset, SamplingPlan, StreamingRows, find_columns, load_image_dataset
+from reca_trainer.data import (
+    Columns,
+    Draw,
+    RowDataset,
+    SamplingPlan,
+    StreamingBatches,
+    find_columns,
+    load_image_dataset,
+)
 from reca_trainer.data.task_datasets import TaskDatasets
 from tests.hostile_images import encoded
 
@@ -72,9 +80,9 @@ def greys(dataset, task="reconstruct", **options) -> list[tuple[int, object]]:
         rows = [decoded[Draw(task, row, SIZE, 0, "")] for row in range(len(dataset))]
     else:
         plan = SamplingPlan({task: 1}, shuffle=False)
-        batches = StreamingRows({task: dataset}, {task: columns}, lambda width, height: SIZE, plan)
+        batches = StreamingBatches({task: dataset}, {task: columns}, lambda width, height: SIZE, plan)
         rows = [row for batch in batches for row in batch]
-    return sorted(((row["image"].getpixel((3, 3))[0], row["text"]) for row in rows), key=lambda row: row[0])
+    return sorted(((row.image.getpixel((3, 3))[0], row.text) for row in rows), key=lambda row: row[0])
 
 
 def values(dataset) -> list[int]:
@@ -597,6 +605,15 @@ def test_members_without_a_picture_are_named(tmp_path, caplog):
     path = archive(tmp_path / "a.tar", {"metadata.jsonl": b"{}", "0.png": 0, "1.txt": b"of 1", ".2.png": 2})
     dataset, log = load(caplog, path)
     assert values(dataset) == [0] and "metadata.jsonl: belongs to no picture" in log and "1.txt: belongs" in log
+
+
+def test_an_archive_without_an_end_may_be_cut_off(tmp_path, caplog):
+    path = archive(tmp_path / "a.tar", {f"{index}.png": index for index in range(4)})
+    with tarfile.open(path) as file:
+        header = file.getmember("2.png").offset
+    path.write_bytes(path.read_bytes()[:header])
+    dataset, log = load(caplog, path)
+    assert values(dataset) == [0, 1] and "a.tar ends without the mark of a tar's end" in log
 
 
 @pytest.mark.parametrize("kind", ["cut", "damaged", "joined"])

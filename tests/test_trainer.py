@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor, RecAConfig, RecATrainer
 from reca_trainer.adapters import check_trainable
 from reca_trainer.callbacks import UnderstandingAccuracy
+from reca_trainer.data import Row
 from reca_trainer.saving.run_checkpoints import last_complete_checkpoint
 
 CHECKPOINT = Path(__file__).parent / "golden" / "bagel" / "checkpoint"
@@ -100,19 +101,17 @@ def test_accumulation_equals_one_large_batch(tmp_path, model, dataset, processor
     if task == "caption":  # BAGEL's image-to-text loss only reaches weights that RecA freezes
         run.model.requires_grad_(True)
         run.loss_weights["caption"] = 1.0
-    rows = [
-        {
-            "image": dataset[index]["image"].resize((64, 48)),
-            "task": task,
-            "text": dataset[index]["caption"],
-            "source": str(index),
-            "skipped": [],
-        }
-        for index in range(4)
-    ]
     sampler = run.get_train_dataloader().batch_sampler
     draw = next(iter(sampler))[0]._replace(task=task, size=(48, 64), instruction="describe")
-    rows = [{**row, "draw": draw._replace(seed=100 + index)} for index, row in enumerate(rows)]
+    rows = [
+        Row(
+            draw._replace(seed=100 + index),
+            str(index),
+            dataset[index]["image"].resize((64, 48)),
+            dataset[index]["caption"],
+        )
+        for index in range(4)
+    ]
 
     def gradients(*micro_batches):
         run.model.zero_grad()
@@ -402,5 +401,6 @@ def test_reconstructions_are_scored_at_every_evaluation(tmp_path, model, dataset
     questions = [{"image": Image.new("RGB", (32, 32), "red"), "question": "which colour", "answer": "red"}]
     run.add_callback(UnderstandingAccuracy(run, questions, max_new_tokens=2))
     run.train()
-    assert len(losses(run, "eval_reconstruction_psnr")) == len(losses(run, "eval_reconstruction_ssim")) == 2
+    for score in ("psnr", "ssim", "lab_shift_l", "lab_shift_a", "lab_shift_b"):
+        assert len(losses(run, f"eval_reconstruction_{score}")) == 2
     assert len(losses(run, "understanding_accuracy")) == 2  # before and after

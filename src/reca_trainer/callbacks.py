@@ -263,7 +263,8 @@ class PreviewCallback(TrainerCallback):
 
 
 class ReconstructionScores(TrainerCallback):
-    """Scores reconstructions of fixed held-out images (PSNR in dB, SSIM) at every evaluation. They become metrics of it,
+    """Scores reconstructions of fixed held-out images at every evaluation: PSNR in dB, SSIM, and the colour cast against
+    the images in CIE Lab (`lab_shift_b` above 0: yellower). They become metrics of it,
     `eval_reconstruction_<score>`, or of one named set `eval_<name>_reconstruction_<score>`, so that
     `metric_for_best_model` may name one.
 
@@ -273,13 +274,16 @@ class ReconstructionScores(TrainerCallback):
     """
 
     def __init__(self, trainer: Any, **models: Any):
+        from reca_trainer.evaluation.image_scores import import_torchmetrics
+
+        import_torchmetrics()  # missed now, and not at the first evaluation
         self.trainer, self.models = trainer, models
 
     def on_train_begin(self, args, state, control, **kwargs):
         register_fsdp_forward_method(self.trainer.model, "generate_images")
 
     def on_evaluate(self, args, state, control, metrics: dict[str, float], **kwargs):
-        from reca_trainer.evaluation.reconstruction import evaluate_reconstruction  # needs torchmetrics
+        from reca_trainer.evaluation.reconstruction import evaluate_reconstruction
 
         trainer, (prefix, images) = self.trainer, self.trainer.evaluated
         pictures = [row.image for row in fixed_rows(trainer, images, "reconstruct", args.score_images)]

@@ -10,16 +10,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate.utils import TorchDynamoPlugin, broadcast_object_list, gather_object
+from accelerate.utils import TorchDynamoPlugin, broadcast_object_list
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import BitsAndBytesConfig, Trainer, trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, set_seed
+from transformers.trainer_utils import EvalPrediction, set_seed
 from transformers.utils import logging
 
 from reca_trainer import adapters
@@ -38,7 +37,9 @@ from reca_trainer.data.rows import RowDataset
 from reca_trainer.data.sampling import SamplingPlan, TaskBatchSampler
 from reca_trainer.data.streaming import StreamingBatches
 from reca_trainer.data.task_datasets import Images, TaskDatasets, target_rule
+from reca_trainer.held_out_losses import HeldOutLosses, check_metric, open_eval_sets
 from reca_trainer.images import ImageError, list_problems
+from reca_trainer.inherited_options import refuse_arguments
 from reca_trainer.interruption import Interrupted, ignore_interrupts
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
 from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
@@ -51,7 +52,7 @@ logger = logging.get_logger(__name__)
 NOTES = (*collator.NOTES, "timesteps_per_image", "supervised", "share")  # of a batch, for the trainer and not the model
 
 
-class RecATrainer(RunCheckpoints, HubUploads, Trainer):
+class RecATrainer(RunCheckpoints, HeldOutLosses, HubUploads, Trainer):
     """Trains a unified multimodal model by Reconstruction Alignment (arXiv 2509.07295).
 
     Args:
@@ -89,7 +90,9 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
         peft_config: PeftConfig | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        **others: Any,
     ):
+        refuse_arguments(others)
         if not isinstance(model, str | os.PathLike | UnifiedModel | PeftModel):
             raise TypeError(
                 f"model is a folder, a Hub id, a UnifiedModel or a PeftModel around one, not {type(model).__name__}."
@@ -100,6 +103,9 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
             name = str(model) if isinstance(model, str | os.PathLike) else unwrap_name(model)
             args = RecAConfig(output_dir=f"{Path(name).name}-reca")
         make_output_dir(args)
+        if args.push_to_hub:  # what is wrong with the Hub need not wait for the model
+            self.args = args
+            self.init_hf_repo()
         self.images = TaskDatasets.open(train_dataset, args)
         eval_images = None if eval_dataset is None else open_eval_sets(eval_dataset, args)
         if eval_images is None and args.eval_size:
@@ -458,23 +464,20 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
         return EpochDataLoader(rows, batch_sampler=TaskBatchSampler(targets, plan), **loading)
 
     def _encode_images(self, rows: RowDataset, sizes: list[tuple[int, int]]) -> Dataset:
-        """The main process writes the file, all read it."""
-        model, processor, main = adapters.unwrap(self.model), self.processing_class, self.is_world_process_zero()
-        file = (
-            latent_cache.cache_file(rows, sizes, model, processor, self.accelerator.mixed_precision) if main else None
-        )
-        file = broadcast_object_list([file])[0]
+        """All processes write their share, then all read it."""
+        args, model, processor = self.args, adapters.unwrap(self.model), self.processing_class
+        precision = self.accelerator.mixed_precision
+        folder = latent_cache.cache_folder(rows, sizes, model, processor, precision) if args.process_index == 0 else None
+        folder = broadcast_object_list([folder])[0]
 
         def encode(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
             with self.accelerator.autocast():
                 return model.encode_batch(self._prepare_inputs(batch))
 
-        with self.accelerator.main_process_first():
-            if not (main or file.exists()):
-                raise ValueError(
-                    f"{file} is not there on every machine: set HF_DATASETS_CACHE to a folder they share."
-                )
-            return latent_cache.encode_images(rows, sizes, processor, encode, file)
+        layout = {"process_index": args.process_index, "num_processes": args.world_size}
+        latent_cache.encode_images(rows, sizes, processor, encode, folder, **layout)
+        self.accelerator.wait_for_everyone()
+        return latent_cache.encoded_images(folder, len(sizes))
 
     def _count_processes(self, present: bool) -> int:
         """On how many processes `present` is true."""
@@ -505,74 +508,15 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
         """Not estimated: a batch's tensors are pixels, not tokens."""
         return 0
 
-    # --- evaluation and logs ---
-
-    def averaged_weights(self):
-        """A context in which the model holds the average of its weights, if there is one."""
-        return contextlib.nullcontext() if self.weight_average is None else self.weight_average.applied()
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """As `Trainer.evaluate`, of the averaged weights where there are any."""
-        images = self.eval_dataset if eval_dataset is None else open_eval_sets(eval_dataset, self.args)
-        self.evaluated = metric_key_prefix, images
-        with self.averaged_weights():
-            return super().evaluate(images, ignore_keys, metric_key_prefix)
-
-    def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ) -> EvalLoopOutput:
-        """Mean loss of every task with fixed corruptions: comparable between checkpoints and runs."""
-        model = self._wrap_model(self.model, training=False)
-        if len(self.accelerator._models) == 0 and model is self.model:
-            model = self.accelerator.prepare_model(model, evaluation_mode=True)
-        model.eval()
-        self._optimizer_to_eval()
-        losses: dict[str, list[float]] = {}
-        with torch.no_grad():
-            for inputs in dataloader:
-                self._note_skipped(inputs)
-                self._draw_corruption(inputs)
-                inputs["share"] = 1.0
-                with self.compute_loss_context_manager():
-                    _, output = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
-                if inputs["repeated"]:
-                    continue
-                losses.setdefault(TASKS[inputs["task"]].loss_name, []).extend(output.per_sample_loss.float().tolist())
-                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        terms = self._mean_terms("eval")
-        weights = {TASKS[task].loss_name: weight for task, weight in self.loss_weights.items()}
-        metrics = {"loss": sum(weights[name] * value for name, value in terms.items()), **terms}
-        predictions = self._gather_losses(losses)
-        if self.compute_metrics is not None:
-            metrics |= self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=None))
-        prefix = f"{metric_key_prefix}_"
-        metrics = {f"{prefix}{name.removeprefix(prefix)}": value for name, value in metrics.items()}
-        samples = sum(map(len, predictions.values()))
-        return EvalLoopOutput(predictions=predictions, label_ids=None, metrics=metrics, num_samples=samples)
-
-    def _gather_losses(self, losses: dict[str, list[float]]) -> dict[str, np.ndarray]:
-        """The losses of all processes' samples, one process after the other."""
-        parts = gather_object([losses])
-        names = dict.fromkeys(name for part in parts for name in part)
-        return {name: np.array([x for part in parts for x in part.get(name, [])], dtype=np.float32) for name in names}
-
-    def _optimizer_to_eval(self) -> None:
-        """Schedule-free optimizers keep another point for training than the one that is evaluated and saved."""
-        if callable(evaluate := getattr(self.optimizer, "eval", None)):
-            evaluate()
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        self._optimizer_to_eval()
-        super().save_model(output_dir, _internal_call)
+    # --- what is refused, and logs ---
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any):
         """Refused: every trial would train the weights that the one before has left."""
-        raise NotImplementedError(
-            "hyperparameter_search would go on with the weights of the trial before: a RecATrainer has one model. Start one "
-            "run per setting."
-        )
+        raise NotImplementedError("A RecATrainer has one model, which every trial would go on with. Start one run per setting.")
+
+    def call_model_init(self, trial: Any = None):
+        """Refused: see `hyperparameter_search`."""
+        raise NotImplementedError("A RecATrainer trains the model that it was given; there is no model_init.")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -592,20 +536,6 @@ class RecATrainer(RunCheckpoints, HubUploads, Trainer):
             if self.nonfinite_steps:
                 logs["nonfinite_steps"] = self.nonfinite_steps
         super().log(logs, start_time)
-
-
-def open_eval_sets(source: Any, args: RecAConfig) -> TaskDatasets | dict[str, TaskDatasets]:
-    """One set, of which a mapping may say the dataset of each task; or several, by names that are no task's."""
-    if isinstance(source, Mapping) and source and not source.keys() & TASKS.keys():
-        return {name: TaskDatasets.open(images, args) for name, images in source.items()}
-    return TaskDatasets.open(source, args)
-
-
-def check_metric(args: RecAConfig) -> None:
-    """Raises `ValueError` if the best model is to be chosen by a score that is not computed."""
-    metric = args.metric_for_best_model or ""
-    if metric.endswith(("reconstruction_psnr", "reconstruction_ssim")) and not args.score_images:
-        raise ValueError(f"metric_for_best_model={metric!r} needs score_images: how many held-out images to score.")
 
 
 @contextlib.contextmanager

@@ -109,6 +109,7 @@ def trainer(output_dir: str, streaming: bool, full: bool, rows: int, bad_rows=()
         CHECKPOINT, generation_size=(64, 32, 16), condition_size=(42, 42, 14), understanding_size=(70, 28, 14)
     )
     images = dataset(rows, bad_rows)
+    images = images.to_iterable_dataset(num_shards=3) if streaming else images
     return Recorder(
         AutoUnifiedModel.from_pretrained(CHECKPOINT),
         RecAConfig(
@@ -124,7 +125,7 @@ def trainer(output_dir: str, streaming: bool, full: bool, rows: int, bad_rows=()
                 **options,
             },
         ),
-        train_dataset=images.to_iterable_dataset(num_shards=3) if streaming else images,
+        train_dataset=None if "dataset_name" in options else images,
         processing_class=processor,
         peft_config=None if full else LoraConfig(r=4, init_lora_weights="gaussian"),
     )

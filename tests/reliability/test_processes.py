@@ -1,5 +1,7 @@
 """Several processes give what one gives: rows, losses, weights, and errors that end all of them."""
 
+import copy
+import gc
 import json
 import os
 import socket
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from PIL import ImageChops
 from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -18,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from reca_trainer import AutoUnifiedModel
 from tests.reliability.run import CHECKPOINT, fork, start, start_together, trainer
+from tests.test_option_effects import make
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,9 +50,9 @@ def rows(folder):
     return [list(chain(*zip(*step, strict=True))) for step in zip(*parts, strict=True)]
 
 
-def assert_equal_runs(one, other):
-    assert losses(one) == pytest.approx(losses(other), rel=TOLERANCE)
-    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
+def assert_equal_runs(*folders):
+    assert losses(folders[0]) == pytest.approx(losses(folders[1]), rel=TOLERANCE)
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in folders)
     assert first.keys() == second.keys()
     deviation = max(float((first[name] - second[name]).abs().max()) for name in first)
     assert deviation < TOLERANCE
@@ -69,7 +73,6 @@ LAYOUTS = {
         "token_weighting": "micro_batch",
     },
     "accumulation": {"gradient_accumulation_steps": 3, "rows": 18},
-    "a stream with workers": {"streaming": True, "dataloader_num_workers": 1, "per_device_train_batch_size": 1},
     "no adapter, clipped": {"full": True, "max_grad_norm": 0.1, "rows": 18},
     "skipped images": {"bad_rows": [3, 11], "on_bad_image": "skip", "rows": 18},
 }
@@ -169,14 +172,14 @@ def sharded_step(rank, port, folder):
         if type(layer).__name__ in sharded._no_split_modules:
             fully_shard(layer)
     fully_shard(sharded)
-    found = []
+    results = []
     for model in (whole, sharded):
         model.train()
         loss = recorder.compute_loss(model, dict(batch)) / 2
         loss.backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        found.append((loss.detach(), gradients))
-    (loss, gradients), (sharded_loss, sharded_gradients) = found
+        results.append((loss.detach(), gradients))
+    (loss, gradients), (sharded_loss, sharded_gradients) = results
     torch.testing.assert_close(sharded_loss, loss, rtol=TOLERANCE, atol=0)
     assert gradients.keys() == sharded_gradients.keys()
     for name, gradient in sharded_gradients.items():
@@ -195,4 +198,49 @@ def sharded_step(rank, port, folder):
         for model in (whole, sharded)
     ]
     assert ImageChops.difference(*pictures).getextrema() <= ((0, 1),) * 3
+    dist.destroy_process_group()
+
+
+# Of each option a value that is not its default, and what shows it on the second of two machines.
+OPTIONS_OF_PROCESSES = {
+    "ddp_find_unused_parameters": (True, "find_unused_parameters", {}),
+    "ddp_bucket_cap_mb": (1, "bucket_bytes_cap", {}),
+    "ddp_broadcast_buffers": (False, "broadcast_buffers", {}),
+    "ddp_static_graph": (True, "static_graph", {}),
+    "log_on_each_node": (False, "verbosity", {"log_level": "info"}),
+    "log_level_replica": ("error", "verbosity", {"log_level": "info", "log_on_each_node": False}),
+}
+
+
+def test_options_of_several_processes_change_what_is_observed(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    layout = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": 0}
+    processes = [fork(observe_options, str(tmp_path), {**layout, "RANK": rank}) for rank in range(2)]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    observed = json.loads((tmp_path / "observed.json").read_text())
+    for name, (_, attribute, _) in OPTIONS_OF_PROCESSES.items():
+        standard, again, other = (run[attribute] for run in observed[name])
+        assert again == standard != other, name
+
+
+def observe_options(folder, layout):
+    """As the second of two machines with one process each."""
+    os.environ.update({name: str(value) for name, value in layout.items()})
+    torch.set_num_threads(1)
+    gc.freeze()  # a trainer collects garbage when it starts; what has been imported is none
+    observed = {}
+    for name, (value, _, setting) in OPTIONS_OF_PROCESSES.items():
+        observed[name] = []
+        for options in ({}, {}, {name: value}):
+            trainer = make(Path(folder), **{**copy.deepcopy(setting), **options})
+            trainer.train()
+            names = ("find_unused_parameters", "bucket_bytes_cap", "broadcast_buffers", "static_graph")
+            attributes = {name: getattr(trainer.model_wrapped, name) for name in names}
+            observed[name].append({**attributes, "verbosity": transformers.logging.get_verbosity()})
+    if layout["RANK"] == 1:
+        (Path(folder) / "observed.json").write_text(json.dumps(observed))
     dist.destroy_process_group()

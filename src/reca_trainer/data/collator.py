@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
+from PIL.Image import Image
 from torch.nn.utils.rnn import pad_sequence
 
+from reca_trainer.data.rows import Row
 from reca_trainer.models.contract import UnifiedProcessor
 
 # Entries of a batch that are for the trainer and not the model.
-NOTES = ("seeds", "sources", "skipped", "repeated")
+NOTES = ("seeds", "sources", "skipped", "lost_rows", "texts_cut", "repeated")
 
 
 class UnifiedCollator:
@@ -26,39 +28,40 @@ class UnifiedCollator:
     def __init__(self, processor: UnifiedProcessor):
         self.processor = processor
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Build one batch from what `RowDataset`, `StreamingRows` or `EncodedRows` gives.
+    def __call__(self, rows: list[Row]) -> dict[str, Any]:
+        """Build one batch of rows.
 
         Returns:
             The processor's batch and, for the trainer: `seeds` (one corruption seed per sample), `sources` (what each
-            sample is called in messages), `skipped` (what was wrong with the rows these stand in for) and `repeated`
-            (whether another process has the same samples).
+            sample is called in messages), `skipped` (what was wrong with the rows these stand in for), `texts_cut` (how many
+            texts were longer than the family takes) and `repeated` (whether another process has the same samples).
 
         Raises:
             ValueError: rows of different tasks or sizes, or a row without the caption its task learns from.
         """
         if not rows:
             raise ValueError("A batch needs at least one row.")
-        draw = rows[0]["draw"]
+        draws = [row.draw for row in rows]
+        task, size = draws[0].task, draws[0].size
         for row in rows:
-            if (row["task"], row["draw"].size) != (draw.task, draw.size):
+            if (row.draw.task, row.draw.size) != (task, size):
                 raise ValueError(
-                    f"{row['source']} ({row['task']}, {row['draw'].size}) cannot share a batch with "
-                    f"{rows[0]['source']} ({draw.task}, {draw.size}); use TaskBatchSampler."
+                    f"{row.source} ({row.draw.task}, {row.draw.size}) cannot share a batch with "
+                    f"{rows[0].source} ({task}, {size}); use TaskBatchSampler."
                 )
-            if draw.task != "reconstruct" and not row["text"]:
+            if task != "reconstruct" and not row.text:
                 raise ValueError(
-                    f"{row['source']}: no caption, but the task {draw.task!r} learns from it. Fill in or drop "
+                    f"{row.source}: no caption, but the task {task!r} learns from it. Fill in or drop "
                     "such rows, name another column, or give this task the weight 0."
                 )
-        encoded = [row["tensors"] for row in rows if "tensors" in row]  # of all rows or of none
-        draws = [row["draw"] for row in rows]
+        encoded = [row.tensors for row in rows if row.tensors is not None]  # of all rows or of none
+        texts_cut = getattr(self.processor, "texts_cut", 0)
         batch = self.processor(
-            images=None if encoded else [row["image"] for row in rows],
-            text=None if draw.task == "reconstruct" else [row["text"] for row in rows],
+            images=None if encoded else [cast(Image, row.image) for row in rows],
+            text=None if task == "reconstruct" else cast("list[str]", [row.text for row in rows]),
             instruction=[draw.instruction for draw in draws],
-            task=draw.task,
-            size=draw.size,
+            task=task,
+            size=size,
             crop=[draw.crop for draw in draws],
             dropped=[draw.dropped for draw in draws],
         )
@@ -66,10 +69,11 @@ class UnifiedCollator:
             batch.update(pad_encoded(encoded))
         return {
             **batch,
-            "seeds": [row["draw"].seed for row in rows],
-            "sources": [row["source"] for row in rows],
-            "skipped": [problem for row in rows for problem in row["skipped"]],
-            "repeated": draw.repeated,
+            "seeds": [draw.seed for draw in draws],
+            "sources": [row.source for row in rows],
+            "skipped": [problem for row in rows for problem in row.skipped],
+            "texts_cut": getattr(self.processor, "texts_cut", 0) - texts_cut,
+            "repeated": draws[0].repeated,
         }
 
 

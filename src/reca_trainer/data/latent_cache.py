@@ -1,11 +1,11 @@
 """What frozen encoders make of a dataset's images, computed once and kept on disk.
 
-Only what every step would compute alike is kept: the posterior of an autoencoder but not a sample of it, embeddings but
-not what trained layers make of them. A step behind the cache so has the loss it has without, its random draws included;
-but a picture of which a family takes a random square always gives the square in its centre.
+The cache keeps what every step would compute alike: the posterior of an autoencoder but no sample of it, embeddings but
+not what trained layers make of them. A step has the same loss with the cache as without, and the same random draws, with
+one exception: where a family takes a random square of a picture, the cache has the square in its centre.
 
-The file's name is a digest of everything its contents depend on (see `cache_file`); another one is written, beside it,
-where any of that changes.
+The folder's name is a digest of everything that its contents depend on (see `cache_folder`). Where any of that changes,
+another folder is written beside it.
 """
 
 from __future__ import annotations
@@ -15,17 +15,21 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+from datasets.arrow_writer import ArrowWriter
+from datasets.utils import tqdm
+from PIL.Image import Image
 from safetensors.torch import load, save
 from transformers.utils import logging
 
 import reca_trainer
-from reca_trainer.data.rows import RowDataset
+from reca_trainer.data.rows import Row, RowDataset
 from reca_trainer.data.sampling import Draw
+from reca_trainer.files import replacing
 from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
 
 logger = logging.get_logger(__name__)
@@ -33,12 +37,12 @@ logger = logging.get_logger(__name__)
 ROW = Features({"tensors": Value("binary"), "source": Value("string"), "skipped": List(Value("string"))})
 
 
-class EncodedRows(torch.utils.data.Dataset[dict[str, Any]]):
+class EncodedRows(torch.utils.data.Dataset[Row]):
     """A `RowDataset` whose reconstruct rows have `tensors` (see `UnifiedModel.encode_batch`) instead of an `image`.
 
     Args:
         rows: gives the rows of all other tasks.
-        encoded: what `encode_images` returns for it.
+        encoded: their `encoded_images`.
     """
 
     def __init__(self, rows: RowDataset, encoded: Dataset):
@@ -47,12 +51,12 @@ class EncodedRows(torch.utils.data.Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, draw: Draw) -> dict[str, Any]:
+    def __getitem__(self, draw: Draw) -> Row:
         if draw.task != "reconstruct":
             return self.rows[draw]
         record = self.encoded[draw.row]
-        record["tensors"] = load(record["tensors"])
-        return {"task": draw.task, "draw": draw, "text": None, **record}
+        tensors = load(record["tensors"])
+        return Row(draw, record["source"], tensors=tensors, skipped=tuple(record["skipped"]))
 
 
 def check_encoders(model: UnifiedModel) -> None:
@@ -75,7 +79,7 @@ def check_encoders(model: UnifiedModel) -> None:
         )
 
 
-def cache_file(
+def cache_folder(
     rows: RowDataset,
     sizes: Sequence[tuple[int, int]],
     model: UnifiedModel,
@@ -102,7 +106,7 @@ def cache_file(
         for name, tensor in module.state_dict().items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    return Path(datasets.config.HF_DATASETS_CACHE) / "reca_trainer" / f"encoded-{digest.hexdigest()[:32]}.arrow"
+    return Path(datasets.config.HF_DATASETS_CACHE) / "reca_trainer" / f"encoded-{digest.hexdigest()[:32]}"
 
 
 def encode_images(
@@ -110,29 +114,49 @@ def encode_images(
     sizes: Sequence[tuple[int, int]],
     processor: UnifiedProcessor,
     encode: Callable[[dict[str, Any]], dict[str, torch.Tensor]],
-    file: Path,
-) -> Dataset:
-    """Read `file`, or write it: what `encode` makes of every reconstruct row at its target size, image by image.
+    folder: Path,
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> None:
+    """Write what `encode` makes of every reconstruct row at its target size, image by image, in parts of `folder`.
 
-    With `on_bad_image="skip"` a row stands for the row that takes its place, as without a cache.
+    Each process writes every `num_processes`-th part. A part that is there is whole, and is kept: whoever was interrupted
+    goes on with the others. With `on_bad_image="skip"` a row stands for the row that takes its place, as without a cache.
     """
+    files = _parts(folder, len(sizes))
+    missing = [file for file in list(files)[process_index::num_processes] if not file.exists()]
+    if missing:
+        logger.info(f"Encoded images: {folder} ({len(missing)} of {len(files)} parts are to be written here)")
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in tqdm(missing, desc="Encoding images", unit="part"):
+        with replacing(file) as temporary, ArrowWriter(path=str(temporary), features=ROW) as writer:
+            for row in files[file]:
+                decoded = rows[Draw("reconstruct", row, sizes[row], seed=row, instruction="")]
+                images = [cast(Image, decoded.image)]
+                encoded = encode(processor(images=images, instruction="", task="reconstruct", size=sizes[row]))
+                tensors = {name: tensor[0].cpu().contiguous() for name, tensor in encoded.items()}
+                source, skipped = decoded.source, list(decoded.skipped)
+                writer.write({"tensors": save(tensors), "source": source, "skipped": skipped})
+            writer.finalize()
 
-    def encode_row(row: int) -> dict[str, Any]:
-        record = rows[Draw("reconstruct", row, sizes[row], seed=row, instruction="")]
-        encoded = encode(processor(images=[record["image"]], instruction="", task="reconstruct", size=sizes[row]))
-        tensors = {name: tensor[0].cpu().contiguous() for name, tensor in encoded.items()}
-        return {"tensors": save(tensors), "source": record["source"], "skipped": record["skipped"]}
 
-    logger.info(f"Encoded images: {file}" + ("" if file.exists() else " (to be written)"))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    return Dataset.from_dict({"row": range(len(sizes))}).map(
-        encode_row,
-        input_columns="row",
-        remove_columns="row",
-        features=ROW,
-        cache_file_name=str(file),
-        load_from_cache_file=True,
-        new_fingerprint=file.stem,
-        writer_batch_size=16,
-        desc="Encoding images",
-    )
+def encoded_images(folder: Path, rows: int) -> Dataset:
+    """What `encode_images` of all processes wrote for so many rows.
+
+    Raises:
+        ValueError: parts are missing, for want of a folder that all machines share.
+    """
+    files = _parts(folder, rows)
+    if missing := [file.name for file in files if not file.exists()]:
+        raise ValueError(
+            f"{folder} lacks {len(missing)} parts ({missing[0]}, …), which other machines wrote: set HF_DATASETS_CACHE to a "
+            "folder that they share."
+        )
+    return concatenate_datasets([Dataset.from_file(str(file)) for file in files])
+
+
+def _parts(folder: Path, rows: int) -> dict[Path, range]:
+    """Files and the rows in each: at most 256, of 8 rows or more."""
+    length = max(8, -(-rows // 256))
+    starts = range(0, rows, length)
+    return {folder / f"part-{n:03d}.arrow": range(at, min(at + length, rows)) for n, at in enumerate(starts)}

@@ -25,7 +25,7 @@ class Draw(NamedTuple):
 
     Attributes:
         task: one of `TASKS`.
-        row: index into that task's dataset (in a stream: position in the epoch's order).
+        row: index into that task's dataset; in a stream, its number in its shard + 2^40 x the number of the shard.
         size: `(height, width)` in pixels of the target.
         seed: seeds all that is drawn for this sample; differs for every seed of the run, task, pass and row, and depends on
             no batch size and no number of processes. 63 bits.
@@ -140,10 +140,11 @@ class SamplingPlan:
         """
         micro_batch = step[self.process_index]
         repeated = any(other is micro_batch for other in step[: self.process_index])
-        draws = (self._draw(task, int(row), micro_batch.size, pass_number) for row in micro_batch.rows)
+        draws = (self.draw(task, int(row), micro_batch.size, pass_number) for row in micro_batch.rows)
         return [draw._replace(repeated=repeated) for draw in draws]
 
-    def _draw(self, task: str, row: int, size: Size, pass_number: int) -> Draw:
+    def draw(self, task: str, row: int, size: Size, pass_number: int) -> Draw:
+        """What is drawn for a row in a pass over its task's rows; neither its batch nor its process has a say."""
         choices = (self.instructions or {}).get(task) or [""]
         if not self.shuffle:
             return Draw(task, row, size, mixed_hash(self.seed, 1, TASKS[task].index, row), choices[0])

@@ -1,60 +1,57 @@
-"""Micro-batches from sources that can only be read in order."""
+"""Micro-batches from sources that can only be read in order.
+
+Which rows meet in a micro-batch depends on the layout: the number of processes and of their loading workers. What is
+drawn for a row does not.
+"""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import count, islice
-from typing import Any
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from itertools import count
+from typing import Any, cast
 
 import torch
 from datasets import Dataset, IterableDataset
-from torch.utils.data import get_worker_info
+from torch.utils.data import DataLoader
+from transformers.utils import logging
 
-from reca_trainer.data.columns import Columns, check_columns, needed_columns, undecoded
-from reca_trainer.data.rows import (
-    MAX_BAD_IN_A_ROW,
-    ConversationProblem,
-    check_on_bad_image,
-    first_good_row,
-    has_no_image,
-    read_source,
-    source_name,
-)
-from reca_trainer.data.sampling import MicroBatch, SamplingPlan, Size, into_steps, mixed_hash
-from reca_trainer.images import ImageError, image_size, list_problems
-from reca_trainer.tasks import TASKS
+from reca_trainer.data.columns import Columns, check_columns
+from reca_trainer.data.rows import ConversationProblem, Row, check_on_bad_image
+from reca_trainer.data.sampling import SamplingPlan, Size
+from reca_trainer.data.stream_reader import Reading, State, StreamReader
+from reca_trainer.images import ImageError, list_problems
 
-Record = dict[str, Any]
-# The number of its pass, micro-batches of all processes, {row: record}, spare rows, problems.
-Step = tuple[int, list[MicroBatch], dict[int, Record], list[tuple[int, Record]], list[str]]
+logger = logging.get_logger(__name__)
 
 
-class StreamingRows(torch.utils.data.IterableDataset[list[dict[str, Any]]]):
-    """Micro-batches of rows from sources that can only be read in order; for `DataLoader(…, batch_size=None)`.
+class StreamingBatches(torch.utils.data.IterableDataset[Any]):
+    """The micro-batches of one process: of tasks that follow each other in the plan's pattern, as in `TaskBatchSampler`.
 
-    Rows of about one target size gather until they fill a micro-batch (see `SamplingPlan.size_tolerance`), and
-    micro-batches until there is one for every process; steps go round the DataLoader's workers. A row waits for others of
-    its size for at most `buffer_size` rows; then what has gathered is a smaller micro-batch. Every process and worker
-    walks the whole stream and decodes only its own share: nothing is lost or used twice, and the number of workers does
-    not change what a step contains. The price is that each of them reads all encoded bytes.
+    An epoch is one pass over the reconstruct stream (without that task: the first one's); the others start over when they
+    end. Each pass is reshuffled. A pass ends when the readers of all processes are through; a process that is through
+    earlier takes the first row of the stream again and again, marked as `repeated`, so that its loss does not count.
 
-    An epoch is one pass over the reconstruct stream (without that task: the first one's); the others start over when
-    they end. Each pass is reshuffled, with a buffer.
+    With `on_bad_image="skip"` a row that cannot be read or decoded is left out, and so is the rest of a shard that cannot
+    be read on. The next batch lists them in `skipped`.
+
+    After `load_state_dict` the batches that were given before stand as `None`, and nothing is read for them: whoever
+    resumes skips them, as `accelerate.skip_first_batches` does.
 
     Args:
         datasets: each task's `IterableDataset` (or `Dataset`).
         columns: each task's `Columns`.
         target_size: `(width, height)` of an image to `(height, width)` of its target.
         plan: what is drawn; by default one micro-batch of each task in turn, of one row each.
-        endless: go on with the next, reshuffled pass instead of ending the epoch. `Trainer` counts the steps of a source
-            without a length from its beginning, so this is what lets a run of several passes resume exactly.
-        buffer_size: rows in the shuffle buffer, encoded.
-        on_bad_image: `"raise"`, or `"skip"`: rows without a readable header are left out, and a neighbour takes the
-            place of one that turns out damaged later.
-        conversation_problem: see `RowDataset`.
-
-    Without shuffling, `Draw.row` and the seeds follow the stream's own order.
+        collate_fn: rows to batch, called by the workers; by default a batch is a list of `Row`s.
+        endless: go on with the next, reshuffled pass instead of ending the epoch.
+        buffer_size: rows in the window of each reader, encoded.
+        on_bad_image: `"raise"` or `"skip"`.
+        conversation_problem: see `RowDataset`; such rows are left out.
+        count_processes: how many processes call it with `True`; all call it for every micro-batch. Needed where there
+            are several.
+        loading: arguments of the `DataLoader` of each task, such as `num_workers`.
     """
 
     def __init__(
@@ -64,165 +61,184 @@ class StreamingRows(torch.utils.data.IterableDataset[list[dict[str, Any]]]):
         target_size: Callable[[int, int], Size],
         plan: SamplingPlan | None = None,
         *,
+        collate_fn: Callable[[list[Row]], Any] | None = None,
         endless: bool = False,
         buffer_size: int = 1000,
         on_bad_image: str = "raise",
         conversation_problem: ConversationProblem | None = None,
+        count_processes: Callable[[bool], int] | None = None,
+        **loading: Any,
     ):
         check_on_bad_image(on_bad_image)
         self.plan = plan or SamplingPlan(dict.fromkeys(datasets, 1))
-        check_columns({task: columns[task] for task in self.plan.pattern})
-        self.columns = dict(columns)
-        self.target_size = target_size
-        self.endless = endless
-        self.buffer_size = buffer_size
-        self.on_bad_image = on_bad_image
-        self.conversation_problem = conversation_problem
-        self.datasets = {}
-        for task in dict.fromkeys(self.plan.pattern):
+        tasks = list(dict.fromkeys(self.plan.pattern))
+        check_columns({task: columns[task] for task in tasks})
+        for task in tasks:
             if task not in datasets:
                 raise ValueError(f"The task {task!r} has weight {self.plan.weights[task]} but no dataset.")
-            dataset = undecoded(datasets[task], needed_columns(datasets[task], columns[task]), columns[task].image)
-            self.datasets[task] = dataset.to_iterable_dataset() if isinstance(dataset, Dataset) else dataset
-        # Shared, because persistent workers keep their own copy of everything else.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        reading = (target_size, self.plan, buffer_size, on_bad_image, conversation_problem)
+        self.readers = {task: StreamReader(task, datasets[task], columns[task], *reading) for task in tasks}
+        self.collate_fn, self.endless, self.loading = collate_fn, endless, loading
+        self.count_processes = count_processes or (lambda present: self.plan.num_processes * present)
+        self._epoch = 0
+        self._given = 0  # batches of the epoch
+        self._passes: dict[str, _TaskBatches] = {}
+        self._resumed: State | None = None
+        if self.plan.shuffle and self.plan.process_index == 0:
+            self._report_layout()
+
+    def _report_layout(self) -> None:
+        workers = max(self.loading.get("num_workers", 0), 1)
+        readers = self.plan.num_processes * workers
+        layout = f"{readers} readers ({self.plan.num_processes} processes x {workers} workers)"
+        for task, reader in self.readers.items():
+            shards = reader.dataset.num_shards
+            if shards < readers:
+                logger.warning(
+                    f"The stream of the task {task!r} has {shards} shards for {layout}: a shard is read by several of them, "
+                    f"which take its rows in turn. Write {readers} shards or more, so that nothing is read twice."
+                )
+            elif shards % readers:
+                logger.info(f"The stream of the task {task!r} has {shards} shards for {layout}: some read one more.")
 
     def set_epoch(self, epoch: int) -> None:
-        self._epoch.fill_(epoch)
+        self._epoch = epoch
 
-    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        epoch, pattern, anchor = int(self._epoch), self.plan.pattern, self.plan.anchor
-        worker = get_worker_info()
-        workers, this_worker = (worker.num_workers, worker.id) if worker else (1, 0)
-        steps = {task: self._passes(task, epoch) for task in self.datasets}
-        if not self.endless:
-            steps[anchor] = self._pass(anchor, epoch, 0)
-        for position in count():
-            task = pattern[position % len(pattern)]
-            step = next(steps[task], None)
-            if step is None:
-                return
-            if position % workers == this_worker:
-                yield self._decode(task, *step)
+    def state_dict(self) -> State:
+        """Where the iteration stands, behind the batch that was given last; can be written as JSON."""
+        tasks = {task: batches.state() for task, batches in self._passes.items()}
+        return {"epoch": self._epoch, "batches": self._given, "tasks": tasks}
 
-    def _passes(self, task: str, epoch: int) -> Iterator[Step]:
-        for number in count():
-            yield from self._pass(task, epoch, number)
+    def load_state_dict(self, state: State) -> None:
+        """Go on behind the batches that were given when the state was taken, in the same layout."""
+        self._resumed = state
 
-    def _pass(self, task: str, epoch: int, number: int) -> Iterator[Step]:
-        """The steps of one pass."""
-        plan, pass_number = self.plan, mixed_hash(epoch, number)
-        problems: list[str] = []
-        waiting: dict[Size, tuple[int, list[int]]] = {}  # since which row, and the rows; the longest waiting first
-        ready: list[MicroBatch] = []
-        records: dict[int, Record] = {}
-        sizes: set[Size] = set()
-        ahead: deque[tuple[int, Record, Size]] = deque()
-        recent: deque[tuple[int, Record]] = deque(maxlen=2 * plan.global_batch_size)
-        rows, emitted, usable = self._rows_with_headers(task, epoch, number, problems), False, 0
+    def __iter__(self) -> Iterator[Any]:
+        resumed = self._resumed if self._resumed and self._resumed["epoch"] == self._epoch else None
+        self._given = resumed["batches"] if resumed else 0
+        passes = {task: _TaskBatches(self, task, resumed["tasks"][task] if resumed else None) for task in self.readers}
+        self._passes = passes
+        try:
+            yield from [None] * self._given
+            for position in count(self._given):
+                batch = passes[self.plan.pattern[position % len(self.plan.pattern)]].next()
+                if batch is None:
+                    return
+                self._given = position + 1
+                yield batch
+        finally:
+            for batches in passes.values():
+                batches.close()
 
-        def emit(step: list[MicroBatch]) -> Step:
-            nonlocal emitted
-            emitted = True
-            contents = {row: records[row] for micro_batch in step for row in micro_batch.rows}
-            for row in contents:
-                del records[row]
-            listed = problems[:]
-            problems.clear()
-            return pass_number, step, contents, [*(item[:2] for item in ahead), *recent], listed
 
-        ahead.extend(islice(rows, 16))
-        while ahead:
-            row, record, size = ahead.popleft()
-            ahead.extend(islice(rows, 1))
-            usable += 1
-            records[row] = record
-            recent.append((row, record))
-            sizes.add(size)
-            size = next((other for other in waiting if plan.may_share(size, other)), size)
-            gathered = waiting.setdefault(size, (usable, []))[1]
-            gathered.append(row)
-            if len(gathered) == plan.batch_size:
-                ready.append(MicroBatch(size, waiting.pop(size)[1]))
-            elif not plan.drop_last:
-                oldest = next(iter(waiting))
-                if usable - waiting[oldest][0] >= self.buffer_size:
-                    ready.append(MicroBatch(oldest, waiting.pop(oldest)[1]))
-            if self._may_go(ready, one_size=len(sizes) == 1):
-                yield emit(ready[: plan.num_processes])
-                ready = ready[plan.num_processes :]
-        if not plan.drop_last:
-            ready += [MicroBatch(size, gathered) for size, (_, gathered) in waiting.items()]
-            for step in into_steps(ready, plan.num_processes, plan.batch_size > 1 and len(sizes) > 1):
-                yield emit(step)
-        while plan.drop_last and len(ready) >= plan.num_processes:
-            yield emit(ready[: plan.num_processes])
-            ready = ready[plan.num_processes :]
-        if not emitted:
-            wanted = (
-                f" of {plan.batch_size} rows of one size on each of {plan.num_processes} processes, as drop_last asks"
-                if plan.drop_last
-                else ""
+class _TaskBatches:
+    """The batches of one task in one process, pass after pass."""
+
+    def __init__(self, stream: StreamingBatches, task: str, state: State | None):
+        self.stream, self.task, self.reader = stream, task, stream.readers[task]
+        self.goes_on = stream.endless or task != stream.plan.anchor
+        workers = stream.loading.get("num_workers", 0)
+        self.loader = DataLoader(
+            self.reader,
+            batch_size=None,
+            collate_fn=cast(Any, _Collate(stream.collate_fn)),  # without batch_size it gets items, not lists of them
+            **{**stream.loading, "persistent_workers": workers > 0},
+        )
+        self.number = 0  # of the pass
+        self.worker = -1  # whose batch was given last
+        self.states: dict[str, State] = {}  # of the workers, in this pass
+        self.given = 0  # batches, in this pass
+        self.problems: list[str] = []
+        self.lost_rows = 0
+        self.spare: Any = None
+        if state is not None:
+            self.number, self.worker, self.given, self.states = (
+                state[name] for name in ("pass", "worker", "given", "workers")
             )
-            headline = f"The stream of the task {task!r} gave no micro-batch{wanted}: it has {usable} usable rows"
-            raise ImageError(list_problems(problems, headline))
+        self._start()
 
-    def _may_go(self, ready: list[MicroBatch], one_size: bool) -> bool:
-        """Whether there is a step, and enough behind it that the pass can end with a micro-batch for every process."""
-        processes = self.plan.num_processes
-        if len(ready) < processes:
-            return False
-        if one_size or self.plan.batch_size == 1 or len(ready) >= 8 * processes:
-            return True
-        return sum(len(micro_batch.rows) - 1 for micro_batch in ready[processes:]) >= processes - 1
+    def state(self) -> State:
+        return {"pass": self.number, "worker": self.worker, "given": self.given, "workers": dict(self.states)}
 
-    def _rows_with_headers(
-        self, task: str, epoch: int, number: int, problems: list[str]
-    ) -> Iterator[tuple[int, Record, Size]]:
-        stream = self.datasets[task]
-        if self.plan.shuffle:
-            seed = mixed_hash(self.plan.seed, 4, TASKS[task].index, epoch, number)
-            # One shard at a time: reading several takes threads, which `datasets` waits seconds for after each pass.
-            stream = stream.shuffle(seed=seed % 2**32, buffer_size=self.buffer_size, max_buffer_input_shards=1)
-        bad = 0
-        # Not `iter(stream)`: inside a worker that would leave out the shards of the other workers.
-        for row, batch in enumerate(stream.iter(batch_size=1)):
-            record = {name: values[0] for name, values in batch.items()}
-            image = record[self.columns[task].image]
-            source = source_name(row, image, record.get("__url__"))
-            conversation = self.columns[task].conversation
-            if task == "caption" and conversation and record[conversation] and has_no_image(image):
-                problems.append(f"{source}: the conversation is left out: no image.")
-                continue
-            try:
-                width, height = image_size(read_source(image, source), source)
-            except ImageError as error:
-                if self.on_bad_image == "raise":
-                    raise
-                problems.append(str(error))
-                bad += 1
-                if bad == MAX_BAD_IN_A_ROW:
-                    raise ImageError(list_problems(problems, f"{bad} unreadable images in a row")) from error
-                continue
-            bad = 0
-            yield row, record, self.target_size(width, height)
+    def _start(self) -> None:
+        """Begin the pass, or go on in it."""
+        key = [self.stream._epoch, self.number]
+        self.reader.pass_key.copy_(torch.tensor(key))
+        if self.states:
+            self.reader.resumed_pass, self.reader.states = key, dict(self.states)
+            self.reader.first_worker = self.worker + 1
+        self.readings = iter(self.loader)
 
-    def _decode(
-        self,
-        task: str,
-        pass_number: int,
-        step: Sequence[MicroBatch],
-        records: dict[int, Record],
-        spare: list[tuple[int, Record]],
-        problems: list[str],
-    ) -> list[dict[str, Any]]:
-        rows = list(step[self.plan.process_index].rows)
-        decoded = []
-        for draw in self.plan.draws(task, step, pass_number):
-            place = rows.index(draw.row)
-            neighbours = dict([*((row, records[row]) for row in rows[place:] + rows[:place]), *spare])
-            columns, problem = self.columns[task], self.conversation_problem
-            decoded.append(first_good_row(draw, neighbours.items(), columns, self.on_bad_image, problem))
-        if self.plan.process_index == 0:
-            decoded[0]["skipped"] = problems + decoded[0]["skipped"]
-        return decoded
+    def close(self) -> None:
+        """End the workers now: whoever forks while they wait to be collected would inherit them."""
+        del self.readings, self.loader
+
+    def next(self) -> Any:
+        """The next batch; `None` if the epoch has ended, for all processes at once."""
+        plan = self.stream.plan
+        while True:
+            reading = self._read()
+            present = self.stream.count_processes(reading is not None)
+            if present == plan.num_processes or (present and not plan.drop_last):
+                self.given += 1
+                return self._spare() if reading is None else self._noted(reading.batch)
+            if not self.given:
+                raise ImageError(list_problems(self.problems, self._nothing()))
+            if not self.goes_on:
+                for problem in self.problems:
+                    logger.warning(f"Left out: {problem}")
+                return None
+            self.number, self.worker, self.given, self.states = self.number + 1, -1, 0, {}
+            self._start()
+
+    def _read(self) -> Reading | None:
+        for reading in self.readings:
+            self.problems += reading.problems
+            self.lost_rows += reading.lost_rows
+            self.states[str(reading.worker)] = reading.state
+            self.worker = reading.worker
+            if reading.batch is not None:
+                return reading
+        return None
+
+    def _noted(self, batch: Any) -> Any:
+        """The batch with what was left out since the last one."""
+        problems, lost_rows = self.problems, self.lost_rows
+        self.problems, self.lost_rows = [], 0
+        if isinstance(batch, Mapping):
+            return {**batch, "skipped": [*problems, *batch.get("skipped", [])], "lost_rows": lost_rows}
+        return [replace(batch[0], skipped=(*problems, *batch[0].skipped)), *batch[1:]] if problems else batch
+
+    def _spare(self) -> Any:
+        """The first row of the stream, for a process that has none left in this step."""
+        if self.spare is None:
+            reader = copy.copy(self.reader)
+            reader.plan = replace(
+                self.reader.plan, num_processes=1, process_index=0, batch_size=1, shuffle=False, drop_last=False
+            )
+            reader.resumed_pass = None
+            rows = next(reading.batch for reading in reader if reading.batch)
+            rows = [replace(row, draw=row.draw._replace(repeated=True)) for row in rows]
+            self.spare = _Collate(self.stream.collate_fn)(Reading(rows, [], 0, 0, {})).batch
+        return self._noted(self.spare)
+
+    def _nothing(self) -> str:
+        plan = self.stream.plan
+        wanted = (
+            f" of {plan.batch_size} rows of one size on each of {plan.num_processes} processes, as drop_last asks"
+            if plan.drop_last
+            else ""
+        )
+        return f"The stream of the task {self.task!r} gave no micro-batch{wanted}"
+
+
+class _Collate:
+    """Collates the rows that a reader hands over, in the worker."""
+
+    def __init__(self, collate_fn: Callable[[list[Row]], Any] | None):
+        self.collate_fn = collate_fn
+
+    def __call__(self, reading: Reading) -> Reading:
+        if self.collate_fn is None or reading.batch is None:
+            return reading
+        return reading._replace(batch=self.collate_fn(reading.batch))

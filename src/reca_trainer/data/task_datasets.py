@@ -11,9 +11,10 @@ from transformers.utils import logging
 
 from reca_trainer.config import RecAConfig
 from reca_trainer.data.columns import SOME_CAPTIONS, Columns, find_columns, under_root, with_images
-from reca_trainer.data.rows import check_texts, has_text, row_sizes, rows_without_text
 from reca_trainer.data.sampling import SamplingPlan, Size, TaskBatchSampler
+from reca_trainer.data.sizes import row_sizes
 from reca_trainer.data.sources import load_image_dataset
+from reca_trainer.data.texts import check_texts, has_text, rows_without_text
 from reca_trainer.models.contract import UnifiedProcessor
 from reca_trainer.tasks import TASKS
 
@@ -201,7 +202,8 @@ class TaskDatasets:
         if processor.fixed_size is not None:
             return [target_size(*processor.fixed_size)] * len(dataset)
         if id(dataset) not in self._sizes:
-            self._sizes[id(dataset)] = row_sizes(dataset, self.columns[task].image, args.on_bad_image)
+            column, processes = self.columns[task].image, args.dataloader_num_workers
+            self._sizes[id(dataset)] = row_sizes(dataset, column, args.on_bad_image, processes)
         sizes = self._sizes[id(dataset)]
         targets = {size: target_size(*size) for size in set(sizes)}  # far fewer than rows
         return [targets[size] for size in sizes]

@@ -30,7 +30,7 @@ import reca_trainer
 from reca_trainer import adapters
 from reca_trainer.data.instructions import CAPTION_QUESTIONS, INSTRUCTIONS
 from reca_trainer.data.streaming import StreamingBatches
-from reca_trainer.files import sync
+from reca_trainer.files import give_usual_rights, sync
 from reca_trainer.interruption import Interrupted, Interruption
 
 try:
@@ -189,6 +189,7 @@ def digest_of_entries(entries: Any) -> str:
 
 def seal(folder: Path, **entries: Any) -> None:
     """Put everything in a checkpoint on disk, and write down what belongs to it, beside `entries`."""
+    give_usual_rights(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
     for path in files:
         sync(path)
@@ -325,7 +326,8 @@ class RunCheckpoints(Trainer if TYPE_CHECKING else object):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
         """As `Trainer.train`, and alone in `output_dir`. `resume_from_checkpoint=True` goes on from the newest complete
-        checkpoint there, or starts from the beginning, with a warning, if there is none.
+        checkpoint there, or starts from the beginning, with a warning, if there is none; by default it is that of the
+        arguments.
 
         Raises:
             BlockingIOError: another run writes to `output_dir`.
@@ -333,6 +335,10 @@ class RunCheckpoints(Trainer if TYPE_CHECKING else object):
             ValueError: the checkpoint is damaged, holds weights only, or is of a run that goes on differently.
         """
         args = self.args
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = args.resume_from_checkpoint
+        if str(resume_from_checkpoint).lower() in ("true", "false"):  # of a command line
+            resume_from_checkpoint = str(resume_from_checkpoint).lower() == "true"
         if args.save_only_model and args.save_strategy != SaveStrategy.NO:
             logger.warning(
                 "save_only_model=True leaves the state of optimizer, schedule and random numbers out of checkpoints, so "

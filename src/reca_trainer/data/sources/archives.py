@@ -7,10 +7,12 @@ import csv
 import io
 import json
 import logging
+import lzma
 import os
 import stat
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -25,6 +27,17 @@ from reca_trainer.images import list_problems
 
 logger = logging.getLogger(__name__)
 
+# What reading a damaged archive raises.
+_DAMAGED = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    OSError,
+    EOFError,
+    RuntimeError,
+    NotImplementedError,
+)
 LARGEST_CELL = 2**31 - 1  # bytes that Arrow holds in a cell
 
 
@@ -39,15 +52,19 @@ class _Member(NamedTuple):
 
 def load_archives(files: list[SourceFile], request: Request) -> tuple[Dataset | IterableDataset, str]:
     columns, layouts = {"image": Image()}, set()
+    problems = []
     for file in files:
-        for _, members in islice(_samples(file.path, headers_only=True), 5):
-            layouts.add(tuple(_field(member.name) for member in members if member.is_picture))
-            texts = {name: text for m in members for name, text in _archive_texts(m).items()}
-            columns |= dict.fromkeys(texts, Value("string"))
-        if file.suffix == ".zip":
-            with _named(file.path), zipfile.ZipFile(file.path) as archive:
-                for texts in islice(_zip_entries(archive).values(), 5):
-                    columns |= dict.fromkeys(texts, Value("string"))
+        try:
+            layout, texts = _peek(file)
+        except ValueError as error:
+            if not request.streaming:
+                raise
+            problems.append(str(error))  # whoever reads the stream decides what becomes of this archive
+            continue
+        layouts |= layout
+        columns |= dict.fromkeys(texts, Value("string"))
+    if len(problems) == len(files):
+        raise ValueError(list_problems(problems, "No archive can be read"))
     layouts.discard(())
     if len(layouts) == 1 and len(fields := next(iter(layouts))) > 1 and len(set(fields)) == len(fields):
         columns = dict.fromkeys(fields, Image()) | {name: kind for name, kind in columns.items() if name != "image"}
@@ -65,6 +82,21 @@ def load_archives(files: list[SourceFile], request: Request) -> tuple[Dataset | 
     if {"text", "conversations"} & set(columns):
         dataset.info.description = SOME_CAPTIONS
     return dataset, where
+
+
+def _peek(file: SourceFile) -> tuple[set[tuple[str, ...]], dict[str, str]]:
+    """Which pictures and which texts the first samples of an archive have."""
+    layouts: set[tuple[str, ...]] = set()
+    texts: dict[str, str] = {}
+    for _, members in islice(_samples(file.path, headers_only=True), 5):
+        layouts.add(tuple(_field(member.name) for member in members if member.is_picture))
+        for member in members:
+            texts |= _archive_texts(member)
+    if file.suffix == ".zip":
+        with _named(file.path), zipfile.ZipFile(file.path) as archive:
+            for entry in islice(_zip_entries(archive).values(), 5):
+                texts |= entry
+    return layouts, texts
 
 
 def _archive_rows(archives: Sequence[str], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -135,7 +167,7 @@ def _samples(
 def _named(path: str) -> Iterator[None]:
     try:
         yield
-    except (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError) as error:
+    except _DAMAGED as error:
         raise ValueError(f"{printable(path)}: {error or type(error).__name__}.") from error
 
 
@@ -151,9 +183,13 @@ def _tar_members(path: str, headers_only: bool, unused: list[str]) -> Iterator[_
         # `tarfile` takes a damaged header for the end, and the end of the first of joined archives for that of all.
         rest = cast(BinaryIO, archive.fileobj)
         rest.seek(archive.offset)
+        has_end = False
         while block := rest.read(1 << 20):
+            has_end = True
             if any(block):
                 raise tarfile.ReadError(f"damaged, or several archives joined, behind byte {archive.offset:,}")
+        if not has_end:
+            logger.warning(f"{printable(path)} ends without the mark of a tar's end: it may be cut off.")
 
 
 def _zip_members(path: str, headers_only: bool, unused: list[str]) -> Iterator[_Member]:

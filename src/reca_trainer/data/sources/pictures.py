@@ -13,7 +13,7 @@ from datasets import Dataset, Features, Image, IterableDataset, Value, concatena
 from reca_trainer.data.columns import CAPTION_COLUMNS, SOME_CAPTIONS
 from reca_trainer.data.sources.captions import PATH_COLUMNS, caption_file, texts_of
 from reca_trainer.data.sources.files import CAPTIONS, SourceFile, Unused, is_text, printable
-from reca_trainer.data.sources.request import Request, generated
+from reca_trainer.data.sources.request import Request, as_stream, generated
 from reca_trainer.data.sources.tables import load_tables, path_columns
 
 IMAGE = Features({"image": Image()})
@@ -53,8 +53,8 @@ def load_pictures(
         parts.append(_listed(rest, texts, parts, request))
     dataset = concatenate_datasets(_of_one_type(parts)) if len(parts) > 1 else parts[0]
     images: Dataset | IterableDataset = dataset
-    if request.streaming:  # as many shards as any number of readers could share
-        images = dataset.to_iterable_dataset(num_shards=min(len(dataset), 1024))
+    if request.streaming:
+        images = as_stream(dataset)
     if set(dataset.column_names) != {"image"}:
         images.info.description = SOME_CAPTIONS
     return images, f"{len(pictures):,} pictures"

@@ -52,6 +52,12 @@ def generated(
     )
 
 
+def as_stream(dataset: Dataset) -> IterableDataset:
+    """A data set of known length as a stream, in shards enough for many readers and large enough to be read quickly."""
+    rows = len(dataset)
+    return dataset.to_iterable_dataset(num_shards=min(rows, max(64, min(rows // 64, 1024))))
+
+
 def part_of_split(dataset: Dataset | IterableDataset, request: Request) -> Dataset:
     """The range of `train[:100]`."""
     if not isinstance(dataset, Dataset):

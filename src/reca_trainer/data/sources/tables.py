@@ -6,16 +6,19 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets, load_from_disk
 from datasets.data_files import DataFilesList
 from datasets.exceptions import DatasetGenerationError
 
 from reca_trainer.data.sources.files import TABLES, SourceFile, Unused, is_text, plain_path, walk
-from reca_trainer.data.sources.request import Request
+from reca_trainer.data.sources.request import Request, as_stream
 
 # The overloads of a named split do not foresee that only the run knows whether it is a stream.
 load_dataset = cast("Callable[..., Dataset | IterableDataset]", datasets.load_dataset)
@@ -30,7 +33,7 @@ def load_saved(path: str, request: Request, unused: Unused) -> Dataset | Iterabl
         saved = saved[request.split]
     files = walk(path, unused)
     unused += [(file.name, "beside a saved dataset") for file in files if file.suffix not in (".arrow", ".json")]
-    return saved.to_iterable_dataset() if request.streaming else saved
+    return as_stream(saved) if request.streaming else saved
 
 
 def load_tables(files: Sequence[SourceFile], request: Request) -> Dataset | IterableDataset:
@@ -40,6 +43,8 @@ def load_tables(files: Sequence[SourceFile], request: Request) -> Dataset | Iter
         [plain_path(file.path, request.cache_dir) for file in files], [(file.stamp,) for file in files]
     )
     sources = {"data_files": {request.split_name: paths}, **request.hub}
+    if request.streaming and kind == "parquet" and "features" not in sources:
+        sources["features"] = _features(paths)
     try:
         return load_dataset(kind, split=request.split, streaming=request.streaming, **sources)
     except DatasetGenerationError:
@@ -47,7 +52,18 @@ def load_tables(files: Sequence[SourceFile], request: Request) -> Dataset | Iter
         if rows is None:
             raise
     dataset = Dataset.from_list(rows)
-    return dataset.to_iterable_dataset() if request.streaming else dataset
+    return as_stream(dataset) if request.streaming else dataset
+
+
+def _features(paths: Sequence[str]) -> Features:
+    """Those of the first Parquet file that is whole: whoever reads the stream decides what becomes of the others."""
+    for path in paths:
+        try:
+            return Features.from_arrow_schema(pq.read_schema(path))
+        except (OSError, pa.ArrowInvalid):
+            if path == paths[-1]:
+                raise
+    raise ValueError("there are no files.")
 
 
 def load_tables_of_folders(files: Sequence[SourceFile], request: Request) -> Dataset | IterableDataset:
@@ -96,7 +112,7 @@ def _beside_table(dataset: Dataset | IterableDataset, folder: str, request: Requ
     if request.image_root is not None:
         return dataset
     folder = folder if is_text(folder) else plain_path(folder, request.cache_dir)
-    head = list(dataset.take(100)) if dataset.features is None or path_columns(dataset.features) else []
+    head = list(islice(dataset, 100)) if dataset.features is None or path_columns(dataset.features) else []
     names = {
         name
         for row in head
