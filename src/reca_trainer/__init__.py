@@ -1,5 +1,6 @@
 """Reconstruction Alignment (RecA) post-training for unified multimodal models."""
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from reca_trainer.models.contract import UnifiedModel, UnifiedOutput, UnifiedProcessor
     from reca_trainer.models.registry import register_family
     from reca_trainer.trainer import RecATrainer
+
+
+# PEFT imports bitsandbytes, which then warns that it has no kernels for 4-bit weights on a CPU, whatever is done.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str):

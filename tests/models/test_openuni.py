@@ -502,9 +502,9 @@ def test_the_file_must_be_named_when_there_are_several(folder):
     for name in ("openuni_b.pth", "openuni_l.pth"):
         shutil.copy(folder / "openuni_finetune.pth", folder / name)
     (folder / "openuni_finetune.pth").unlink()
-    with pytest.raises(CheckpointError, match=r"openuni_b.pth, openuni_l.pth.*checkpoint="):
+    with pytest.raises(CheckpointError, match=r"openuni_b.pth, openuni_l.pth.*variant="):
         AutoUnifiedModel.from_pretrained(folder)
-    assert AutoUnifiedModel.from_pretrained(folder, checkpoint="openuni_l.pth") is not None
+    assert AutoUnifiedModel.from_pretrained(folder, variant="openuni_l.pth") is not None
 
 
 def test_an_unknown_part_must_be_named(folder):
@@ -526,7 +526,7 @@ def test_another_vision_language_model_is_refused(folder):
 
 
 def test_pretraining_file_leaves_sanas_published_weights(published):
-    model = AutoUnifiedModel.from_pretrained(CHECKPOINT, checkpoint="openuni_pretrain.pth")
+    model = AutoUnifiedModel.from_pretrained(CHECKPOINT, variant="openuni_pretrain.pth")
     sana = load_file(CHECKPOINT / "sana" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(value, sana[key]) for key, value in model.transformer.state_dict().items())
     assert not torch.equal(published.transformer.proj_out.weight, sana["proj_out.weight"])

@@ -75,7 +75,7 @@ def load(base: str | None, others: Sequence[str] = (), load_in_4bit: bool = Fals
     for name in others:
         folder = resolve(name)
         if not is_adapter(folder):
-            variants.append(Variant(name, *load_model(name, None, dtype, **options)))
+            variants.append(Variant(name, *load_model(name, None, dtype, load_in_4bit)))
             continue
         label = str(len(variants))
         if adapted is None:
@@ -93,7 +93,7 @@ def load(base: str | None, others: Sequence[str] = (), load_in_4bit: bool = Fals
             Variant(name, adapted, AutoUnifiedProcessor.from_pretrained(folder, base_model=base), adapter=label)
         )
     if adapted is None:
-        return [Variant(name_of_base, *load_model(base, None, dtype, **options)), *variants]
+        return [Variant(name_of_base, *load_model(base, None, dtype, load_in_4bit)), *variants]
     if not getattr(unwrap(adapted), "is_quantized", False):  # the loader has placed quantised weights
         adapted.to(processes().device)
     return [Variant(name_of_base, adapted, AutoUnifiedProcessor.from_pretrained(base)), *variants]
@@ -155,7 +155,7 @@ def make_page(variants: Sequence[Variant], sampling: dict[str, Any]) -> Any:
         labels = [f"before: {labels[0]}", *(f"after: {label}" for label in labels[1:])]
     with gradio.Blocks(title="RecA before and after", analytics_enabled=False) as page:
         gradio.Markdown("# RecA before and after\nEvery model draws from the same noise.")
-        tasks = [task for task in TABS if all(task in model.image_tasks for model in models)]
+        tasks = [task for task in TABS if all(task in model.tasks and task in model.image_tasks for model in models)]
         for task in tasks:
             with gradio.Tab(TABS[task]):
                 image = gradio.State(None) if task == "generate" else gradio.Image(type="pil", label="picture")

@@ -12,7 +12,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("reca-trainer merge", description="Merge an adapter into its base model.")
     parser.add_argument("adapter", help="folder or Hub id")
     parser.add_argument("output_dir")
-    parser.add_argument("--base", help="folder or Hub id of the base (default: the one the adapter names)")
+    parser.add_argument(
+        "--base",
+        help="folder or Hub id of the base, owner/name/file.pth of several (default: the one the adapter names)",
+    )
     parser.add_argument(
         "--into",
         choices=("base", "dequantized", "quantized"),

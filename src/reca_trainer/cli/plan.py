@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
-from reca_trainer import plan
+import torch
+import yaml
+
+from reca_trainer import adapters, plan
 from reca_trainer.models.registry import families
-from reca_trainer.plan import MODES, OPTIMIZER_BYTES, Cost, measured_rate, open_model, step_cost
+from reca_trainer.models.tensor_files import size_of
+from reca_trainer.plan import LAUNCHES, MODES, OPTIMIZER_BYTES, Cost, measured_rate, open_model, step_costs
+from reca_trainer.recipes import recipe_file
+
+# What of a recipe decides what a run needs; everything else in it is none of this command's business.
+FROM_RECIPE = (
+    "model_name_or_path", "dtype", "bf16", "use_peft", "load_in_4bit", "lora_r", "optim", "ema_decay", "max_image_size",
+    "min_image_size", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "save_total_limit",
+    "activation_checkpointing", "gradient_checkpointing", "dataloader_num_workers",
+)  # fmt: skip
 
 
 def gigabytes(text: str) -> float:
@@ -19,8 +34,14 @@ def gigabytes(text: str) -> float:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("reca-trainer plan", description=plan.__doc__.split("\n\n")[0])
-    parser.add_argument("--model", required=True, help=f"folder, Hub id, or a family: {', '.join(families())}")
-    parser.add_argument("--mode", default="lora", choices=MODES)
+    parser.add_argument("--config", help="recipe of the run, by its name or file; options given here come before it")
+    parser.add_argument(
+        "--model",
+        "--model_name_or_path",
+        dest="model_name_or_path",
+        help=f"folder, Hub id, or a family: {', '.join(families())}",
+    )
+    parser.add_argument("--mode", choices=MODES, help="default: what the recipe says, or lora")
     parser.add_argument(
         "--max_image_size",
         "--resolution",
@@ -32,11 +53,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--gpu", type=gigabytes, required=True, metavar="MEMORY", help="memory of one GPU, such as 24GB"
     )
-    parser.add_argument("--lora_rank", type=int, default=16)
-    parser.add_argument("--optimizer", default="adamw_torch_fused", choices=list(OPTIMIZER_BYTES))
+    parser.add_argument("--num_processes", type=int, default=1, help="GPUs, on one machine (default 1)")
+    parser.add_argument("--launch", choices=LAUNCHES, default="ddp", help="launch file of several GPUs (default ddp)")
+    parser.add_argument("--lora_r", "--lora_rank", type=int, help="default: 64, as in the recipes")
+    parser.add_argument("--optim", "--optimizer", choices=list(OPTIMIZER_BYTES), help="default: adamw_torch_fused")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights, as for train")
     parser.add_argument("--no_checkpointing", action="store_true", help="keep activations instead of recomputing them")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--images_per_step", type=int, help="default: the largest batch that fits")
+    parser.add_argument("--max_steps", "--steps", type=int, help="default: 1000")
+    parser.add_argument("--images_per_step", type=int, help="of all GPUs; default: the recipe's, or what fits at once")
     parser.add_argument(
         "--tflops", type=float, help="measured bfloat16 matmul rate of the GPU; measured here if one is present"
     )
@@ -46,63 +70,162 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
-    """`reca-trainer plan`: print what a step takes, the largest batch that fits, and the time of a run."""
-    parser = make_parser()
+def read_arguments(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The command line, its gaps filled from the recipe, and those that remain from what training assumes."""
     args = parser.parse_args(argv)
+    recipe: dict[str, Any] = {} if args.config is None else yaml.safe_load(recipe_file(args.config).read_text())
+    defaults: dict[str, Any] = {"lora_r": 64, "optim": "adamw_torch_fused", "max_steps": 1000, "ema_decay": 0.0}
+    if args.config is None:  # as most recipes
+        defaults |= {"bf16": True, "use_peft": True, "activation_checkpointing": True}
+    for name in FROM_RECIPE:
+        if getattr(args, name, None) is None:
+            setattr(args, name, recipe.get(name, defaults.get(name)))
+    if args.mode is None:
+        args.mode = "full" if not args.use_peft else "qlora" if args.load_in_4bit else "lora"
+    args.checkpointing = (
+        bool(args.activation_checkpointing or args.gradient_checkpointing) and not args.no_checkpointing
+    )
+    if args.model_name_or_path is None:
+        parser.error(f"--model says which model: a folder, a Hub id, or one of {', '.join(families())}.")
+    if args.optim not in OPTIMIZER_BYTES:
+        parser.error(f"What optim={args.optim} keeps is not known; known are {', '.join(OPTIMIZER_BYTES)}.")
+    if args.num_processes < 1:
+        parser.error("--num_processes is 1 or more.")
+    if args.mode == "qlora" and args.num_processes > 1 and args.launch == "zero3":
+        parser.error("ZeRO-3 takes no weights packed in 4 bits: use --launch ddp or fsdp2.")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`reca-trainer plan`: print what a step takes, the largest batch that fits, what lies on disk, and the time."""
+    parser = make_parser()
+    args = read_arguments(parser, argv)
     try:
-        cost, cost_of_eight = (plan_cost(args, batch_size) for batch_size in (1, 8))
+        cost, cost_of_eight = plan_costs(args, (1, 8))
     except ValueError as error:
         parser.error(str(error))
+    averaged = cost.trained_parameters * 4 if args.ema_decay else 0.0
+    layout = {"launch": args.launch, "processes": args.num_processes}
+    needed = cost.process(**layout) + averaged
     # Not from one to two: the gradients of a full model may outweigh the activations of the first few images.
-    needed, further = cost.process(), (cost_of_eight.process() - cost.process()) / 7
+    further = (cost_of_eight.process(**layout) + averaged - needed) / 7
     largest = int(1 + (args.gpu * 1e9 - needed) // further) if args.gpu * 1e9 >= needed else 0
-    print(f"{cost.parameters / 1e9:.2f} B parameters, {cost.trained_parameters / 1e6:,.1f} M of them trained")
+    frozen, masters = dtypes(args)
+    rank = "" if args.mode == "full" else f", an adapter of rank {args.lora_r}"
+    kept = "4 bits where quantised, else " if args.mode == "qlora" else ""
+    precision = f"frozen in {kept}{_name(frozen)}, trained in {_name(masters)}"
+    if args.num_processes > 1 and args.launch.startswith("zero") and args.bf16:
+        precision = "all in bfloat16; what is trained has float32 masters besides"
+    print(f"{cost.parameters / 1e9:.2f} B parameters, {cost.trained_parameters / 1e6:,.1f} M of them trained{rank}")
     print(
-        f"weights {cost.weights / 1e9:.2f} GB, optimiser {cost.optimizer / 1e9:.2f} GB, one image's step {cost.step / 1e9:.2f} GB"
+        f"weights {cost.weights / 1e9:.2f} GB ({precision}), "
+        f"optimiser {cost.optimizer / 1e9:.2f} GB ({args.optim}), gradients {cost.gradients / 1e9:.2f} GB, "
+        + (f"average {averaged / 1e9:.2f} GB, " if averaged else "")
+        + f"one image's step {cost.step / 1e9:.2f} GB"
     )
+    spread = f" on each of {args.num_processes} GPUs ({args.launch})" if args.num_processes > 1 else ""
     print(
-        f"with process and fragmentation: {needed / 1e9:.1f} GB for a batch of 1, each further image {further / 1e9:.2f} GB"
+        f"with process and fragmentation: {needed / 1e9:.1f} GB for a batch of 1{spread}, each further image "
+        f"{further / 1e9:.2f} GB"
     )
-    if not largest:
+    if largest:
+        print(f"Fits into {args.gpu:g} GB with per_device_train_batch_size up to {largest}.")
+    else:
         print(f"Does not fit into {args.gpu:g} GB." + _advice(args))
-        return
-    print(f"Fits into {args.gpu:g} GB with per_device_train_batch_size up to {largest}.")
-    rate = args.tflops * 1e12 if args.tflops else measured_rate()
-    if rate is None:
-        print(f"{cost.flops / 1e12:.1f} TFLOP an image. For the time, give the GPU's measured matmul rate: --tflops.")
-        return
-    images = args.images_per_step or largest
-    seconds = cost.flops * images / (rate * args.utilisation)
-    print(
-        f"{seconds:.2f} s a step of {images} images at {args.utilisation:.0%} of {rate / 1e12:.0f} TFLOP/s: "
-        f"{seconds * args.steps / 3600:.1f} GPU-hours for {args.steps:,} steps."
-    )
+    if largest and args.config and args.per_device_train_batch_size:
+        batch = args.per_device_train_batch_size
+        print(f"The recipe's {batch}: {(needed + (batch - 1) * further) / 1e9:.1f} GB.")
+    print(f"main memory of the machine: up to {host_bytes(cost, args) / 1e9:.0f} GB while the model is loaded")
+    print(disk(cost, args))
+    if largest:
+        print(duration(cost, args, largest))
 
 
-def plan_cost(args: argparse.Namespace, batch_size: int) -> Cost:
-    """The cost of one step.
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def dtypes(args: argparse.Namespace) -> tuple[torch.dtype, torch.dtype]:
+    """Of frozen and of trained weights, as training loads them."""
+    adapted = args.mode != "full"
+    frozen = getattr(torch, args.dtype) if args.dtype else adapters.default_dtype(bool(args.bf16), adapted)
+    return frozen, torch.float32 if adapted else frozen
+
+
+def plan_costs(args: argparse.Namespace, batch_sizes: Sequence[int]) -> list[Cost]:
+    """The cost of one step at each batch size.
 
     Raises:
         ValueError: the model makes no targets of the size asked for.
     """
-    model = open_model(args.model)
-    return step_cost(
-        model,
-        model.example_batch(batch_size, args.max_image_size, args.min_image_size, args.text_length),
-        args.mode,
-        checkpointing=not args.no_checkpointing,
-        lora_rank=args.lora_rank,
-        optimizer=args.optimizer,
+    model = open_model(args.model_name_or_path)
+    args.stored = sum(map(size_of, getattr(model, "lazy_weights", {}).values()))
+    sizes = (args.max_image_size, args.min_image_size, args.text_length)
+    batches = [model.example_batch(batch_size, *sizes) for batch_size in batch_sizes]
+    frozen, masters = dtypes(args)
+    # Sharded weights are cast while they are gathered, and DeepSpeed's are bfloat16 all the time; only a process with
+    # whole float32 weights keeps bfloat16 copies of them for the length of a forward pass.
+    is_cast = bool(args.bf16) and args.num_processes > 1 and args.launch != "ddp"
+    options = {"checkpointing": args.checkpointing, "lora_r": args.lora_r, "optim": args.optim}
+    if not is_cast:
+        return step_costs(model, batches, args.mode, frozen, masters, bool(args.bf16), **options)
+    costs = step_costs(model, batches, args.mode, torch.bfloat16, torch.bfloat16, **options)
+    if args.launch != "fsdp2":
+        return costs
+    wider = costs[0].trained_parameters * (masters.itemsize - 2)
+    kept = (costs[0].parameters - costs[0].trained_parameters) * (frozen.itemsize - 2)
+    return [replace(cost, weights=cost.weights + wider + kept, gradients=cost.gradients + wider) for cost in costs]
+
+
+def host_bytes(cost: Cost, args: argparse.Namespace) -> float:
+    """Main memory that all processes of one machine take together while they load the model."""
+    copies = 0 if args.mode == "qlora" else args.num_processes  # what is quantised goes to the GPU layer by layer
+    each = plan.HOST_PROCESS_BYTES + (args.dataloader_num_workers or 0) * plan.WORKER_BYTES
+    return copies * cost.weights + args.num_processes * each
+
+
+def disk(cost: Cost, args: argparse.Namespace) -> str:
+    """What checkpoints and the model that comes of them take up."""
+    size = cost.model_on_disk + cost.optimizer + (cost.trained_parameters * 4 if args.ema_decay else 0.0)
+    line = (
+        f"disk: a checkpoint {size / 1e9:.2f} GB, of which the optimiser has {cost.optimizer / 1e9:.2f} GB, without which "
+        "(save_only_model) a run cannot be resumed"
+    )
+    if args.save_total_limit:
+        count = args.save_total_limit + 1  # the new one is whole before the oldest goes
+        line += f"; {count * size / 1e9:.1f} GB for save_total_limit {args.save_total_limit} and one being written"
+    if cost.has_adapter:
+        merged = args.stored or (cost.parameters - cost.trained_parameters) * 2
+        line += f"; merged {merged / 1e9:.1f} GB"
+    return line
+
+
+def duration(cost: Cost, args: argparse.Namespace, largest: int) -> str:
+    rate = args.tflops * 1e12 if args.tflops else measured_rate()
+    if rate is None:
+        return f"{cost.flops / 1e12:.1f} TFLOP an image. For the time, give the GPU's measured matmul rate: --tflops."
+    images = args.images_per_step
+    if images is None and args.config and args.per_device_train_batch_size:
+        each = args.per_device_train_batch_size * (args.gradient_accumulation_steps or 1)
+        images = each * args.num_processes
+    images = images or largest * args.num_processes
+    seconds = cost.flops * images / args.num_processes / (rate * args.utilisation)
+    return (
+        f"{seconds:.2f} s a step of {images} images at {args.utilisation:.0%} of {rate / 1e12:.0f} TFLOP/s: "
+        f"{seconds * args.num_processes * args.max_steps / 3600:.1f} GPU-hours for {args.max_steps:,} steps."
     )
 
 
 def _advice(args: argparse.Namespace) -> str:
-    advice = []
-    if args.no_checkpointing:
-        advice.append("recompute activations")
-    if args.mode != "qlora":
-        advice.append("--mode qlora" if args.mode == "lora" else "--mode lora, or --optimizer adamw_bnb_8bit")
-    if args.max_image_size is None or args.max_image_size > 512:
-        advice.append("where the family has a choice --max_image_size 512")
+    choices: list[tuple[Callable[[], bool], str]] = [
+        (lambda: not args.checkpointing, "recompute activations"),
+        (lambda: args.mode == "lora", "--mode qlora"),
+        (lambda: args.mode == "full", "--mode lora, or --optim adamw_bnb_8bit"),
+        (lambda: args.mode == "full" and args.launch in ("ddp", "zero2"), "several GPUs and --launch fsdp2"),
+        (
+            lambda: args.max_image_size is None or args.max_image_size > 512,
+            "where the family has a choice --max_image_size 512",
+        ),
+    ]
+    advice = [text for applies, text in choices if applies()]
     return f" Try {', or '.join(advice)}." if advice else ""

@@ -27,7 +27,9 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     folder = Path(args.folder)
-    if folder.is_dir() and not (folder / "README.md").exists():
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder} on this machine.")
+    if not (folder / "README.md").exists():
         save_card(folder_card(folder, args.repo_id), folder / "README.md")
     where = {"private": args.private, "revision": args.revision, "create_pr": args.create_pr}
     commit = push(folder, args.repo_id, commit_message=args.message, also=args.also, **where)

@@ -50,6 +50,10 @@ def check_model_arguments(model_args: ModelArguments, args: RecAConfig) -> None:
     of_loading += ["model_init_kwargs"] if args.model_init_kwargs else []
     if of_loading and model_args.model_name_or_path is None:
         raise ValueError(f"--{of_loading[0]} is about loading a model: add --model_name_or_path, or leave it out.")
+    if "model_revision" in changed and Path(model_args.model_name_or_path or "").is_dir():
+        raise ValueError(f"--model_revision is about a model on the Hub, and {model_args.model_name_or_path} is a folder.")
+    if "lora_task_type" in changed:
+        raise ValueError("--lora_task_type would change nothing: the model keeps its own forward. Leave it out.")
 
 
 def run(

@@ -7,36 +7,90 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 from reca_trainer.adapters import base_state_dict, load_adapter, read_quantization
 from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
 from reca_trainer.models.registry import detect, is_adapter
-from reca_trainer.models.weights import CheckpointError, LazyTensor, check_fit, load_strict, open_weights
+from reca_trainer.models.weights import (
+    CheckpointError,
+    LazyTensor,
+    check_fit,
+    choose_variant,
+    load_strict,
+    open_weights,
+    read_optional_config,
+)
+
+FILES = ["*.json", "*.safetensors", "*.bin", "*.ckpt", "*.txt", "*.model", "*.jinja"]
+FILES += ["*/*.json", "*/*.safetensors", "*/*.txt"]
 
 
-def resolve(pretrained_model_name_or_path: str | Path, **hub: Any) -> Path:
+def resolve(pretrained_model_name_or_path: str | Path, variant: str | None = None, **hub: Any) -> Path:
     """The local folder of a checkpoint: itself if it is one, else its Hub snapshot (`revision`, `token`, `cache_dir`, …)."""
-    folder = Path(pretrained_model_name_or_path).expanduser()
+    return locate(pretrained_model_name_or_path, variant, **hub)[0]
+
+
+def locate(name_or_path: str | Path, variant: str | None = None, **hub: Any) -> tuple[Path, str | None]:
+    """A checkpoint's local folder, and which of several `.pth` files in it is meant.
+
+    A Hub repository with several is looked through first, and only the one is downloaded.
+
+    Args:
+        name_or_path: folder, Hub id, or either with the name of a `.pth` file behind it.
+        variant: the file, see `choose_variant`; `None` where the name says it, or there is no choice.
+
+    Raises:
+        CheckpointError: there is no such folder or repository, or the choice is open.
+    """
+    name = str(name_or_path)
+    if name.endswith(".pth") and not Path(name).expanduser().is_dir():
+        name, _, variant = name.rpartition("/")
+    folder = Path(name).expanduser()
     if folder.is_dir():
-        return folder
-    name = str(pretrained_model_name_or_path)
+        files = [path.name for path in folder.glob("*.pth")]
+        return folder, None if variant is None else choose_variant(files, variant, folder)
     try:
         validate_repo_id(name)
         owner, _ = name.split("/")
     except ValueError as error:
         message = f"{name} is neither a folder on this machine nor a Hub repository id (owner/name)."
         raise CheckpointError(message) from error
-    patterns = ["*.json", "*.safetensors", "*.bin", "*.pth", "*.ckpt", "*.txt", "*.model", "*.jinja", "*/*.json"]
-    patterns += ["*/*.safetensors", "*/*.txt"]
+    choices = _choices(name, **hub)
+    if choices and (variant is not None or len(choices) > 1):
+        variant = choose_variant(choices, variant, name)
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, **hub))
+        pickles = variant if variant and choices else "*.pth"
+        snapshot = Path(snapshot_download(name, allow_patterns=[*FILES, pickles], **hub))
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
             f"There is no folder {name} on this machine, and the Hub, where {owner} might have it, cannot be reached."
         ) from error
+    files = [path.name for path in snapshot.glob("*.pth")]
+    return snapshot, None if variant is None else choose_variant(files, variant, name)
+
+
+def _choices(name: str, **hub: Any) -> list[str]:
+    """The `.pth` files of a repository that has its weights in them; none where it cannot be looked into, and what is in
+    the cache has to do."""
+    if hub.get("local_files_only"):
+        return []
+    try:
+        files = HfApi(token=hub.get("token")).list_repo_files(name, revision=hub.get("revision"))
+    except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, OSError):
+        return []  # the download says what is wrong
+    files = [file for file in files if "/" not in file]
+    if any(file.endswith(".safetensors") for file in files):
+        return []
+    return [file for file in files if file.endswith(".pth")]
+
+
+def _named(name_or_path: str | Path, variant: str | None) -> str:
+    """A checkpoint's name with the file that was chosen in it, so that it can be found again."""
+    name = str(name_or_path)
+    return name if variant is None or name.endswith(".pth") else f"{name}/{variant}"
 
 
 def open_lazily(model_or_path: UnifiedModel | str | Path, **hub: Any) -> UnifiedModel:
@@ -46,10 +100,10 @@ def open_lazily(model_or_path: UnifiedModel | str | Path, **hub: Any) -> Unified
         weights = {name: LazyTensor(tensor) for name, tensor in base_state_dict(model_or_path).items()}
         model = load_strict(type(model_or_path), model_or_path.config, weights, "the loaded model", lazy=True)
     else:
-        folder = resolve(model_or_path, **hub)
+        folder, variant = locate(model_or_path, **hub)
         package, published = detect(folder)
         if published:
-            model = package.read_published(folder, lazy=True)
+            model = package.read_published(folder, lazy=True, **_choice(variant))
         else:
             config = package.Config.from_pretrained(folder)
             model = load_strict(package.Model, config, open_weights(folder, "model.safetensors"), folder, lazy=True)
@@ -58,7 +112,11 @@ def open_lazily(model_or_path: UnifiedModel | str | Path, **hub: Any) -> Unified
     return model
 
 
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+def _choice(variant: str | None) -> dict[str, str]:
+    return {} if variant is None else {"variant": variant}
+
+
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "variant")
 
 
 def commit_of(folder: Path) -> str | None:
@@ -74,11 +132,11 @@ def adapter_base(folder: Path, base_model: str | None, hub: dict[str, Any]) -> t
         CheckpointError: the adapter names no base, or one that only existed where it was trained.
     """
     config = json.loads((folder / "adapter_config.json").read_text())
-    named, pinned = config.get("base_model_name_or_path"), {**hub, "revision": None}
+    named, pinned = config.get("base_model_name_or_path"), {**hub, "revision": None, "variant": None}
     base = base_model or named
     if not base:
         raise CheckpointError(f"{folder}/adapter_config.json names no base model; pass base_model.")
-    if not base_model and commit_of(folder) and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base):
+    if not base_model and commit_of(folder) and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w.-]+\.pth)?", base):
         raise CheckpointError(
             f"The adapter in {folder} was trained on {base!r}, which is a path and not a Hub repository; pass "
             "base_model to say where that model is."
@@ -89,8 +147,7 @@ def adapter_base(folder: Path, base_model: str | None, hub: dict[str, Any]) -> t
 
 
 def _is_quantized(folder: Path) -> bool:
-    config = folder / "config.json"
-    return config.is_file() and "quantization_config" in json.loads(config.read_text())
+    return "quantization_config" in read_optional_config(folder)
 
 
 class AutoUnifiedModel:
@@ -102,8 +159,10 @@ class AutoUnifiedModel:
         """Load a model.
 
         Args:
-            pretrained_model_name_or_path: folder or Hub id.
-            kwargs: `revision`, `token`, `cache_dir`, `local_files_only` for the Hub; `dtype` (default: float32 for a
+            pretrained_model_name_or_path: folder or Hub id, either with the name of a `.pth` file behind it where there are
+                several: `owner/name/file.pth`.
+            kwargs: `revision`, `token`, `cache_dir`, `local_files_only` for the Hub; `variant`, which of several `.pth` files
+                a folder or repository has (of a repository no other is downloaded); `dtype` (default: float32 for a
                 published layout, as stored for our own), `device_map`, `quantization_config`, … as for
                 `PreTrainedModel.from_pretrained`. For an adapter also `base_model`, to use in place of the base it
                 names, and `is_trainable`.
@@ -117,7 +176,7 @@ class AutoUnifiedModel:
         """
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         base_model, is_trainable = kwargs.pop("base_model", None), kwargs.pop("is_trainable", False)
-        folder = resolve(pretrained_model_name_or_path, **hub)
+        folder, variant = locate(pretrained_model_name_or_path, **hub)
         if is_adapter(folder):
             base, pinned = adapter_base(folder, base_model, hub)
             trained_on, _ = read_quantization(folder)
@@ -128,13 +187,13 @@ class AutoUnifiedModel:
             return load_adapter(model, folder, is_trainable=is_trainable)
         package, published = detect(folder)
         if published:
-            model = package.read_published(folder, **kwargs)
+            model = package.read_published(folder, **_choice(variant), **kwargs)
         else:
             strict = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
             model, info = package.Model.from_pretrained(folder, **strict, **kwargs)
             problems = (info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
             check_fit(package.Model, pretrained_model_name_or_path, *problems)
-        model.name_or_path = model.config._name_or_path = str(pretrained_model_name_or_path)
+        model.name_or_path = model.config._name_or_path = _named(pretrained_model_name_or_path, variant)
         model.config._commit_hash = commit_of(folder)
         return model
 
@@ -147,7 +206,7 @@ class AutoUnifiedProcessor:
         """Load a processor; arguments as for `AutoUnifiedModel.from_pretrained`."""
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         base_model = kwargs.pop("base_model", None)
-        folder = resolve(pretrained_model_name_or_path, **hub)
+        folder, variant = locate(pretrained_model_name_or_path, **hub)
         if is_adapter(folder):
             base, pinned = adapter_base(folder, base_model, hub)
             if not (folder / "processor_config.json").is_file():
@@ -156,7 +215,7 @@ class AutoUnifiedProcessor:
             return package.Processor.from_pretrained(folder, **kwargs)
         package, published = detect(folder)
         if published:
-            return package.read_published_processor(folder, **kwargs)
+            return package.read_published_processor(folder, **_choice(variant), **kwargs)
         # Of a folder alone the tokenizer reads a config of a type that it does not know, and warns.
         kwargs.setdefault("config", package.Config.from_pretrained(folder))
         return package.Processor.from_pretrained(folder, **kwargs)

@@ -66,17 +66,33 @@ def detect(folder: Path) -> tuple[ModuleType, bool]:
     """The family a checkpoint folder belongs to, and whether it is in that family's published layout (rather than in
     `save_pretrained` form)."""
     names = {str(path.relative_to(folder)) for path in folder.glob("**/*") if path.is_file()}
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text()) if "config.json" in names else {}
+    config, damage = _read_config(folder)
     for name in _FAMILIES:
         package = family(name)
         if hasattr(package, "is_published") and package.is_published(names, config):
             return package, True
         if config.get("model_type") == package.Config.model_type:
             return package, False
+    if damage:
+        raise CheckpointError(damage)
     raise CheckpointError(
         f"{folder} is no checkpoint of a known family ({', '.join(_FAMILIES)}): "
         f"model_type is {config.get('model_type')!r}, files are {sorted(names)[:12]}."
     )
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any], str]:
+    """The `config.json` of a folder, and what is wrong with it: some families are known by their files alone."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}, ""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        return {}, f"{path} is no JSON ({error}), and the other files do not say which family this is."
+    if not isinstance(config, dict):
+        return {}, f"{path} holds a {type(config).__name__} and not a configuration."
+    return config, ""
 
 
 def is_adapter(folder: Path) -> bool:

@@ -17,10 +17,13 @@ from typing import Any
 import torch
 from accelerate.utils import convert_file_size_to_int
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from reca_trainer.models.contract import UnifiedModel
 from reca_trainer.models.tensor_files import CheckpointError as CheckpointError
 from reca_trainer.models.tensor_files import StoredTensor, open_tensors, size_of, write_safetensors
+
+logger = logging.get_logger(__name__)
 
 
 class LazyTensor:
@@ -92,6 +95,40 @@ def _open(path: Path) -> dict[str, LazyTensor]:
         return {key: tensor for shard in shards for key, tensor in _open(path.parent / shard).items()}
     tensors = open_tensors(path)
     return {key: LazyTensor(value) for key, value in tensors.items() if isinstance(value, StoredTensor | torch.Tensor)}
+
+
+def choose_variant(names: Iterable[str], variant: str | None, source: str | Path) -> str:
+    """The one of several `.pth` files that `variant` means: its name, with or without `.pth` and the family's name in
+    front (`1.5b` is `harmon_1.5b.pth`). The only one needs no choice.
+
+    Raises:
+        CheckpointError: it means none of them, or there are several and no `variant`.
+    """
+    files = sorted(name for name in names if name.endswith(".pth"))
+    if variant is None and len(files) == 1:
+        return files[0]
+    for name in files:
+        stem = name.removesuffix(".pth")
+        if variant in (name, stem, stem.partition("_")[2]):
+            return name
+    asked = "none was chosen" if variant is None else f"none is {variant!r}"
+    raise CheckpointError(
+        f"One .pth file of {source} is the checkpoint, and {asked}. These are there: {', '.join(files) or 'none'}. Pass "
+        "variant=<name>, or add the file's name to the model's: owner/name/file.pth."
+    )
+
+
+def read_optional_config(folder: Path) -> dict[str, Any]:
+    """A `config.json` that a layout can do without: empty where there is none, or none that is JSON, which is logged."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        logger.warning(f"{path} is not read: it is no JSON ({error}).")
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def weights_of(model: UnifiedModel) -> dict[str, LazyTensor]:

@@ -29,6 +29,7 @@ from reca_trainer.models.weights import (
     load_strict,
     main_dtype,
     open_weights,
+    read_optional_config,
     weights_of,
     write_index,
     write_sharded,
@@ -117,7 +118,7 @@ def read_config(folder: Path, vision_layers: int) -> BagelConfig:
     """The `BagelConfig` of a published checkpoint whose weights hold `vision_layers` layers of the vision encoder
     (`vit_config.json` says one more than is used)."""
     text, vision = (json.loads((folder / f"{name}_config.json").read_text()) for name in ("llm", "vit"))
-    top = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    top = read_optional_config(folder)  # what the original hard-codes
     decided_here = ("model_type", "rope", "num_hidden_layers", "vision_use_head")
     vision = {name: vision[name] for name in vision if name not in decided_here}
     tokenizer = Qwen2TokenizerFast.from_pretrained(folder)

@@ -61,9 +61,9 @@ class BagelVisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(self.side**2, config.hidden_size)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        patches, (height, width) = patchify(pixel_values, self.patch_size)
+        patches, (height, width) = patchify(pixel_values, self.patch_size)  # [B, S, 3p²]
         positions = torch.arange(self.side**2, device=patches.device).view(self.side, self.side)
-        positions = positions[:height, :width].reshape(-1)
+        positions = positions[:height, :width].reshape(-1)  # [S]
         return self.patch_embedding(patches.to(self.patch_embedding.weight.dtype)) + self.position_embedding(positions)
 
 
@@ -133,6 +133,8 @@ class BagelModel(BagelGeneration, MoTModel):
         else:
             super()._init_weights(module)
 
+    # --- losses ---
+
     def _reconstruct(
         self,
         corruption: dict[str, torch.Tensor],
@@ -154,10 +156,10 @@ class BagelModel(BagelGeneration, MoTModel):
             condition_embeds, condition_attention_mask: instead of `condition_pixel_values`, what `encode_batch` gives;
                 the output's `understanding_embeds` are then these.
         """
-        latents = self._target_latents(corruption, pixel_values, latents, posterior)
+        latents = self._target_latents(corruption, pixel_values, latents, posterior)  # [B, C, h, w]
         understanding_embeds = condition_embeds
         if condition_embeds is None:
-            understanding_embeds = self.encode_condition(condition_pixel_values)
+            understanding_embeds = self.encode_condition(condition_pixel_values)  # [B, S, D]
             condition_embeds, condition_attention_mask = self._place(understanding_embeds, condition_pixel_values)
         batch_size = len(condition_embeds)
         context = self._read_condition(self.new_context(batch_size), condition_embeds, condition_attention_mask)
@@ -174,8 +176,8 @@ class BagelModel(BagelGeneration, MoTModel):
         latents: torch.Tensor | None = None,
         posterior: torch.Tensor | None = None,
     ) -> UnifiedOutput:
-        """Text-to-image; the arguments are as in `_reconstruct`."""
-        latents = self._target_latents(corruption, pixel_values, latents, posterior)
+        """Text-to-image: read the caption, then denoise the image. The arguments are as in `_reconstruct`."""
+        latents = self._target_latents(corruption, pixel_values, latents, posterior)  # [B, C, h, w]
         context = self.new_context(len(latents))
         if input_ids is not None:
             context = self.read_text(context, input_ids, attention_mask)
@@ -192,12 +194,12 @@ class BagelModel(BagelGeneration, MoTModel):
         latents: torch.Tensor | None = None,
         posterior: torch.Tensor | None = None,
     ) -> UnifiedOutput:
-        """Editing: the source as VAE latents and as image embeddings, the instruction, then the target. `latents` and
-        `posterior` are as in `_reconstruct`."""
-        latents = self._target_latents(corruption, pixel_values, latents, posterior)
-        source = self.encode_target(source_pixel_values, corruption["source_posterior_noise"])
+        """Editing: read the source as VAE latents and as image embeddings, read the instruction, then denoise the target.
+        `latents` and `posterior` are as in `_reconstruct`."""
+        latents = self._target_latents(corruption, pixel_values, latents, posterior)  # [B, C, h, w]
+        source = self.encode_target(source_pixel_values, corruption["source_posterior_noise"])  # [B, C, h', w']
         context = self.read_latents(self.new_context(len(input_ids)), source)
-        embeds = self.encode_condition(condition_pixel_values)
+        embeds = self.encode_condition(condition_pixel_values)  # [B, S, D]
         context = self.read_image(context, embeds, condition_pixel_values.shape[-2:])
         context = self.read_text(context, input_ids, attention_mask)
         return self._flow_matching(context, latents, corruption, understanding_embeds=embeds)
@@ -211,57 +213,31 @@ class BagelModel(BagelGeneration, MoTModel):
         condition_pixel_values: torch.Tensor | list[torch.Tensor] | None = None,
         image_position: torch.Tensor | None = None,
     ) -> UnifiedOutput:
-        """Text about an image: next-token cross-entropy over the supervised tokens of a conversation.
+        """Image-to-text, or text alone: next-token cross-entropy over the supervised tokens of a conversation.
 
         Args:
             condition_pixel_values: `None` where no conversation shows an image.
             image_position: `[B]` int64, how many tokens come before the image, -1 where the conversation shows none;
                 `None` where all images come first.
         """
-        text, embeds, image = self.embed(input_ids), None, None
+        text, embeds, image = self.embed(input_ids), None, None  # [B, T, D]
         if condition_pixel_values is not None:
-            embeds = self.encode_condition(condition_pixel_values)
-            image, image_mask = self._place(embeds, condition_pixel_values)
+            embeds = self.encode_condition(condition_pixel_values)  # [B, S, D]
+            image, image_mask = self._place(embeds, condition_pixel_values)  # [B, S, D], [B, S]
         if image is not None and image_position is not None:
             hidden = self._read_around(image, image_mask, text, attention_mask, image_position)
         else:
             context = self.new_context(len(text))
             if image is not None:
                 context = self._read_condition(context, image, image_mask)
-            hidden, _, _ = self._read(context, text, causal=True, mask=attention_mask, keep=False)
+            hidden, _, _ = self._read(context, text, causal=True, mask=attention_mask, keep=False)  # [B, T, D]
         hidden = self.language_model.model.norm(hidden[:, :-1])
         return token_cross_entropy(self.output_logits, hidden, labels[:, 1:], embeds)
 
+    # --- encodings ---
+
     def _encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.connector(self.vit_model(pixel_values))
-
-    def _place(
-        self, embeds: torch.Tensor, condition_pixel_values: torch.Tensor | list[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Add the positions to the embeddings `[B, S, D]` of images: `[B, S, D]`, and which of them are no padding,
-        `[B, S]` bool or `None` where all are."""
-        patch = self.config.vision_config.patch_size
-
-        def table(image: torch.Tensor) -> torch.Tensor:
-            height, width = image.shape[-2:]
-            return self.vit_pos_embed(height // patch, width // patch)
-
-        if torch.is_tensor(condition_pixel_values):
-            return embeds + table(condition_pixel_values).to(embeds), None
-        tables = [table(image) for image in condition_pixel_values]
-        lengths = torch.tensor([len(positions) for positions in tables])
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        positions = pad_sequence(tables, batch_first=True).to(embeds)
-        return embeds + positions, None if mask.all() else mask.to(embeds.device)
-
-    @torch.no_grad()
-    def encode_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """See `UnifiedModel.encode_batch`: `condition_embeds` `[B, S, D]`, positions added, with
-        `condition_attention_mask` `[B, S]` where they are padded, and the VAE's `posterior`."""
-        images = batch["condition_pixel_values"]
-        condition_embeds, mask = self._place(self.encode_condition(images), images)
-        encoded = {"condition_embeds": condition_embeds, "posterior": self.encode_posterior(batch["pixel_values"])}
-        return encoded if mask is None else {**encoded, "condition_attention_mask": mask}
 
     @torch.no_grad()
     def encode_posterior(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -271,7 +247,7 @@ class BagelModel(BagelGeneration, MoTModel):
 
     def sample_latents(self, posterior: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """A sample of `encode_posterior`'s result, shifted and scaled: `[B, C, h, w]` in the model's dtype."""
-        mean, std = posterior.unbind(1)
+        mean, std = posterior.unbind(1)  # [B, C, h, w] both
         sample = mean + std * noise.to(mean)
         scaled = self.vae.config.scaling_factor * (sample - self.vae.config.shift_factor)
         return scaled.to(self.vae2llm.weight.dtype)
@@ -282,6 +258,36 @@ class BagelModel(BagelGeneration, MoTModel):
         latents = target.to(self.vae.dtype) / self.vae.config.scaling_factor + self.vae.config.shift_factor
         return self.vae.decode(latents).sample
 
+    @torch.no_grad()
+    def encode_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """See `UnifiedModel.encode_batch`: `condition_embeds` `[B, S, D]`, positions added, with
+        `condition_attention_mask` `[B, S]` where they are padded, and the VAE's `posterior`."""
+        images = batch["condition_pixel_values"]
+        condition_embeds, mask = self._place(self.encode_condition(images), images)
+        encoded = {"condition_embeds": condition_embeds, "posterior": self.encode_posterior(batch["pixel_values"])}
+        return encoded if mask is None else {**encoded, "condition_attention_mask": mask}
+
+    # --- the language model ---
+
+    def _place(
+        self, embeds: torch.Tensor, condition_pixel_values: torch.Tensor | list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Add the positions to the embeddings `[B, S, D]` of images: `[B, S, D]`, and which of them are no padding,
+        `[B, S]` bool or `None` where all are."""
+        patch = self.config.vision_config.patch_size
+
+        def table(image: torch.Tensor) -> torch.Tensor:  # [S, D]
+            height, width = image.shape[-2:]
+            return self.vit_pos_embed(height // patch, width // patch)
+
+        if torch.is_tensor(condition_pixel_values):
+            return embeds + table(condition_pixel_values).to(embeds), None
+        tables = [table(image) for image in condition_pixel_values]
+        lengths = torch.tensor([len(positions) for positions in tables])
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]  # [B, S]
+        positions = pad_sequence(tables, batch_first=True).to(embeds)  # [B, S, D]
+        return embeds + positions, None if mask.all() else mask.to(embeds.device)
+
     def read_image(self, context: Context, embeds: torch.Tensor, size: tuple[int, int]) -> Context:
         """Read understanding embeddings `[B, S, D]` of an image of `size` pixels `(height, width)`."""
         patch = self.config.vision_config.patch_size
@@ -291,6 +297,8 @@ class BagelModel(BagelGeneration, MoTModel):
     def skip(self, context: Context) -> Context:
         """Where a dropped image would have been: its position stays taken."""
         return Context(context.past, context.position + 1, context.mask)
+
+    # --- draws and counts ---
 
     def example_batch(
         self,

@@ -49,7 +49,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
         half = self.frequency_dim // 2
         exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
-        angles = timesteps.float()[:, None] * torch.exp(-math.log(10000.0) * exponents)
+        angles = timesteps.float()[:, None] * torch.exp(-math.log(10000.0) * exponents)  # [B, 128]
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
 
 
@@ -131,6 +131,8 @@ class MoTModel(UnifiedModel):
         modules = (self.get_submodule(name) for name in self.understanding_modules)
         return not any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
+    # --- what a family provides ---
+
     def _encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Images of one size, `[B, 3, h, w]`, to understanding embeddings `[B, S, D]`."""
         raise NotImplementedError
@@ -147,6 +149,8 @@ class MoTModel(UnifiedModel):
         """Where an image of latents and its markers, which come first in memory, stand behind `context`; `None` where
         all of them have one position."""
         return None
+
+    # --- losses ---
 
     def _target_latents(
         self,
@@ -170,8 +174,11 @@ class MoTModel(UnifiedModel):
         timesteps = corruption["timesteps"].to(clean.device)  # [B · K]
         if (repeats := len(timesteps) // len(clean)) > 1:
             context, clean = context.repeat(repeats), clean.repeat_interleave(repeats, 0)
-        prediction = self.velocity(context, interpolate(clean, noise, timesteps), timesteps, grid)
+        noisy = interpolate(clean, noise, timesteps)  # [B · K, N, p²C]
+        prediction = self.velocity(context, noisy, timesteps, grid)  # [B · K, N, p²C]
         return flow_loss(prediction, noise - clean, repeats, understanding_embeds)
+
+    # --- encodings ---
 
     def encode_condition(self, condition_pixel_values: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
         """Understanding embeddings, RecA's dense prompt, before positions are added: images `[B, 3, h, w]`, or a list of
@@ -193,16 +200,28 @@ class MoTModel(UnifiedModel):
     def encode_target(self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """See `UnifiedModel.encode_target`: scaled latents `[B, C, h, w]`, by `noise` of the same shape a sample of the
         VAE's posterior (see `sample_latents`), without it the posterior's mean."""
-        posterior = self.encode_posterior(pixel_values)
+        posterior = self.encode_posterior(pixel_values)  # [B, 2, C, h, w]
         return self.sample_latents(posterior, torch.zeros_like(posterior[:, 0]) if noise is None else noise)
+
+    # --- the language model, split by split ---
+
+    def new_context(self, batch_size: int) -> Context:
+        return Context(None, torch.zeros(batch_size, dtype=torch.long, device=self.device))
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         frozen = not self.language_model.model.embed_tokens.weight.requires_grad
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             return self.language_model.model.embed_tokens(input_ids)
 
-    def new_context(self, batch_size: int) -> Context:
-        return Context(None, torch.zeros(batch_size, dtype=torch.long, device=self.device))
+    def _markers(self, batch_size: int) -> torch.Tensor:
+        ids = [self.config.image_start_token_id, self.config.image_end_token_id]
+        return self.embed(torch.tensor(ids, device=self.device)).expand(batch_size, -1, -1)  # [B, 2, D]
+
+    def _embed_latents(self, tokens: torch.Tensor, timesteps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Latent tokens `[B, N, p²C]` at timesteps `[B]` as the language model reads them, `[B, N, D]`."""
+        hidden = self.vae2llm(tokens.to(self.vae2llm.weight.dtype)) + self.time_embedder(timesteps)[:, None]
+        hidden = hidden + self.latent_pos_embed(*grid).to(hidden)
+        return hidden.to(self.language_model.model.embed_tokens.weight.dtype)  # adapters may keep vae2llm in float32
 
     def read_text(
         self, context: Context, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
@@ -235,40 +254,37 @@ class MoTModel(UnifiedModel):
         All images lie before all texts in memory; positions and the mask say what comes first. Rows of any order then
         make one rectangle.
         """
-        image = torch.cat([self._markers(len(image)), image], dim=1)
+        image = torch.cat([self._markers(len(image)), image], dim=1)  # [B, I, D], where I = 2 + S
         (batch_size, images), texts, device = image.shape[:2], text.shape[1], text.device
-        everything = torch.ones(batch_size, images, dtype=torch.bool, device=device)
-        seen_image = everything if image_mask is None else F.pad(image_mask.bool(), (2, 0), value=True)
-        here = torch.ones(batch_size, texts, dtype=torch.bool, device=device)
-        seen_text = here if text_mask is None else text_mask.bool()
+        image_mask = (
+            torch.ones(batch_size, images, dtype=torch.bool, device=device)
+            if image_mask is None
+            else (F.pad(image_mask.bool(), (2, 0), value=True))
+        )  # [B, I]
+        if text_mask is None:
+            text_mask = torch.ones(batch_size, texts, dtype=torch.bool, device=device)
+        text_mask = text_mask.bool()  # [B, T]
 
-        order, at = torch.arange(texts, device=device), image_position[:, None]
-        behind = (at >= 0) & (order >= at)  # [B, T]: the text tokens that have read the image
+        order, image_start = torch.arange(texts, device=device), image_position[:, None]
+        behind = (image_start >= 0) & (order >= image_start)  # [B, T]: the text tokens that have read the image
         if place is None:
-            place = at.clamp(min=0).expand(-1, images), image_position + 1
+            place = image_start.clamp(min=0).expand(-1, images), image_position + 1
         image_ids, following = place
-        text_ids = order + behind * (following - image_position)[:, None]
-        position_ids = torch.cat([image_ids, text_ids.expand(*image_ids.shape[:-1], -1)], dim=-1)
-        attention_mask = torch.cat(
-            [
-                torch.cat([everything, behind], dim=1)[:, :, None] & seen_image[:, None],  # [B, S + T, S]
-                torch.cat(
-                    [
-                        (seen_text & ~behind)[:, None].expand(-1, images, -1),
-                        seen_text[:, None] & here.new_ones(texts, texts).tril(),
-                    ],
-                    dim=1,
-                ),  # [B, S + T, T]
-            ],
-            dim=2,
-        )
-        sequence = torch.cat([image, text], dim=1)
+        text_ids = order + behind * (following - image_position)[:, None]  # [B, T]
+        position_ids = torch.cat([image_ids, text_ids.expand(*image_ids.shape[:-1], -1)], dim=-1)  # [..., B, I + T]
+
+        reads_image = torch.cat([torch.ones_like(image_mask), behind], dim=1)  # [B, I + T]
+        to_image = reads_image[:, :, None] & image_mask[:, None]  # [B, I + T, I]: query, key
+        image_to_text = (text_mask & ~behind)[:, None].expand(-1, images, -1)  # [B, I, T]
+        text_to_text = text_mask[:, None] & text_mask.new_ones(texts, texts).tril()  # [B, T, T]
+        attention_mask = torch.cat([to_image, torch.cat([image_to_text, text_to_text], dim=1)], dim=2)
+        sequence = torch.cat([image, text], dim=1)  # [B, I + T, D]
         hidden, _, _ = self._run(sequence, None, position_ids, None, attention_mask[:, None], False)
         return hidden[:, images:]
 
     def read_latents(self, context: Context, latents: torch.Tensor) -> Context:
         """Read a clean image given as scaled latents `[B, C, h, w]`, which is what editing starts from."""
-        clean, grid = patchify(latents, self.config.latent_patch_size)
+        clean, grid = patchify(latents, self.config.latent_patch_size)  # [B, N, p²C]
         timesteps = torch.zeros(len(clean), device=clean.device)
         tokens = self._embed_latents(clean, timesteps, grid)
         return self._read(context, self._markers(len(clean)), tokens, place=self._latent_place(context, grid))[2]
@@ -278,18 +294,13 @@ class MoTModel(UnifiedModel):
     ) -> torch.Tensor:
         """Predicted velocity at latent tokens `noisy` `[B, N, p²C]`, timesteps `[B]` in [0, 1], `grid` tokens."""
         latents, place = self._embed_latents(noisy, timesteps, grid), self._latent_place(context, grid)
-        _, hidden, _ = self._read(context, self._markers(len(noisy)), latents, keep=False, place=place)
+        _, hidden, _ = self._read(context, self._markers(len(noisy)), latents, keep=False, place=place)  # [B, N, D]
         hidden = self.language_model.model.norm_moe_gen(hidden)
         return self.llm2vae(hidden.to(self.llm2vae.weight.dtype))
 
-    def _markers(self, batch_size: int) -> torch.Tensor:
-        ids = [self.config.image_start_token_id, self.config.image_end_token_id]
-        return self.embed(torch.tensor(ids, device=self.device)).expand(batch_size, -1, -1)  # [B, 2, D]
-
-    def _embed_latents(self, tokens: torch.Tensor, timesteps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        hidden = self.vae2llm(tokens.to(self.vae2llm.weight.dtype)) + self.time_embedder(timesteps)[:, None]
-        hidden = hidden + self.latent_pos_embed(*grid).to(hidden)
-        return hidden.to(self.language_model.model.embed_tokens.weight.dtype)  # adapters may keep vae2llm in float32
+    def output_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of the tokenizer's tokens, `[..., V]`, of hidden states `[..., D]` behind the last norm."""
+        return self.language_model.lm_head(hidden)
 
     def _read(
         self,
@@ -311,10 +322,10 @@ class MoTModel(UnifiedModel):
         if place is not None:
             position_ids, position = place
         elif causal:
-            position_ids = context.position[:, None] + torch.arange(length, device=device)
+            position_ids = context.position[:, None] + torch.arange(length, device=device)  # [B, T]
             position = context.position + (length if split_mask is None else split_mask.sum(1))
         else:
-            position_ids = context.position[:, None].expand(-1, length)
+            position_ids = context.position[:, None].expand(-1, length)  # [B, T]
             position = context.position + 1
 
         padding = context.mask
@@ -323,14 +334,14 @@ class MoTModel(UnifiedModel):
             here = torch.ones(batch_size, length, dtype=torch.bool, device=device)
             padding = torch.cat(
                 [before if padding is None else padding, here if split_mask is None else split_mask], dim=1
-            )
+            )  # [B, S + T]: S is what was read before
         is_causal = causal and context.length == 0 and padding is None
         attention_mask = None
         if causal and not is_causal:
             attention_mask = torch.ones(length, context.length + length, dtype=torch.bool, device=device)
-            attention_mask = attention_mask.tril(context.length)[None, None]
+            attention_mask = attention_mask.tril(context.length)[None, None]  # [1, 1, T, S + T]
         if padding is not None:
-            visible = padding[:, None, None]
+            visible = padding[:, None, None]  # [B, 1, 1, S + T]
             if attention_mask is None:
                 attention_mask = visible
             else:
@@ -356,7 +367,7 @@ class MoTModel(UnifiedModel):
         """All layers over one split, see `MoTDecoderLayer.forward`: both experts' tokens and, if they are to be kept,
         every layer's keys and values."""
         decoder = self.language_model.model
-        frozen = torch.is_grad_enabled() and self.understanding_is_frozen  # asks every weight; moot without gradients
+        frozen = torch.is_grad_enabled() and self.understanding_is_frozen  # which asks every weight
         rotary = decoder.rotary_emb(understanding, position_ids)
         kept = []
         for index, layer in enumerate(decoder.layers):
@@ -367,6 +378,8 @@ class MoTModel(UnifiedModel):
             if keep:
                 kept.append((key, value))
         return understanding, generation, kept
+
+    # --- draws and counts ---
 
     def sample_corruption(self, batch: dict[str, Any], generator: Generators = None) -> dict[str, torch.Tensor]:
         """Draws per image: the VAE posterior's noise `[C, h, w]`; and `batch["timesteps_per_image"]` times (default 1)
@@ -404,9 +417,7 @@ class MoTModel(UnifiedModel):
             return count_answer_tokens(batch["labels"])
         return corruption["noise"].numel()
 
-    def output_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits of the tokenizer's tokens, `[..., V]`, of hidden states `[..., D]` behind the last norm."""
-        return self.language_model.lm_head(hidden)
+    # --- sampling ---
 
     def _denoise(
         self,
@@ -425,7 +436,7 @@ class MoTModel(UnifiedModel):
             guidance_interval: it acts at shifted timesteps `low < t <= high`; `None`: never.
             guide: the velocities behind the contexts, by name, to that of the step.
         """
-        x = noise.to(self.device, torch.float32)
+        x = noise.to(self.device, torch.float32)  # [B, N, p²C]
         times = shift_timesteps(torch.linspace(1, 0, num_inference_steps + 1), timestep_shift).tolist()
         for now, following in pairwise(times):
             timesteps = torch.full((len(x),), now, device=self.device)
@@ -478,8 +489,8 @@ class MoTModel(UnifiedModel):
         generated = []
         for _ in range(max_new_tokens):
             hidden, _, context = self._read(context, self.embed(input_ids), causal=True)
-            logits = self.output_logits(self.language_model.model.norm(hidden[:, -1])).float()
-            input_ids = draw_tokens(logits, temperature, generator)[:, None]
+            logits = self.output_logits(self.language_model.model.norm(hidden[:, -1])).float()  # [B, V]
+            input_ids = draw_tokens(logits, temperature, generator)[:, None]  # [B, 1]
             done |= input_ids[:, 0] == end
             generated.append(input_ids.masked_fill(done[:, None], end))
             if done.all():

@@ -18,8 +18,10 @@ from reca_trainer.models.weights import (
     LazyTensor,
     autoencoder_from_ldm,
     autoencoder_to_ldm,
+    choose_variant,
     load_strict,
     open_weights,
+    read_optional_config,
     weights_of,
     write_sharded,
     write_tokenizer,
@@ -34,7 +36,7 @@ LM_HEAD = "llm.lm_head.weight"
 def is_published(file_names: set[str], config: dict[str, Any]) -> bool:
     """Whether a folder with these files and this `config.json` is in one of the published layouts."""
     hub = config.get("model_type") == "harmon" and {"llm", "mar"} <= config.keys()
-    return hub or ("kl16.ckpt" in file_names and any(re.fullmatch(r"harmon_.*\.pth", name) for name in file_names))
+    return hub or any(re.fullmatch(r"harmon_[^/]*\.pth", name) for name in file_names)
 
 
 def read_published(folder: str | Path, variant: str | None = None, **kwargs: Any) -> HarmonModel:
@@ -42,20 +44,19 @@ def read_published(folder: str | Path, variant: str | None = None, **kwargs: Any
 
     Args:
         folder: a Hub snapshot or a training folder. The latter needs no `config.json` for the released sizes.
-        variant: which `harmon_{variant}.pth` to read, where a training folder holds several.
+        variant: which of several `harmon_*.pth` of a training folder to read, see `choose_variant`.
         kwargs: as for `from_pretrained`.
 
     Raises:
         CheckpointError: files or keys are missing, unexpected or wrongly shaped, or the size is unknown.
     """
     folder = Path(folder)
-    config_file = folder / "config.json"
-    published = json.loads(config_file.read_text()) if config_file.is_file() else None
-    if (folder / "kl16.ckpt").is_file():
+    published = read_optional_config(folder)
+    if next(folder.glob("harmon_*.pth"), None):
         weights = _open_training_weights(folder, variant)
     else:
         weights = open_weights(folder, "model.safetensors", "pytorch_model.bin")
-    config = read_config(published if published is not None else _recognise(weights, folder))
+    config = read_config(published or _recognise(weights, folder))
     if config.tie_word_embeddings:
         weights.pop(LM_HEAD, None)
     state_dict = {key: tensor for key, tensor in weights.items() if not key.startswith("vae.")}
@@ -65,8 +66,8 @@ def read_published(folder: str | Path, variant: str | None = None, **kwargs: Any
     return load_strict(HarmonModel, config, state_dict, folder, ignore_missing, **kwargs)
 
 
-def read_published_processor(folder: str | Path, **kwargs: Any) -> HarmonProcessor:
-    """Load the processor of a published checkpoint; the tokenizer is Qwen2.5-Instruct's.
+def read_published_processor(folder: str | Path, variant: str | None = None, **kwargs: Any) -> HarmonProcessor:
+    """Load the processor of a published checkpoint, the same for every `variant`; the tokenizer is Qwen2.5-Instruct's.
 
     Raises:
         CheckpointError: the folder has no tokenizer (training layout).
@@ -154,14 +155,8 @@ def write_config(config: HarmonConfig) -> dict[str, Any]:
 
 
 def _open_training_weights(folder: Path, variant: str | None) -> dict[str, LazyTensor]:
-    files = sorted(path.name for path in folder.glob("harmon_*.pth"))
-    wanted = [f"harmon_{variant}.pth"] if variant is not None else files
-    if len(wanted) != 1 or wanted[0] not in files:
-        raise CheckpointError(
-            f"{folder} holds {', '.join(files) or 'no harmon_*.pth'}: choose one with variant=…, for example "
-            f"variant='1.5b' for harmon_1.5b.pth."
-        )
-    weights = open_weights(folder, wanted[0])
+    files = (path.name for path in folder.glob("harmon_*.pth"))
+    weights = open_weights(folder, choose_variant(files, variant, folder))
     # The file has keys of the autoencoder's training beside its weights.
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
     vae = open_weights(folder, "kl16.ckpt")

@@ -2,7 +2,7 @@
 model, and the diffusion of one token.
 
 Shapes: B samples, h×w latent grid, L = h·w image tokens, V visible ones, C latent channels, K buffer tokens, E / D encoder
-/ decoder width, M noise draws per token.
+/ decoder width, W width of the diffusion head, M noise draws per token.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ class MarAttention(nn.Module):
         batch, length, dim = x.shape
         query, key, value = self.qkv(x).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         dropout = self.attn_dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout)
+        x = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, dropout_p=dropout
+        )  # [B, heads, length, head_dim], like query, key and value
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, length, dim)))
 
 
@@ -144,49 +146,48 @@ class Mar(nn.Module):
         self.diffloss = DiffusionHead(config)
 
     def position_embeddings(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Fit a position table `[1, (K +) native, D]` to `grid`: bilinear for the image part, buffers unchanged.
-
-        Returns `[1, (K +) h*w, D]`.
-        """
+        """Fit a position table `[1, K + native², D]`, or one without buffers, to `grid`: bilinear for the image part, buffers
+        unchanged. Returns `[1, K + h·w, D]`."""
         native = self.native_grid
         if grid == (native, native):
             return table
         buffers, image = table.split([table.shape[1] - native**2, native**2], dim=1)
         image = image.unflatten(1, (native, native)).permute(0, 3, 1, 2)  # [1, D, native, native]
-        image = F.interpolate(image.float(), size=grid, mode="bilinear").to(table.dtype)
+        image = F.interpolate(image.float(), size=grid, mode="bilinear").to(table.dtype)  # [1, D, h, w]
         return torch.cat([buffers, image.flatten(2).mT], dim=1)
 
     def encode(self, latents: Tensor, visible: Visible | None = None) -> Tensor:
         """Encode latents `[B, h, w, C]`, all of them or the `visible` ones, to `[B, K + V, E]`, buffers first."""
         x = self.z_proj(latents.flatten(1, 2).to(self.fake_latent.dtype))  # [B, L, E]
-        buffers = self.fake_latent.to(x.dtype).expand(len(x), self.buffer_size, -1)
-        x = torch.cat([buffers, x], dim=1)
+        buffers = self.fake_latent.to(x.dtype).expand(len(x), self.buffer_size, -1)  # [B, K, E]
+        x = torch.cat([buffers, x], dim=1)  # [B, K + L, E]
         x = self.z_proj_ln(x + self.position_embeddings(self.encoder_pos_embed_learned, latents.shape[1:3]))
         attention_mask = None
         if visible is not None:
             buffers, x = x.split([self.buffer_size, x.shape[1] - self.buffer_size], dim=1)
-            x = x.gather(1, visible.index[..., None].expand(-1, -1, x.shape[-1]))
+            x = x.gather(1, visible.index[..., None].expand(-1, -1, x.shape[-1]))  # [B, V, E]
             x = torch.cat([buffers, x], dim=1)  # [B, K + V, E]
             if visible.valid is not None:
-                attention_mask = F.pad(visible.valid, (self.buffer_size, 0), value=True)[:, None, None]
+                attention_mask = F.pad(visible.valid, (self.buffer_size, 0), value=True)  # [B, K + V]
+                attention_mask = attention_mask[:, None, None]
         for block in self.encoder_blocks:
             x = block(x, attention_mask)
         return self.encoder_norm(x)
 
     def decode(self, x: Tensor, visible: Visible, grid: tuple[int, int]) -> Tensor:
         """From the fused `[B, K + V, E]` to what the diffusion head is conditioned on, `[B, L, D]`."""
-        x = self.decoder_embed(x)
+        x = self.decoder_embed(x)  # [B, K + V, D]
         buffers, tokens = x.split([self.buffer_size, x.shape[1] - self.buffer_size], dim=1)
         mask_token = self.mask_token.to(x.dtype)
         if visible.valid is not None:
             tokens = torch.where(visible.valid[..., None], tokens, mask_token)
         slots = mask_token.expand(len(x), grid[0] * grid[1], -1)
-        slots = slots.scatter(1, visible.index[..., None].expand_as(tokens), tokens)
-        x = torch.cat([buffers, slots], dim=1)
+        slots = slots.scatter(1, visible.index[..., None].expand_as(tokens), tokens)  # [B, L, D]
+        x = torch.cat([buffers, slots], dim=1)  # [B, K + L, D]
         x = x + self.position_embeddings(self.decoder_pos_embed_learned, grid)
         for block in self.decoder_blocks:
             x = block(x)
-        x = self.decoder_norm(x)[:, self.buffer_size :]
+        x = self.decoder_norm(x)[:, self.buffer_size :]  # [B, L, D]
         return x + self.position_embeddings(self.diffusion_pos_embed_learned, grid)
 
 
@@ -318,7 +319,9 @@ class TimestepEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        features = get_timestep_embedding(timesteps.flatten(), 256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        features = get_timestep_embedding(
+            timesteps.flatten(), 256, flip_sin_to_cos=True, downscale_freq_shift=0
+        )  # [timesteps, 256]
         return self.mlp(features.to(self.mlp[0].weight.dtype)).unflatten(0, timesteps.shape)
 
 
@@ -361,8 +364,8 @@ class DenoisingMLP(nn.Module):
 
     def forward(self, x: Tensor, timesteps: Tensor, z: Tensor) -> Tensor:
         dtype = self.input_proj.weight.dtype
-        condition = self.time_embed(timesteps) + self.cond_embed(z.to(dtype))
-        x = self.input_proj(x.to(dtype))
+        condition = self.time_embed(timesteps) + self.cond_embed(z.to(dtype))  # [..., W]
+        x = self.input_proj(x.to(dtype))  # [..., W]
         for block in self.res_blocks:
             x = block(x, condition)
         return self.final_layer(x, condition).float()  # [..., 2C]
@@ -379,9 +382,9 @@ class DiffusionHead(nn.Module):
 
     def forward(self, z: Tensor, x0: Tensor, timesteps: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Loss per noised token `[...]`, and the predicted noise `[..., C]`. `z` and `x0` broadcast to `noise`."""
-        x_t = self.training_diffusion.add_noise(x0, noise, timesteps)
-        output = self.net(x_t, timesteps, z)
-        error, bound = self.training_diffusion.losses(output, x0, x_t, noise, timesteps)
+        x_t = self.training_diffusion.add_noise(x0, noise, timesteps)  # [..., C]
+        output = self.net(x_t, timesteps, z)  # [..., 2C]
+        error, bound = self.training_diffusion.losses(output, x0, x_t, noise, timesteps)  # [...] both
         return error + bound, output.chunk(2, dim=-1)[0]
 
     def sample(
@@ -403,13 +406,13 @@ class DiffusionHead(nn.Module):
         Returns `[N, C]` float32.
         """
         diffusion = diffusion or self.sampling_diffusion
-        x = noise[:, 0]
+        x = noise[:, 0]  # [N, C]
         steps = len(diffusion.timestep_map)
         for step, t in enumerate(reversed(range(steps))):
             index = torch.full((len(x),), t, device=x.device)
             timestep = torch.full((len(z),), int(diffusion.timestep_map[t]), device=x.device)
-            output = self.net(x if len(z) == len(x) else torch.cat([x, x]), timestep, z)
-            prediction = output.chunk(2, dim=-1)[0]
+            output = self.net(x if len(z) == len(x) else torch.cat([x, x]), timestep, z)  # [N or 2N, 2C]
+            prediction = output.chunk(2, dim=-1)[0]  # [N or 2N, C]
             if len(z) != len(x):
                 prediction = guided(*prediction.chunk(2), guidance_scale)
                 output = output[: len(x)]

@@ -115,7 +115,7 @@ class HarmonModel(UnifiedModel):
         stride = self.config.mar_config.vae_stride
         return range(stride, MAX_SIDE + 1, stride)
 
-    # losses
+    # --- losses ---
 
     def _reconstruct(
         self,
@@ -125,14 +125,17 @@ class HarmonModel(UnifiedModel):
         attention_mask: Tensor | None = None,
         condition_pixel_values: Tensor | None = None,
     ) -> UnifiedOutput:
-        """The image again from its understanding embeddings, which enter each row of `input_ids` at its one
-        `config.image_token_id`. Without `condition_pixel_values` the condition is the target image."""
+        """RecA: read the image's own embeddings and the instruction, then predict the image's hidden tokens.
+
+        The embeddings enter each row of `input_ids` at its one `config.image_token_id`. Without `condition_pixel_values` the
+        condition is the target image.
+        """
         latents = self.encode_target(pixel_values)  # [B, h, w, C]
         if condition_pixel_values is None:
-            understanding = self.understand(latents)
+            understanding = self.understand(latents)  # [B, L + K, H]
         else:
             understanding = self.encode_condition(condition_pixel_values)
-        understanding = self._scale_gradient(understanding)  # [B, S, H]
+        understanding = self._scale_gradient(understanding)
         return self._diffusion_loss(corruption, latents, input_ids, attention_mask, understanding)
 
     def _generate(
@@ -142,8 +145,9 @@ class HarmonModel(UnifiedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
     ) -> UnifiedOutput:
-        """Text-to-image."""
-        return self._diffusion_loss(corruption, self.encode_target(pixel_values), input_ids, attention_mask)
+        """Text-to-image: predict the image's hidden tokens behind the caption."""
+        latents = self.encode_target(pixel_values)  # [B, h, w, C]
+        return self._diffusion_loss(corruption, latents, input_ids, attention_mask)
 
     def _diffusion_loss(
         self,
@@ -156,14 +160,13 @@ class HarmonModel(UnifiedModel):
         """MAR's diffusion loss of latents `[B, h, w, C]`, the mean over hidden tokens and noise draws."""
         visible = Visible.of(corruption["mask"]).to(self.device)
         corruption = {name: value.to(self.device) for name, value in corruption.items()}
-        context, context_mask, _ = self._embed(input_ids, attention_mask, understanding)
-
+        context, context_mask, _ = self._embed(input_ids, attention_mask, understanding)  # [B, T, H], [B, T]
         z = self._predict(latents, visible, context, context_mask)  # [B, L, D]
+        tokens = latents.flatten(1, 2)  # [B, L, C]
         losses, prediction = self.mar.diffloss(
-            z[:, None], latents.flatten(1, 2)[:, None], corruption["timesteps"], corruption["noise"]
+            z[:, None], tokens[:, None], corruption["timesteps"], corruption["noise"]
         )  # [B, M, L], [B, M, L, C]
-
-        mask = corruption["mask"].float()
+        mask = corruption["mask"].float()  # [B, L]
         losses = losses.mean(1) * mask  # [B, L]
         return UnifiedOutput(
             loss=losses.sum() / mask.sum(),
@@ -172,12 +175,6 @@ class HarmonModel(UnifiedModel):
             target=corruption["noise"],
             understanding_embeds=understanding,
         )
-
-    def _predict(self, latents: Tensor, visible: Visible, context: Tensor, context_mask: Tensor) -> Tensor:
-        """What the diffusion head is conditioned on, `[B, L, D]`, from the visible tokens and the context."""
-        encoded = self.mar.encode(latents, visible)
-        fused = self._fuse(encoded, visible, context_mask, context)
-        return self.mar.decode(fused, visible, tuple(latents.shape[1:3]))
 
     def _caption(
         self,
@@ -191,10 +188,12 @@ class HarmonModel(UnifiedModel):
         `config.image_token_id`."""
         understanding = None
         if condition_pixel_values is not None:
-            understanding = self._scale_gradient(self.encode_condition(condition_pixel_values))
-        embeds, mask, labels = self._embed(input_ids, attention_mask, understanding, labels)
+            understanding = self._scale_gradient(self.encode_condition(condition_pixel_values))  # [B, L + K, H]
+        embeds, mask, labels = self._embed(input_ids, attention_mask, understanding, labels)  # [B, T, H], [B, T] both
         hidden = self.llm.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
         return token_cross_entropy(self.llm.lm_head, hidden[:, :-1], labels[:, 1:], understanding)
+
+    # --- encodings ---
 
     def encode_condition(self, condition_pixel_values: Tensor) -> Tensor:
         """See `UnifiedModel.encode_condition`: `understand` of the images' latents, `[B, L + K, H]`."""
@@ -203,13 +202,13 @@ class HarmonModel(UnifiedModel):
     @torch.no_grad()
     def encode_target(self, pixel_values: Tensor) -> Tensor:
         """Latents `[B, h, w, C]` float32 of images `[B, 3, H, W]` in [-1, 1]: the posterior's mean, scaled."""
-        mean = self.vae.encode(pixel_values.to(self.vae.dtype)).latent_dist.mean
+        mean = self.vae.encode(pixel_values.to(self.vae.dtype)).latent_dist.mean  # [B, C, h, w]
         return (mean.float() * self.vae.config.scaling_factor).permute(0, 2, 3, 1)
 
     @torch.no_grad()
     def decode_target(self, target: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` float32, about [-1, 1], of latents `[B, h, w, C]`."""
-        latents = target.permute(0, 3, 1, 2) / self.vae.config.scaling_factor
+        latents = target.permute(0, 3, 1, 2) / self.vae.config.scaling_factor  # [B, C, h, w]
         return self.vae.decode(latents.to(self.vae.dtype)).sample.float()
 
     def understand(self, latents: Tensor) -> Tensor:
@@ -219,6 +218,8 @@ class HarmonModel(UnifiedModel):
     def _scale_gradient(self, x: Tensor) -> Tensor:
         return x.detach() + self.config.understanding_grad_scale * (x - x.detach())
 
+    # --- the language model between MAR's encoder and decoder ---
+
     def _embed(
         self,
         input_ids: Tensor,
@@ -226,13 +227,14 @@ class HarmonModel(UnifiedModel):
         image_embeds: Tensor | None,
         labels: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Embed text and put an image's `[B, S, H]` embeddings where its placeholder is.
+        """Embed texts `[B, t]` and put an image's `[B, S, H]` embeddings where its placeholder is.
 
-        Returns embeddings `[B, T - 1 + S, H]`, attention mask and labels `[B, T - 1 + S]`.
+        Returns:
+            Embeddings `[B, T, H]`, attention mask and labels `[B, T]`; T is t, or with an image `t - 1 + S`.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        is_image = input_ids == self.config.image_token_id
+        is_image = input_ids == self.config.image_token_id  # [B, t]
         expected = 0 if image_embeds is None else 1
         if (is_image.sum(1) != expected).any():
             raise ValueError(
@@ -240,17 +242,23 @@ class HarmonModel(UnifiedModel):
                 f"found {is_image.sum(1).tolist()}."
             )
         if image_embeds is not None:
-            repeats = torch.where(is_image, image_embeds.shape[1], 1).flatten()
+            repeats = torch.where(is_image, image_embeds.shape[1], 1).flatten()  # [B · t]
 
-            def expand(x: Tensor) -> Tensor:
+            def expand(x: Tensor) -> Tensor:  # [B, t] -> [B, T]
                 return x.flatten().repeat_interleave(repeats).view(len(x), -1)
 
             input_ids, attention_mask, is_image = expand(input_ids), expand(attention_mask), expand(is_image)
             labels = None if labels is None else expand(labels)
-        embeds = self.llm.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        embeds = self.llm.get_input_embeddings()(input_ids.masked_fill(is_image, 0))  # [B, T, H]
         if image_embeds is not None:
             embeds = embeds.masked_scatter(is_image[..., None], image_embeds.to(embeds.dtype))
         return embeds, attention_mask, labels
+
+    def _predict(self, latents: Tensor, visible: Visible, context: Tensor, context_mask: Tensor) -> Tensor:
+        """What the diffusion head is conditioned on, `[B, L, D]`, from the visible tokens and the context."""
+        encoded = self.mar.encode(latents, visible)  # [B, K + V, E]
+        fused = self._fuse(encoded, visible, context_mask, context)  # [B, K + V, E]
+        return self.mar.decode(fused, visible, tuple(latents.shape[1:3]))
 
     def _fuse(
         self,
@@ -263,11 +271,11 @@ class HarmonModel(UnifiedModel):
         """Add to the encoded tokens `[B, K + V, E]` what the language model makes of them after the context, which is
         given as embeddings `[B, T, H]` or as a filled cache, with its mask `[B, T]`."""
         buffers = self.mar.buffer_size
-        tokens = self.proj_in(encoded).roll(-buffers, dims=1)  # buffers last
+        tokens = self.proj_in(encoded).roll(-buffers, dims=1)  # [B, V + K, H]: buffers last
         valid = torch.ones(tokens.shape[:2], dtype=context_mask.dtype, device=tokens.device)
         if visible.valid is not None:
             valid[:, :-buffers] = visible.valid
-        mask = torch.cat([context_mask, valid], dim=1)
+        mask = torch.cat([context_mask, valid], dim=1)  # [B, T + V + K]
         inputs = tokens if context is None else torch.cat([context, tokens.to(context.dtype)], dim=1)
         hidden = self.llm.model(
             inputs_embeds=inputs,
@@ -275,8 +283,10 @@ class HarmonModel(UnifiedModel):
             position_ids=positions(mask)[:, -inputs.shape[1] :],
             past_key_values=cache,
             use_cache=cache is not None,
-        ).last_hidden_state[:, -tokens.shape[1] :]
+        ).last_hidden_state[:, -tokens.shape[1] :]  # [B, V + K, H]
         return encoded + self.proj_out(hidden.roll(buffers, dims=1))
+
+    # --- draws and counts ---
 
     def sample_corruption(self, batch: dict[str, Any], generator: Generators = None) -> dict[str, Tensor]:
         """Draw which tokens to hide, and the timesteps and noise of the diffusion loss.
@@ -307,16 +317,14 @@ class HarmonModel(UnifiedModel):
             ),
         }
 
-    def decays(self, name: str, shape: torch.Size) -> bool:
-        return len(shape) != 1 and "diffloss" not in name
-
     def count_supervised(self, batch: dict[str, Any], corruption: dict[str, Tensor]) -> int:
         """Supervised tokens of a caption, else the hidden image tokens."""
         if "labels" in batch:
             return count_answer_tokens(batch["labels"])
         return int(corruption["mask"].sum())
 
-    # sampling
+    def decays(self, name: str, shape: torch.Size) -> bool:
+        return len(shape) != 1 and "diffloss" not in name
 
     def example_batch(
         self,
@@ -337,6 +345,8 @@ class HarmonModel(UnifiedModel):
             "input_ids": input_ids,
             "attention_mask": torch.ones_like(input_ids),
         }
+
+    # --- sampling ---
 
     def _generate_images(
         self,
@@ -434,24 +444,24 @@ class HarmonModel(UnifiedModel):
             use_cache=True,
         )
 
-        tokens = noise.new_zeros(batch_size, length, noise.shape[-1])
+        tokens = noise.new_zeros(batch_size, length, noise.shape[-1])  # [B, L, C]
         hidden = length
         for remaining in hidden_counts(length, min(num_inference_steps, length)):
-            visible = Visible(order[:, hidden:].sort(dim=1).values, None)
-            encoded = self.mar.encode(tokens.unflatten(1, grid), visible).repeat(copies, 1, 1)
-            visible = Visible(visible.index.repeat(copies, 1), None)
-            fused = self._fuse(encoded, visible, context_mask, cache=cache)
+            visible = Visible(order[:, hidden:].sort(dim=1).values, None)  # [B, V]
+            encoded = self.mar.encode(tokens.unflatten(1, grid), visible)  # [B, K + V, E]
+            encoded, visible = encoded.repeat(copies, 1, 1), Visible(visible.index.repeat(copies, 1), None)
+            fused = self._fuse(encoded, visible, context_mask, cache=cache)  # [copies · B, K + V, E]
             cache.crop(-encoded.shape[1])
-            z = self.mar.decode(fused, visible, grid)  # [copies * B, L, D]
+            z = self.mar.decode(fused, visible, grid)  # [copies · B, L, D]
 
             rows = torch.arange(batch_size, device=order.device)[:, None]
             chosen = order[:, remaining:hidden].sort(dim=1).values  # [B, n]
-            z = z.view(copies, batch_size, length, -1)[:, rows, chosen].flatten(0, 2)  # [copies * B * n, D]
+            z = z.view(copies, batch_size, length, -1)[:, rows, chosen].flatten(0, 2)  # [copies · B · n, D]
             scale = guidance_scale
             if guidance_schedule == "linear":
                 revealed = length - max(remaining, 1)  # the original counts one token as hidden to the end
                 scale = 1 + (guidance_scale - 1) * revealed / length
-            sampled = self.mar.diffloss.sample(z, noise[rows, chosen].flatten(0, 1), scale, temperature)
+            sampled = self.mar.diffloss.sample(z, noise[rows, chosen].flatten(0, 1), scale, temperature)  # [B · n, C]
             tokens[rows, chosen] = sampled.unflatten(0, chosen.shape)
             hidden = remaining
         return tokens.unflatten(1, grid)

@@ -110,6 +110,8 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
     # `generate` reads off the signature of `forward` what to prepare: positions, masks, encoded images.
     forward.__signature__ = inspect.signature(transformers.JanusForConditionalGeneration.forward)
 
+    # --- losses ---
+
     def _reconstruct(
         self,
         corruption: dict[str, torch.Tensor],
@@ -118,12 +120,12 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
         pixel_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
     ) -> UnifiedOutput:
+        """RecA: read the image's own embeddings and the instruction, then predict the image's tokens one after the other."""
+        tokens = self.encode_target(pixel_values)  # [B, N]
         understanding_embeds = self.encode_condition(condition_pixel_values)  # [B, S, D]
-        shown = (input_ids == self.config.image_token_id).any(dim=1)  # not where the prompt is dropped
+        shown = (input_ids == self.config.image_token_id).any(dim=1)  # [B]: not where the prompt is dropped
         prompt = self.embed_prompt(input_ids, understanding_embeds[shown])  # [B, T, D]
-        output = self._image_loss(prompt, self.encode_target(pixel_values), attention_mask)
-        output.understanding_embeds = understanding_embeds
-        return output
+        return self._image_loss(prompt, tokens, attention_mask, understanding_embeds)
 
     def _generate(
         self,
@@ -132,20 +134,30 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
         pixel_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
     ) -> UnifiedOutput:
-        return self._image_loss(self.embed_prompt(input_ids), self.encode_target(pixel_values), attention_mask)
+        """Text-to-image: predict the image's tokens behind the caption."""
+        tokens = self.encode_target(pixel_values)  # [B, N]
+        return self._image_loss(self.embed_prompt(input_ids), tokens, attention_mask)
 
     def _image_loss(
-        self, prompt: torch.Tensor, tokens: torch.Tensor, attention_mask: torch.Tensor | None = None
+        self,
+        prompt: torch.Tensor,
+        tokens: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        understanding_embeds: torch.Tensor | None = None,
     ) -> UnifiedOutput:
         """Cross-entropy of the image tokens `[B, N]` after a prompt `[B, T, D]` that ends with begin-of-image."""
-        inputs = torch.cat([prompt, self.prepare_embeddings_for_image_generation(tokens[:, :-1])], dim=1)
+        image = self.prepare_embeddings_for_image_generation(tokens[:, :-1])  # [B, N - 1, D]
         if attention_mask is not None:
-            attention_mask = F.pad(attention_mask, (0, tokens.shape[1] - 1), value=1)
-        hidden = self._run_language_model(inputs, attention_mask)
+            attention_mask = F.pad(attention_mask, (0, image.shape[1]), value=1)  # [B, T + N - 1]
+        hidden = self._run_language_model(torch.cat([prompt, image], dim=1), attention_mask)  # [B, T + N - 1, D]
         logits = self.model.generation_head(hidden[:, prompt.shape[1] - 1 :])  # [B, N, num_embeddings]
         losses = F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")  # [B, N]
         return UnifiedOutput(
-            loss=losses.mean(), per_sample_loss=losses.detach().mean(dim=1), prediction=logits, target=tokens
+            loss=losses.mean(),
+            per_sample_loss=losses.detach().mean(dim=1),
+            prediction=logits,
+            target=tokens,
+            understanding_embeds=understanding_embeds,
         )
 
     def _caption(
@@ -156,9 +168,13 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
         condition_pixel_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
     ) -> UnifiedOutput:
-        understanding_embeds = self.encode_condition(condition_pixel_values)
-        hidden = self._run_language_model(self.embed_prompt(input_ids, understanding_embeds), attention_mask)
+        """Image-to-text: next-token cross-entropy of the answers."""
+        understanding_embeds = self.encode_condition(condition_pixel_values)  # [B, S, D]
+        prompt = self.embed_prompt(input_ids, understanding_embeds)  # [B, T, D]
+        hidden = self._run_language_model(prompt, attention_mask)  # [B, T, D]
         return token_cross_entropy(self.lm_head, hidden[:, :-1], labels[:, 1:], understanding_embeds)
+
+    # --- encodings ---
 
     def encode_condition(self, condition_pixel_values: torch.Tensor) -> torch.Tensor:
         """Images `[B, 3, h, w]` as the vision tower wants them -> what the language model reads, `[B, S, D]`."""
@@ -194,6 +210,8 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
         """VQ tokens `[B, N]` -> images `[B, 3, H, W]`, about [-1, 1]."""
         return self.model.vqmodel.decode(target)
 
+    # --- the language model ---
+
     def embed_prompt(self, input_ids: torch.Tensor, understanding_embeds: torch.Tensor | None = None) -> torch.Tensor:
         """Token embeddings `[B, T, D]`, with the understanding embeddings `[B, S, D]` in place of the placeholders."""
         embeds = self.get_input_embeddings()(input_ids)
@@ -217,6 +235,8 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
             past_key_values=cache,
             use_cache=cache is not None,
         ).last_hidden_state
+
+    # --- draws and counts ---
 
     def sample_corruption(self, batch: dict[str, Any], generator: Generators = None) -> dict[str, torch.Tensor]:
         """Nothing: the loss of a next-token model has no random draws."""
@@ -246,6 +266,8 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
             "input_ids": input_ids,
             "attention_mask": torch.ones_like(input_ids),
         }
+
+    # --- sampling ---
 
     def _generate_images(
         self,
@@ -369,26 +391,27 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
         uniform = per_sample(
             lambda draw: torch.rand(max_tokens, generator=draw, dtype=torch.float64), batch_size, generator
         )
-        uniform = uniform.to(prompt.device)
+        uniform = uniform.to(prompt.device)  # [B, max_tokens]
         cache, inputs, tokens = DynamicCache(config=self.config.text_config), prompt, []
         finished = torch.zeros(batch_size, dtype=torch.bool, device=prompt.device)
         for step in range(max_tokens):
             hidden = self._run_language_model(inputs, attention_mask, cache)
-            logits = head(hidden[:, -1]).float()
+            logits = head(hidden[:, -1]).float()  # [B or 2B, vocabulary]
             if is_guided:
-                logits = guided(*logits.chunk(2), guidance_scale)
+                logits = guided(*logits.chunk(2), guidance_scale)  # [B, vocabulary]
             if temperature == 0:
                 token = logits.argmax(dim=-1)
             else:
                 cumulative = (logits / temperature).softmax(dim=-1).double().cumsum(dim=-1)  # inverse-CDF sampling
-                token = torch.searchsorted(cumulative, uniform[:, step : step + 1] * cumulative[:, -1:]).squeeze(-1)
+                quantile = uniform[:, step : step + 1] * cumulative[:, -1:]  # [B, 1]
+                token = torch.searchsorted(cumulative, quantile).squeeze(-1)  # [B]
             if stop is not None:
                 token = token.where(~finished, stop)
                 finished |= token == stop
             tokens.append(token)
             if stop is not None and finished.all():
                 break
-            inputs = embed(token[:, None])
+            inputs = embed(token[:, None])  # [B, 1, D]
             if is_guided:
                 inputs = inputs.repeat(2, 1, 1)
             attention_mask = F.pad(attention_mask, (0, 1), value=1)

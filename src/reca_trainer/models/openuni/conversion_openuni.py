@@ -23,6 +23,7 @@ from reca_trainer.models.openuni.processing_openuni import OpenUniProcessor
 from reca_trainer.models.weights import (
     CheckpointError,
     LazyTensor,
+    choose_variant,
     load_strict,
     open_weights,
     weights_of,
@@ -72,7 +73,7 @@ def is_published(file_names: set[str], config: dict[str, Any]) -> bool:
 
 def read_published(
     folder: str | Path,
-    checkpoint: str | None = None,
+    variant: str | None = None,
     internvl: str | Path | None = None,
     sana: str | Path | None = None,
     vae: str | Path | None = None,
@@ -82,7 +83,7 @@ def read_published(
 
     Args:
         folder: where the `.pth` file is.
-        checkpoint: its name, if there are several.
+        variant: which of several `.pth` files, see `choose_variant`; by default `openuni_finetune.pth`.
         internvl, sana, vae: folder or Hub id of InternVL3 (either layout), SANA and DC-AE. By default the sub-folders
             `internvl3-hf` or `internvl3`, `sana` and `dc-ae`, else the ids OpenUni was trained with. SANA's own
             weights are only read for a checkpoint without `transformer.*`.
@@ -91,7 +92,7 @@ def read_published(
     Raises:
         CheckpointError: a part is not found, or keys are missing, unexpected or wrongly shaped.
     """
-    parts = _Parts(Path(folder), checkpoint, internvl, sana, vae)
+    parts = _Parts(Path(folder), variant, internvl, sana, vae)
     state_dict = {key: tensor for key, tensor in parts.trained.items() if not key.startswith(FROZEN)}
     if parts.sana_is_frozen:
         weights = open_weights(parts.sana / "transformer", DIFFUSERS_WEIGHTS)
@@ -105,14 +106,14 @@ def read_published(
 
 def read_published_processor(
     folder: str | Path,
-    checkpoint: str | None = None,
+    variant: str | None = None,
     internvl: str | Path | None = None,
     sana: str | Path | None = None,
     vae: str | Path | None = None,
     **kwargs: Any,
 ) -> OpenUniProcessor:
     """The processor of a published checkpoint; arguments as for `read_published`."""
-    parts = _Parts(Path(folder), checkpoint, internvl, sana, vae)
+    parts = _Parts(Path(folder), variant, internvl, sana, vae)
     names = {"image_size": "image_size", "caption_max_length": "max_caption_length"}
     settings = {ours: parts.settings[theirs] for theirs, ours in names.items() if theirs in parts.settings}
     return OpenUniProcessor.from_config(parts.config(), Qwen2Tokenizer.from_pretrained(parts.internvl), **settings)
@@ -156,13 +157,13 @@ class _Parts:
     def __init__(
         self,
         folder: Path,
-        checkpoint: str | None,
+        variant: str | None,
         internvl: str | Path | None,
         sana: str | Path | None,
         vae: str | Path | None,
     ):
         self.folder = folder
-        self.checkpoint = folder / (checkpoint or _choose_checkpoint(folder))
+        self.checkpoint = folder / _choose_checkpoint(folder, variant)
         self.trained = open_weights(folder, self.checkpoint.name)
         missing = {"meta_queries", "connector.layers.0.mlp.fc1.bias"} - set(self.trained)
         if missing:
@@ -220,16 +221,11 @@ class _Parts:
         )
 
 
-def _choose_checkpoint(folder: Path) -> str:
-    names = sorted(path.name for path in folder.glob("*.pth"))
-    if CHECKPOINT_NAME in names:
+def _choose_checkpoint(folder: Path, variant: str | None) -> str:
+    names = [path.name for path in folder.glob("*.pth")]
+    if variant is None and CHECKPOINT_NAME in names:
         return CHECKPOINT_NAME
-    if len(names) != 1:
-        files = ", ".join(names) or "none"
-        raise CheckpointError(
-            f"One .pth file in {folder} must be the checkpoint, but these are there: {files}. Pass checkpoint=<name>."
-        )
-    return names[0]
+    return choose_variant(names, variant, folder)
 
 
 def _internvl_config(config: dict[str, Any], source: Path) -> dict[str, Any]:

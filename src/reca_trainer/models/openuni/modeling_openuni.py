@@ -3,7 +3,10 @@
     [ prompt, queries ] → language model → hidden states of the queries → connector → projector → SANA's condition
 
 For a reconstruction the prompt holds the image's understanding embeddings.
-InternVL3 and the autoencoder stay frozen; gradients reach the queries through the frozen language model.
+What is unusual about this model:
+
+- InternVL3 and the autoencoder stay frozen. Gradients reach the queries through the frozen language model.
+- Nothing that it generates with depends on a caption loss.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ class OpenUniModel(UnifiedModel):
     """OpenUni for training by reconstruction and for sampling.
 
     Shapes: `B` samples, `T` prompt tokens, `S` understanding embeddings of an image, `Q` queries, `D` the width of the
-    language model, latents `[B, C, h, w]`.
+    language model, `caption` that of SANA's condition, latents `[B, C, h, w]`.
     """
 
     config_class = OpenUniConfig
@@ -110,6 +113,8 @@ class OpenUniModel(UnifiedModel):
             self.internvl.model.language_model.train(mode)
         return self
 
+    # --- losses ---
+
     def _reconstruct(
         self,
         corruption: dict[str, torch.Tensor],
@@ -120,7 +125,7 @@ class OpenUniModel(UnifiedModel):
         condition_embeds: torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
     ) -> UnifiedOutput:
-        """RecA: the prompt holds the image's own embeddings.
+        """RecA: read the image's own embeddings and the instruction, then denoise the same image.
 
         Args:
             input_ids, attention_mask: `[B, T]` int64, the prompt up to the token that opens the image; one row serves all
@@ -130,11 +135,11 @@ class OpenUniModel(UnifiedModel):
             condition_embeds: `[B, S, D]`, `encode_condition` of `condition_pixel_values` if that was computed before.
             latents: `[B, C, h, w]` float, `encode_target` of `pixel_values`, likewise.
         """
+        latents = self.encode_target(pixel_values) if latents is None else latents.float()  # [B, C, h, w]
         if condition_embeds is None:
-            condition_embeds = self.encode_condition(condition_pixel_values)
-        latents = self.encode_target(pixel_values) if latents is None else latents.float()
-        prompt_embeds = self.encode_prompt(input_ids, attention_mask, condition_embeds)
-        return self._denoise(latents, prompt_embeds, corruption, condition_embeds)
+            condition_embeds = self.encode_condition(condition_pixel_values)  # [B, S, D]
+        prompt_embeds = self.encode_prompt(input_ids, attention_mask, condition_embeds)  # [B, Q, caption]
+        return self._flow_matching(latents, prompt_embeds, corruption, condition_embeds)
 
     def _generate(
         self,
@@ -144,21 +149,23 @@ class OpenUniModel(UnifiedModel):
         pixel_values: torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
     ) -> UnifiedOutput:
-        """Text-to-image; arguments as for a reconstruction."""
-        latents = self.encode_target(pixel_values) if latents is None else latents.float()
-        return self._denoise(latents, self.encode_prompt(input_ids, attention_mask), corruption)
+        """Text-to-image: denoise the image behind its caption. The arguments are as in `_reconstruct`."""
+        latents = self.encode_target(pixel_values) if latents is None else latents.float()  # [B, C, h, w]
+        prompt_embeds = self.encode_prompt(input_ids, attention_mask)  # [B, Q, caption]
+        return self._flow_matching(latents, prompt_embeds, corruption)
 
-    def _denoise(
+    def _flow_matching(
         self,
         latents: torch.Tensor,
         prompt_embeds: torch.Tensor,
         corruption: dict[str, torch.Tensor],
         understanding_embeds: torch.Tensor | None = None,
     ) -> UnifiedOutput:
-        """Flow matching: SANA predicts the velocity at `σ`, the share of noise."""
+        """Rectified flow: SANA predicts the velocity at `σ`, the share of noise."""
         noise = corruption["noise"].to(latents)  # [B, C, h, w]
-        timestep, sigma = noise_levels(corruption["u"].to(latents.device))
-        prediction = self._predict_velocity(interpolate(latents, noise, sigma), timestep, prompt_embeds)
+        timestep, sigma = noise_levels(corruption["u"].to(latents.device))  # [B] both
+        noisy = interpolate(latents, noise, sigma)  # [B, C, h, w]
+        prediction = self._predict_velocity(noisy, timestep, prompt_embeds)  # [B, C, h, w]
         return flow_loss(prediction, noise - latents, understanding_embeds=understanding_embeds)
 
     def _caption(
@@ -169,17 +176,14 @@ class OpenUniModel(UnifiedModel):
         attention_mask: torch.Tensor | None = None,
         condition_pixel_values: torch.Tensor | None = None,
     ) -> UnifiedOutput:
-        """Next-token cross-entropy of the answer. Nothing that OpenUni generates with depends on it."""
-        embeds = None if condition_pixel_values is None else self.encode_condition(condition_pixel_values)
+        """Image-to-text: next-token cross-entropy of the answers."""
+        embeds = None
+        if condition_pixel_values is not None:
+            embeds = self.encode_condition(condition_pixel_values)  # [B, S, D]
         hidden = self._read(input_ids, attention_mask, embeds)[:, :-1]  # [B, T - 1, D]
         return token_cross_entropy(self.internvl.lm_head, hidden, labels[:, 1:], embeds)
 
-    def encode_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """See `UnifiedModel.encode_batch`: `condition_embeds` `[B, S, D]` and `latents` `[B, C, h, w]`."""
-        return {
-            "condition_embeds": self.encode_condition(batch["condition_pixel_values"]),
-            "latents": self.encode_target(batch["pixel_values"]),
-        }
+    # --- encodings ---
 
     @torch.no_grad()
     def encode_condition(self, condition_pixel_values: torch.Tensor) -> torch.Tensor:
@@ -198,6 +202,15 @@ class OpenUniModel(UnifiedModel):
         latents = target / self.vae.config.scaling_factor
         return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
 
+    def encode_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """See `UnifiedModel.encode_batch`: `condition_embeds` `[B, S, D]` and `latents` `[B, C, h, w]`."""
+        return {
+            "condition_embeds": self.encode_condition(batch["condition_pixel_values"]),
+            "latents": self.encode_target(batch["pixel_values"]),
+        }
+
+    # --- the language model and SANA ---
+
     def encode_prompt(
         self,
         input_ids: torch.Tensor,
@@ -205,9 +218,9 @@ class OpenUniModel(UnifiedModel):
         understanding_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """What SANA is conditioned on: the queries' hidden states after connector and projector. `[B, Q, caption]`."""
-        hidden = self._read(input_ids, attention_mask, understanding_embeds, self.meta_queries)
-        hidden = hidden[:, -self.config.num_queries :]  # [B, Q, D]
-        return self.projector(self.connector(hidden).last_hidden_state)
+        hidden = self._read(input_ids, attention_mask, understanding_embeds, self.meta_queries)  # [B, T + Q, D]
+        queries = self.connector(hidden[:, -self.config.num_queries :]).last_hidden_state  # [B, Q, D]
+        return self.projector(queries)
 
     def _read(
         self,
@@ -226,9 +239,9 @@ class OpenUniModel(UnifiedModel):
             is_image = internvl.get_placeholder_mask(input_ids, embeds, understanding_embeds)
             embeds = embeds.masked_scatter(is_image, understanding_embeds.to(embeds.dtype))
         if queries is not None:
-            queries = queries.to(embeds.dtype).expand(len(embeds), -1, -1)
-            embeds = torch.cat([embeds, queries], dim=1)
-            mask = torch.cat([mask, mask.new_ones(queries.shape[:2])], dim=1)
+            queries = queries.to(embeds.dtype).expand(len(embeds), -1, -1)  # [B, Q, D]
+            embeds = torch.cat([embeds, queries], dim=1)  # [B, T + Q, D]
+            mask = torch.cat([mask, mask.new_ones(queries.shape[:2])], dim=1)  # [B, T + Q]
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)  # padding takes no position
         return internvl.language_model(
             inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
@@ -245,6 +258,8 @@ class OpenUniModel(UnifiedModel):
             timestep=timestep * self.transformer.config.timestep_scale,
             return_dict=False,
         )[0].float()
+
+    # --- draws and counts ---
 
     def sample_corruption(self, batch: dict[str, Any], generator: Generators = None) -> dict[str, torch.Tensor]:
         """Draws of the flow-matching loss: `noise` `[B, C, h, w]` Gaussian, then `u` `[B]` uniform on [0, 1), which
@@ -288,6 +303,8 @@ class OpenUniModel(UnifiedModel):
             "pixel_values": torch.zeros(batch_size, 3, target, target),
             "condition_pixel_values": torch.zeros(batch_size, 3, condition, condition),
         }
+
+    # --- sampling ---
 
     def _generate_images(
         self,
@@ -359,7 +376,7 @@ class OpenUniModel(UnifiedModel):
 
         Args:
             latents: `[B, C, h, w]`, the initial noise.
-            prompt_embeds: `[B, Q, caption]`, or with `guidance_scale > 1` `[2 B, Q, caption]`: the conditions, then as
+            prompt_embeds: `[B, Q, caption]`, or with `guidance_scale > 1` `[2B, Q, caption]`: the conditions, then as
                 many negative ones.
             on_step: called after each step with its timestep and the latents then.
 
@@ -370,10 +387,10 @@ class OpenUniModel(UnifiedModel):
         scheduler.set_timesteps(num_inference_steps, device=self.device)
         latents = latents.to(self.device, torch.float32)
         for timestep in scheduler.timesteps:
-            rows = latents if guidance_scale <= 1 else torch.cat([latents, latents])
+            rows = latents if guidance_scale <= 1 else torch.cat([latents, latents])  # [B or 2B, C, h, w]
             velocity = self._predict_velocity(rows, timestep.expand(len(rows)), prompt_embeds)
             if guidance_scale > 1:
-                velocity = guided(*velocity.chunk(2), guidance_scale)
+                velocity = guided(*velocity.chunk(2), guidance_scale)  # [B, C, h, w]
             latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
             if on_step is not None:
                 on_step(timestep, latents)

@@ -5,7 +5,7 @@ What is unusual about this model:
 - One sequence, one vocabulary, one output layer for text and MAGVIT-v2 image tokens. Understanding and generation share
   every weight of the language model.
 - Attention is causal over text and full within an image ("omni-attention"); what exactly counts as the image differs
-  between tasks and variants, see `ShowOModel.attend`.
+  between tasks and variants, see `ShowOModel.attention_mask`.
 - Phi's query and key norms are on, whatever Phi's own configuration says.
 - The CLIP variant reads CLIP embeddings of an image, the plain variant its MAGVIT-v2 tokens. Reconstruction in the CLIP
   variant sends no gradient into its inputs: the projector and the embeddings learn from image-to-text alone.
@@ -144,7 +144,9 @@ class ShowOModel(UnifiedModel):
         condition_pixel_values: torch.Tensor | None = None,
     ) -> UnifiedOutput:
         """Image-to-text, or text alone: next-token cross-entropy over the supervised tokens."""
-        condition = None if condition_pixel_values is None else self.encode_condition(condition_pixel_values)  # [B, P, D]
+        condition = None
+        if condition_pixel_values is not None:
+            condition = self.encode_condition(condition_pixel_values)  # [B, P, D]
         embeds = self.embed(input_ids, condition)  # [B, L, D]
         hidden = self.attend(embeds, self.attention_mask("caption", input_ids, attention_mask))
         return token_cross_entropy(self.language_model.lm_head, hidden[:, :-1], labels[:, 1:], condition)
@@ -215,7 +217,8 @@ class ShowOModel(UnifiedModel):
         - `reconstruct` in the CLIP variant: all see the condition, the target's tokens without markers see each other;
         - `caption`: all see the condition, which in the plain variant means everything up to its end marker.
 
-        Padding is seen by nobody (it is behind everything in `caption` anyway), except where a row would see nothing.
+        No position sees padding, except one that would see nothing else. In `caption` padding is last, so that it needs
+        no mask.
         """
         config = self.config
         length = input_ids.shape[1]
@@ -462,8 +465,8 @@ class ShowOModel(UnifiedModel):
             sampled = torch.where(unknown, sampled + config.image_token_offset, tokens)
             confidence = confidence.masked_fill(~unknown, torch.finfo(confidence.dtype).max)
             remaining = unknown.sum(1, keepdim=True) - 1  # [B, 1]: at least one token is kept
-            again = remaining.clamp(max=math.floor(count * mask_ratio(progress))).clamp(min=1)
-            cutoff = confidence.sort(dim=1).values.gather(1, again)  # [B, 1]
+            masked_again = remaining.clamp(max=math.floor(count * mask_ratio(progress))).clamp(min=1)
+            cutoff = confidence.sort(dim=1).values.gather(1, masked_again)  # [B, 1]
             tokens = sampled.masked_fill(confidence < cutoff, config.mask_token_id)
             yield sampled, tokens
 
@@ -487,7 +490,8 @@ class ShowOModel(UnifiedModel):
         """White areas of masks -> the tokens under them `[B, n]` bool; masks are cut like their images."""
         side = math.isqrt(self.config.num_vq_tokens)
         masks = [resize_and_crop(image, self.config.image_size).convert("L") for image in mask_images]
-        values = torch.from_numpy(np.stack([np.asarray(mask) for mask in masks])).float()[:, None] / 255  # [B, 1, H, W]
+        levels = np.stack([np.asarray(mask) for mask in masks])  # [B, H, W]
+        values = torch.from_numpy(levels).float()[:, None] / 255
         values = F.interpolate(values, (side, side), mode="bicubic", align_corners=False)  # [B, 1, h, w]
         return (values.flatten(1) >= 0.5).to(self.device)
 
