@@ -60,7 +60,7 @@ def test_what_is_counted_is_what_a_real_step_does(family, mode, checkpointing):
         model.freeze_understanding()
         trained = model
     else:
-        trained = plan.adapters.attach(model, plan.LoraConfig(r=16, lora_alpha=16))
+        trained = plan.adapters.attach(model, plan.LoraConfig(r=64, lora_alpha=64))
     if checkpointing:
         model.activation_checkpointing_enable()
     model.train()
@@ -69,6 +69,7 @@ def test_what_is_counted_is_what_a_real_step_does(family, mode, checkpointing):
     meter.follow((inputs, draws))
     with meter:
         trained(corruption=draws, **inputs).loss.backward()
+    assert meter.activations <= meter.peak
     expected = plan.step_cost(
         TINY[family](), inputs, mode, dtype=torch.float32, checkpointing=checkpointing, corruption=draws
     )
@@ -134,6 +135,61 @@ def test_qlora_holds_its_base_in_half_a_byte():
     assert lora.weights - qlora.weights == pytest.approx(saved)
 
 
+def deep(family: str):
+    """A tiny model whose stacks are deep enough to be shortened."""
+    config = TINY[family]().config
+    for part in vars(config).values():
+        for name in ("num_hidden_layers", "encoder_depth", "decoder_depth", "num_layers"):
+            if isinstance(getattr(part, name, None), int):
+                setattr(part, name, 5)
+        if getattr(part, "layer_types", None):
+            part.layer_types = part.layer_types[:1] * 5
+    with torch.device("meta"):
+        return plan.family("show_o" if "show_o" in family else family).Model(config)
+
+
+@pytest.mark.parametrize(("mode", "checkpointing"), [("full", False), ("lora", True)])
+@pytest.mark.parametrize("family", ["bagel", "harmon", "janus"])
+def test_a_shortened_stack_counts_as_a_whole_one(family, mode, checkpointing):
+    shortened, whole = (
+        plan.step_cost(
+            deep(family), deep(family).example_batch(2), mode, checkpointing=checkpointing, autocast=True, whole=whole
+        )
+        for whole in (False, True)
+    )
+    assert len(plan.shorten(deep(family))) > 0
+    for name in ("weights", "optimizer", "gradients", "flops", "parameters", "trained_parameters"):
+        assert getattr(shortened, name) == getattr(whole, name), name
+    assert shortened.step == pytest.approx(whole.step, rel=0.05)
+    assert shortened.activations == pytest.approx(whole.activations, rel=0.05)
+
+
+def test_one_pass_over_several_batches_counts_each_as_if_alone():
+    together = plan.step_costs(open_lazily(CHECKPOINT), [batch(1), batch(3)], "full", dtype=torch.float32)
+    assert together == [cost(size=1), cost(size=3)]
+
+
+def test_what_several_processes_share():
+    full = cost()
+    alone, ddp = full.process(), full.process(launch="ddp", processes=8)
+    assert ddp - alone == pytest.approx(full.gradients * plan.FRAGMENTATION["cuda"])
+    for launch in ("fsdp2", "zero3"):
+        two, many = (full.process(launch=launch, processes=count) for count in (2, 1000))
+        assert two > many > full.activations + 2 * full.gathered
+    assert full.process(launch="zero2", processes=1000) > full.weights
+    packed = cost("qlora")
+    assert packed.process(launch="fsdp2", processes=1000) > packed.unsharded > 0  # weights in 4 bits are not sharded
+
+
+def test_frozen_weights_and_masters_have_their_own_precision():
+    wide, narrow = (
+        plan.step_cost(open_lazily(CHECKPOINT), batch(1), dtype=torch.bfloat16, masters=masters)
+        for masters in (torch.float32, torch.bfloat16)
+    )
+    assert wide.weights - narrow.weights == 2 * wide.trained_parameters
+    assert wide.gradients == 2 * narrow.gradients == 4 * wide.trained_parameters
+
+
 def test_plan_command(capsys, tmp_path):
     AutoUnifiedModel.from_pretrained(CHECKPOINT).save_pretrained(tmp_path)
     options = ["--model", str(tmp_path), "--mode", "qlora", "--max_image_size", "64"]
@@ -153,6 +209,33 @@ def test_plan_command(capsys, tmp_path):
     assert "write 24GB" in capsys.readouterr().err
 
 
+def test_plan_reads_a_recipe(capsys, tmp_path):
+    AutoUnifiedModel.from_pretrained(CHECKPOINT).save_pretrained(tmp_path)
+    given = ["--model", str(tmp_path), "--max_image_size", "64", "--min_image_size", "64", "--gpu", "24GB"]
+    main(["--config", "bagel_lora", *given])
+    lora = capsys.readouterr().out
+    assert "an adapter of rank 64" in lora and "(frozen in bfloat16, trained in float32)" in lora
+    assert "The recipe's 1: " in lora and "save_total_limit 3" in lora and "merged" in lora
+    main(["--config", "bagel_full", *given, "--num_processes", "6", "--launch", "fsdp2", "--tflops", "100"])
+    full = capsys.readouterr().out
+    assert "trained in float32)" in full and "on each of 6 GPUs (fsdp2)" in full and "rank" not in full
+    assert "a step of 48 images" in full and "for 1,000 steps" in full
+    (tmp_path / "own.yaml").write_text(
+        f"model_name_or_path: {tmp_path}\nuse_peft: true\noptim: lion_8bit\nlora_r: 8\n"
+    )
+    main(["--config", str(tmp_path / "own.yaml"), *given[2:]])
+    own = capsys.readouterr().out
+    assert "rank 8" in own and "lion_8bit" in own and "frozen in float32" in own  # for want of bf16
+    (tmp_path / "own.yaml").write_text("optim: galore_adamw\n")
+    for words, message in (
+        (["--config", "bagel_lora"], "--model says which model"),
+        (["--config", str(tmp_path / "own.yaml"), "--model", "bagel"], "optim=galore_adamw"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*words, "--gpu", "24GB"])
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("family", TINY)
 def test_plan_of_a_folder(family, capsys, tmp_path):
     TINY[family]().save_pretrained(tmp_path)
@@ -162,7 +245,7 @@ def test_plan_of_a_folder(family, capsys, tmp_path):
 
 @pytest.mark.parametrize("family", PUBLISHED)
 def test_plan_of_a_familys_name(family, capsys):
-    main(["--model", family, "--gpu", "80GB", "--mode", "full", "--optimizer", "sgd"])
+    main(["--model", family, "--gpu", "141GB", "--mode", "full", "--optim", "sgd"])
     printed = capsys.readouterr().out
     assert printed.startswith(f"{PUBLISHED[family]} B parameters")
-    assert "Fits into 80 GB" in printed
+    assert "Fits into 141 GB" in printed

@@ -2,13 +2,16 @@
 
 A training step is carried out on numbers without contents (`FakeTensorMode`), so nothing is loaded and no accelerator is
 needed, while every tensor that lives at the same time is counted, and so is every matrix product. Only token ids and
-masks are what they would be, because shapes depend on them. What remains to be assumed stands in the constants below.
+masks are what they would be, because shapes depend on them. Of a stack of equal layers three are carried out: the first,
+one that counts for all in the middle, and the last. What remains to be assumed stands in the constants below.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +29,25 @@ from reca_trainer.models.contract import UnifiedModel
 from reca_trainer.models.registry import families, family
 
 MODES = ("full", "lora", "qlora")
+LAUNCHES = ("ddp", "fsdp2", "zero2", "zero3")  # the launch files in recipes/accelerate
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight with its doubly quantised scale (QLoRA, section 3)
-OPTIMIZER_BYTES = {"adamw_torch_fused": 8.0, "adamw_bnb_8bit": 2.0 + 8 / 256, "sgd": 0.0}  # a trained weight
+# Of an optimiser's state, by its name in `--optim`: bytes a trained weight. States of 8 bits have a scale every 256.
+OPTIMIZER_BYTES = {
+    **dict.fromkeys(("adamw_torch_fused", "adamw_torch", "paged_adamw_32bit", "stable_adamw"), 8.0),
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit"), 2 * (1 + 4 / 256)),
+    **dict.fromkeys(("lion_32bit", "paged_lion_32bit", "rmsprop", "adagrad", "schedule_free_sgd"), 4.0),
+    **dict.fromkeys(("lion_8bit", "paged_lion_8bit", "rmsprop_bnb_8bit"), 1 + 4 / 256),
+    **dict.fromkeys(("schedule_free_adamw", "schedule_free_radam"), 8.0),
+    **dict.fromkeys(("ademamix", "paged_ademamix_32bit"), 12.0),
+    **dict.fromkeys(("sgd", "adafactor"), 0.0),
+}
 PROCESS_BYTES = {"cuda": 0.8e9, "cpu": 0.5e9}  # CUDA context, or Python with its libraries
+HOST_PROCESS_BYTES = 3e9  # main memory of a process with a CUDA context, and of a batch on its way
+WORKER_BYTES = 0.8e9  # main memory of a worker that loads pictures
 # What an allocator holds, over what tensors take. In main memory that is with MALLOC_MMAP_THRESHOLD_=131072: left to
 # itself, glibc keeps up to half as much again for later.
 FRAGMENTATION = {"cuda": 1.05, "cpu": 1.05}
+KEPT = 3  # layers of a stack that are carried out
 
 
 def attention_flops(query, key, value, *args, **kwargs) -> int:
@@ -61,36 +77,76 @@ class Cost:
 
     Args:
         weights, optimizer: bytes held all the time: parameters and buffers, and the optimiser's state.
-        step: bytes of everything else at the fullest moment of forward and backward pass, gradients included.
+        gradients: bytes of all gradients together.
+        activations: bytes of everything but gradients at the fullest moment of forward and backward pass.
+        step: bytes of both at the fullest moment, which may be another one.
         flops: floating-point operations of its matrix products, recomputed ones included.
         parameters, trained_parameters: their numbers.
+        unsharded: bytes of `weights` that every process keeps whatever the launch: packed in 4 bits.
+        gathered: bytes of the largest layer, which sharded processes put together to compute with it.
+        has_adapter: whether an adapter is trained.
     """
 
     weights: float
     optimizer: float
+    gradients: float
+    activations: float
     step: float
     flops: float
     parameters: int
     trained_parameters: int
+    unsharded: float
+    gathered: float
+    has_adapter: bool
 
     @property
     def peak(self) -> float:
-        """Bytes of tensors at the fullest moment."""
+        """Bytes of tensors at the fullest moment of a process that has the model to itself."""
         return self.weights + self.optimizer + self.step
 
-    def process(self, device: str = "cuda") -> float:
-        """Bytes that a process holds then: reserved on the GPU, or resident in main memory."""
-        return self.peak * FRAGMENTATION[device] + PROCESS_BYTES[device]
+    @property
+    def model_on_disk(self) -> float:
+        """Bytes of a checkpoint's weights: of an adapter alone, or of the whole model."""
+        return self.gradients if self.has_adapter else self.weights
+
+    def process(self, device: str = "cuda", launch: str | None = None, processes: int = 1) -> float:
+        """Bytes that one of several processes holds then: reserved on its GPU, or resident in main memory."""
+        if launch is None or processes == 1:
+            peak = self.peak
+        elif launch == "ddp":  # beside its gradients a process has those it sends
+            peak = self.peak + self.gradients
+        elif launch == "zero2":  # float32 masters beside the bfloat16 weights
+            sharded = (self.optimizer + self.gradients + 4 * self.trained_parameters) / processes
+            peak = self.weights + sharded + self.activations + min(self.gradients, 2e9)  # a bucket of DeepSpeed's
+        else:
+            masters = 4 * self.trained_parameters if launch == "zero3" else 0  # beside the bfloat16 weights
+            sharded = (self.weights - self.unsharded + self.optimizer + self.gradients + masters) / processes
+            peak = self.unsharded + sharded + self.activations + 2 * self.gathered  # one computes, the next arrives
+        return peak * FRAGMENTATION[device] + PROCESS_BYTES[device]
+
+
+class _Storage:
+    """What the meter knows of a storage: bytes, for how many it stands, which number it was, whether it is a gradient."""
+
+    def __init__(self, size: int, number: int):
+        self.size, self.number, self.count, self.is_gradient = size, number, 1, False
 
 
 class Meter(TorchDispatchMode):
     """Counts `flops` of matrix products, and follows the storages that operations create until they are freed: `peak`
-    is the most bytes that lived at once."""
+    is the most bytes that lived at once, `activations` the most without gradients."""
 
     def __init__(self):
         super().__init__()
-        self.flops = self.live = self.peak = 0
-        self._seen = weakref.WeakSet()
+        self._seen: weakref.WeakKeyDictionary[Any, _Storage | None] = weakref.WeakKeyDictionary()
+        self._number = 0  # of storages so far
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from zero again; what is ignored stays so."""
+        self.flops = self.live = self.peak = self.gradients = self.activations = 0
+        self._factor = 1  # of the flops of what is being computed
+        self._alive: dict[int, _Storage] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -99,12 +155,13 @@ class Meter(TorchDispatchMode):
         self.follow(result)
         count = FLOPS.get(function._overloadpacket)
         if count is not None:
-            self.flops += count(*args, **(kwargs or {}), out_val=result)
+            self.flops += self._factor * count(*args, **(kwargs or {}), out_val=result)
         return result
 
     def ignore(self, tensors) -> None:
         """Leave tensors out that are counted elsewhere."""
-        self._seen.update(tensor.untyped_storage() for tensor in tensors)
+        for tensor in tensors:
+            self._seen[tensor.untyped_storage()] = None
 
     def follow(self, values: Any) -> None:
         """Count the tensors of a tree as long as they live."""
@@ -113,14 +170,99 @@ class Meter(TorchDispatchMode):
     def _follow(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage not in self._seen:
-            self._seen.add(storage)
-            size = storage.nbytes()
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._free, size)
+            self._number = number = self._number + 1
+            self._seen[storage] = self._alive[number] = entry = _Storage(storage.nbytes(), number)
+            self._grow(entry.size)
+            weakref.finalize(storage, self._free, number)
 
-    def _free(self, size: int) -> None:
-        self.live -= size
+    def _grow(self, size: int) -> None:
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        self.activations = max(self.activations, self.live - self.gradients)
+
+    def _free(self, number: int) -> None:
+        entry = self._alive.pop(number, None)
+        if entry is None:  # of before the restart
+            return
+        self.live -= entry.size * entry.count
+        if entry.is_gradient:
+            self.gradients -= entry.size * entry.count
+
+    def _multiply(self, entry: _Storage, count: int) -> None:
+        growth = entry.size * entry.count * (count - 1)
+        entry.count *= count
+        if entry.is_gradient:
+            self.gradients += growth
+        self._grow(growth)
+
+    def watch_gradients(self, model: nn.Module) -> None:
+        """Tell gradients of trained parameters from other tensors."""
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._note_gradient)
+
+    def _note_gradient(self, parameter: torch.Tensor) -> None:
+        entry = self._seen.get(parameter.grad.untyped_storage())
+        if entry is not None and not entry.is_gradient:
+            entry.is_gradient = True
+            self.gradients += entry.size * entry.count
+
+    def stand_for(self, layer: nn.Module, count: int) -> None:
+        """Count a layer as often as it stands for equal ones: its products, its gradients, and what its forward pass
+        leaves for the backward pass."""
+        starts: list[int] = []
+
+        def enter(layer, args, kwargs) -> None:
+            starts.append(self._number)
+            if not _in_backward():
+                self._factor *= count
+
+        def leave(layer, args, kwargs, output) -> None:
+            start = starts.pop()
+            if _in_backward():  # computed once more; nothing of it stays
+                return
+            self._factor //= count
+            outputs = [leaf for leaf in tree_leaves(output) if torch.is_tensor(leaf) and leaf.requires_grad]
+            if not outputs:
+                return
+            for entry in [entry for entry in self._alive.values() if entry.number > start]:
+                self._multiply(entry, count)
+            inputs = [leaf for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf) and leaf.requires_grad]
+            inputs = [leaf for leaf in inputs if leaf.shape == outputs[0].shape]
+            if inputs:
+                outputs[0].register_hook(lambda gradient: self._scale(count, 1))
+                inputs[0].register_hook(lambda gradient: self._scale(1, count))
+
+        layer.register_forward_pre_hook(enter, with_kwargs=True)
+        layer.register_forward_hook(leave, with_kwargs=True)
+        for parameter in layer.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(
+                    lambda parameter: self._multiply(self._seen[parameter.grad.untyped_storage()], count)
+                )
+
+    def _scale(self, up: int, down: int) -> None:
+        self._factor = self._factor * up // down
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def shorten(model: nn.Module) -> dict[nn.Module, int]:
+    """Cut every stack of more than three equal layers down to three.
+
+    Returns:
+        Of each stack the layer in the middle, and for how many it stands.
+    """
+    middles = {}
+    for stack in list(model.modules()):
+        if isinstance(stack, nn.ModuleList) and len(stack) > KEPT:
+            kinds = {(type(layer), *(tuple(weight.shape) for weight in layer.parameters())) for layer in stack}
+            if len(kinds) == 1:
+                middles[stack[1]] = len(stack) - KEPT + 1
+                del stack[KEPT:]
+    return middles
 
 
 class KnownIntegers(TorchDispatchMode):
@@ -172,59 +314,113 @@ class KnownIntegers(TorchDispatchMode):
         return places
 
 
-def step_cost(
+def step_cost(model: UnifiedModel, batch: dict[str, Any], mode: str = "full", **options: Any) -> Cost:
+    """The cost of one batch; arguments as for `step_costs`."""
+    (cost,) = step_costs(model, [batch], mode, **options)
+    return cost
+
+
+def step_costs(
     model: UnifiedModel,
-    batch: dict[str, Any],
+    batches: Sequence[dict[str, Any]],
     mode: str = "full",
     dtype: torch.dtype = torch.bfloat16,
+    masters: torch.dtype = torch.float32,
+    autocast: bool = False,
     checkpointing: bool = False,
-    lora_rank: int = 16,
-    optimizer: str = "adamw_torch_fused",
+    lora_r: int = 64,
+    optim: str = "adamw_torch_fused",
     device: str = "cpu",
     corruption: dict[str, torch.Tensor] | None = None,
-) -> Cost:
-    """Carry out a step without contents and add up what it takes.
+    whole: bool = False,
+) -> list[Cost]:
+    """Carry out a step without contents for each of several batches, and add up what it takes.
 
     Args:
-        model: on any device, "meta" for choice; it is left without contents.
-        batch: of `model.forward`, its task included; numbers in it may be any, ids and masks must be valid.
+        model: on any device, "meta" for choice; it is left shortened and without contents.
+        batches: of `model.forward`, task included; numbers in them may be any, ids and masks must be valid.
         mode: `full` (the whole generator), `lora`, or `qlora` (LoRA on a base in NF4).
-        optimizer: a name of `OPTIMIZER_BYTES`; foreach implementations need temporary copies besides.
+        dtype, masters: of weights that are frozen, and of those that are trained.
+        autocast: whether matrix products are in bfloat16 whatever the weights are in, as with `--bf16`.
+        optim: a name of `OPTIMIZER_BYTES`; foreach implementations need temporary copies besides.
         corruption: the draws of the loss, from `model.sample_corruption`; by default each sample has the same.
+        whole: carry out every layer.
     """
-    if corruption is None:
-        batch_size = max(len(value) for value in batch.values() if torch.is_tensor(value))
-        corruption = model.sample_corruption(batch, [torch.Generator().manual_seed(0) for _ in range(batch_size)])
+    drawn = [_draws(model, batch) if corruption is None else corruption for batch in batches]
     quantized = quantized_weights(model) if mode == "qlora" else []
+    largest = max(quantized, default=0) * dtype.itemsize  # one layer at a time is dequantised
+    blocks = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    gathered = max((sum(p.numel() for p in block.parameters()) * 2 for block in blocks), default=0)
+    middles = {} if whole else shorten(model)
     if mode == "full":
         model.freeze_understanding()
         trained = model
     else:
-        trained = adapters.attach(model, LoraConfig(r=lora_rank, lora_alpha=lora_rank))
+        trained = adapters.attach(model, LoraConfig(r=lora_r, lora_alpha=lora_r))
+    counts = _counts(model, middles)
+    meter = Meter()
     with FakeTensorMode() as fake, KnownIntegers(fake) as integers:
-        empty(model, dtype, device, masters=dtype if mode == "full" else torch.float32)
+        empty(model, dtype, device, masters)
         if checkpointing:
             model.activation_checkpointing_enable()
         model.train()
-        weights = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-        meter = Meter()
-        meter.ignore(weights.values())
-        inputs = integers.without_numbers((batch, corruption))
-        batch, corruption = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), inputs)
-        meter.follow((batch, corruption))
-        with meter:
-            trained(corruption=corruption, **batch).loss.backward()
-    held = sum(tensor.untyped_storage().nbytes() for tensor in weights.values())
-    held -= sum(quantized) * (dtype.itemsize - NF4_BYTES)
-    numbers = [p.numel() for p in model.parameters() if p.requires_grad]
-    return Cost(
-        weights=held,
-        optimizer=sum(numbers) * OPTIMIZER_BYTES[optimizer],
-        step=meter.peak + max(quantized, default=0) * dtype.itemsize,  # one layer at a time is dequantised
-        flops=meter.flops,
-        parameters=sum(p.numel() for p in model.parameters()),
-        trained_parameters=sum(numbers),
-    )
+        weights = {id(tensor): (tensor, counts[name]) for name, tensor in _named_tensors(model)}
+        meter.ignore(tensor for tensor, _ in weights.values())
+        meter.watch_gradients(model)
+        for layer, count in middles.items():
+            meter.stand_for(layer, count)
+        held = sum(tensor.untyped_storage().nbytes() * count for tensor, count in weights.values())
+        packed = sum(quantized) * NF4_BYTES
+        numbers = {id(p): (p, counts[name]) for name, p in model.named_parameters()}.values()
+        trained_numbers = [(p, count) for p, count in numbers if p.requires_grad]
+        trained_parameters = sum(p.numel() * count for p, count in trained_numbers)
+        costs = []
+        for batch, corruption in zip(batches, drawn, strict=True):
+            meter.restart()
+            inputs = integers.without_numbers((batch, corruption))
+            inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), inputs)
+            meter.follow(inputs)
+            with meter:
+                with torch.autocast(device, torch.bfloat16) if autocast else contextlib.nullcontext():
+                    loss = trained(corruption=inputs[1], **inputs[0]).loss
+                loss.backward()
+            model.zero_grad()
+            cost = Cost(
+                weights=held - sum(quantized) * dtype.itemsize + packed,
+                optimizer=trained_parameters * OPTIMIZER_BYTES[optim],
+                gradients=sum(p.numel() * p.element_size() * count for p, count in trained_numbers),
+                activations=meter.activations + largest,
+                step=meter.peak + largest,
+                flops=meter.flops,
+                parameters=sum(p.numel() * count for p, count in numbers),
+                trained_parameters=trained_parameters,
+                unsharded=packed,
+                gathered=gathered,
+                has_adapter=mode != "full",
+            )
+            costs.append(cost)
+    return costs
+
+
+def _draws(model: UnifiedModel, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    batch_size = max(len(value) for value in batch.values() if torch.is_tensor(value))
+    return model.sample_corruption(batch, [torch.Generator().manual_seed(0) for _ in range(batch_size)])
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _counts(model: nn.Module, middles: dict[nn.Module, int]) -> dict[str, int]:
+    """For how many each tensor of a shortened model stands, by its name."""
+    counts = {name: 1 for name, _ in _named_tensors(model)}
+    for prefix, module in model.named_modules():
+        if module in middles:
+            for name, _ in _named_tensors(module):
+                if f"{prefix}.{name}" in counts:  # tied weights have one name
+                    counts[f"{prefix}.{name}"] *= middles[module]
+    return counts
 
 
 def empty(model: UnifiedModel, dtype: torch.dtype, device: str, masters: torch.dtype) -> None:

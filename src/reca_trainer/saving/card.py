@@ -36,7 +36,7 @@ def public_name(model: str | os.PathLike | None) -> str | None:
     name = str(model)
     try:
         if not os.path.exists(name):
-            validate_repo_id(name)
+            validate_repo_id(re.sub(r"(.+/.+)/[\w.-]+\.pth$", r"\1", name))  # one of a repository's files
             return name
     except HFValidationError:
         pass
@@ -118,7 +118,7 @@ def model_card(
     where = f", base_model={where}" if is_adapter and not on_hub else ""
     tags = ["reca-trainer", "reconstruction-alignment", "unified-multimodal-model", *(["lora"] if is_adapter else [])]
     data = ModelCardData(
-        base_model=base if on_hub else None,
+        base_model="/".join(base.split("/")[:2]) if on_hub else None,
         base_model_relation=("adapter" if is_adapter else "finetune") if on_hub else None,
         datasets=[name for name in datasets if "/" in name and public_name(name) == name] or None,
         library_name="peft" if is_adapter else "reca-trainer",

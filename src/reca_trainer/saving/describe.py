@@ -43,7 +43,7 @@ def describe(model_or_path: str | os.PathLike) -> dict[str, Any]:
         }
         return {name: value for name, value in description.items() if value is not None}
     package, published = detect(folder)
-    model = open_lazily(folder)
+    model = open_lazily(model_or_path)
     names = tuple(f"{name}." for name in model.generation_modules)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     generator = sum(size for name, size in sizes.items() if name.startswith(names) or name + "." in names)

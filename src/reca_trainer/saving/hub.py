@@ -109,14 +109,28 @@ def push(
     again += ["--revision", revision] if revision else []
     again += ["--also", *also] if also else []
     try:
-        repo_id = _retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
-        if revision is not None:
-            _retried(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+        repo_id = _make_place(api, repo_id, private, revision)
         return _retried(commit)
     except BaseException as error:
         error = _explained(error, repo_id, api.endpoint)
         error.add_note(f"{folder} is unharmed. To push it again: {shlex.join(again)}")
         raise error
+
+
+def make_repo(repo_id: str, private: bool | None = None, revision: str | None = None, token: str | None = None) -> str:
+    """Make sure that a repository and its branch are there, and return its whole name. Arguments and errors as for `push`."""
+    api = HfApi(token=checked_token(token))
+    try:
+        return _make_place(api, repo_id, private, revision)
+    except Exception as error:
+        raise _explained(error, repo_id, api.endpoint) from error.__cause__
+
+
+def _make_place(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> str:
+    repo_id = _retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
+    if revision is not None:
+        _retried(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+    return repo_id
 
 
 def checked_token(token: str | None) -> str | None:

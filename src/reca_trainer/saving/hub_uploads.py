@@ -18,6 +18,7 @@ from reca_trainer.saving import hub
 from reca_trainer.saving.card import PREVIEW, base_license, last_losses, model_card, save_card, this_environment
 from reca_trainer.saving.export import export
 from reca_trainer.saving.merge import merge_adapter
+from reca_trainer.saving.run_checkpoints import by_main_process
 from reca_trainer.tasks import TASKS
 
 logger = logging.get_logger(__name__)
@@ -26,11 +27,34 @@ logger = logging.get_logger(__name__)
 class HubUploads(Trainer if TYPE_CHECKING else object):
     """The part of `RecATrainer` that writes model cards and uploads."""
 
+    _repo_id: str | None = None
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make sure that the run's repository is there, before anything is trained that could not be uploaded.
+
+        Raises:
+            PermissionError: not logged in, or no right to write there.
+            ConnectionError: the Hub cannot be reached.
+            ValueError: the token cannot be one.
+        """
+        args = self.args
+        if token is not None or private is not None or self._repo_id is None:
+            name = args.hub_model_id or Path(args.output_dir).absolute().name
+            options = (args.hub_private_repo if private is None else private, args.hub_revision, token or args.hub_token)
+            self._repo_id = by_main_process(args, lambda: hub.make_repo(name, *options))
+        self.hub_model_id, self.push_in_progress = self._repo_id, None
+
     def create_model_card(self, model_name: str | None = None, *, merged: bool = False, **card: Any) -> None:
-        """Write `README.md` into the output folder; `card` replaces entries of `card.model_card`. Where it cannot be
-        written, a warning says so."""
+        """Write `README.md` into the output folder; `card` replaces entries of `card.model_card`. Where that fails, a
+        warning says so, since the weights do not depend on it."""
         if self.is_world_process_zero():
-            save_card(self._model_card(model_name, merged, **card), Path(self.args.output_dir) / "README.md")
+            self._write_card(Path(self.args.output_dir), model_name, merged, **card)
+
+    def _write_card(self, folder: Path, repo_id: str | None, merged: bool, **card: Any) -> None:
+        try:
+            save_card(self._model_card(repo_id, merged, **card), folder / "README.md")
+        except Exception as error:  # it is made of whatever stands in names, logs and files
+            logger.warning(f"There is no model card in {folder}: {error!r}")
 
     def push_to_hub(
         self,
@@ -45,6 +69,7 @@ class HubUploads(Trainer if TYPE_CHECKING else object):
         """Upload the adapter, or the fully trained model, with processor, card and previews, to `args.hub_model_id`;
         see `hub.push`. It always waits for the upload to end, whatever `blocking` says."""
         args = self.args
+        self.callback_handler.on_push_begin(args, self.state, self.control)
         token = hub.checked_token(token or args.hub_token)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
@@ -62,12 +87,16 @@ class HubUploads(Trainer if TYPE_CHECKING else object):
         )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Upload its weights in the background, unless the last upload is still under way. The run goes on where that
-        fails: its checkpoints are here."""
+        """Upload its weights in the background; where the last upload is still under way, only if `hub_always_push`. The
+        run goes on where that fails: its checkpoints are here."""
         args = self.args
-        busy = self.is_world_process_zero() and self.push_in_progress and not self.push_in_progress.is_done()
-        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END or busy:
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
+        under_way = [] if self.push_in_progress is None else self.push_in_progress.jobs
+        under_way = [job for job in under_way if not job.done()]
+        if under_way and not args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
         job = HfApi().run_as_future(
             hub.push,
             checkpoint_folder,
@@ -84,7 +113,7 @@ class HubUploads(Trainer if TYPE_CHECKING else object):
                 logger.warning(f"{checkpoint_folder} was not uploaded: {error} {notes}")
 
         job.add_done_callback(report)
-        self.push_in_progress = PushInProgress([job])
+        self.push_in_progress = PushInProgress([*under_way, job])
 
     def push_merged_to_hub(
         self,
@@ -121,7 +150,7 @@ class HubUploads(Trainer if TYPE_CHECKING else object):
         shutil.rmtree(folder / "adapter")
         # A family from outside the package names its published files as it likes.
         others = [*hub.uploaded_files(model)[1], *upload.pop("also", ())]
-        save_card(self._model_card(repo_id, merged=True), model / "README.md")
+        self._write_card(model, repo_id, merged=True)
         if (picture := Path(self.args.output_dir) / PREVIEW).is_file():
             try:
                 (model / PREVIEW).parent.mkdir()
