@@ -273,6 +273,13 @@ def echo(status):
     return answer
 
 
+def test_an_answer_that_repeats_the_key_comes_without_it():
+    with Server(reply(completion(f"Yes, {KEY}."))) as server:
+        assert ask(server.url) == ["Yes, …."]
+    with Server(YES) as server:
+        assert ask(server.url, api_key="e") == ["Yes."]  # a placeholder
+
+
 @pytest.mark.parametrize("status", [200, 401, 500])
 def test_the_key_is_in_no_message_and_in_no_log(status, caplog):
     caplog.set_level(logging.DEBUG)

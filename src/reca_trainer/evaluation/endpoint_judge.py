@@ -73,10 +73,10 @@ class EndpointJudge:
             JudgeError: no answer after all retries or at the deadline, a refusal, or a redirect.
         """
         urls = {id(image): _data_url(image) for image in images}
-        bodies = [self._body(urls[id(image)], question) for image, question in zip(images, questions, strict=True)]
+        requests = [(urls[id(image)], question) for image, question in zip(images, questions, strict=True)]
         try:
             with start_blocking_portal() as portal:  # works inside a notebook's event loop, and Ctrl-C ends it
-                return portal.call(self._answer, bodies)
+                return portal.call(self._answer, requests)
         except ExceptionGroup as failures:  # the first failure cancels the other questions
             raise failures.exceptions[0] from None
 
@@ -86,8 +86,8 @@ class EndpointJudge:
         body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_tokens}
         return json.dumps(body).encode()
 
-    async def _answer(self, bodies: list[bytes]) -> list[str]:
-        answers = [""] * len(bodies)
+    async def _answer(self, requests: list[tuple[str, str]]) -> list[str]:
+        answers = [""] * len(requests)
         free = anyio.Semaphore(self.concurrency)
         # No compression: what is counted against the limit is then what arrives in memory.
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
@@ -96,11 +96,11 @@ class EndpointJudge:
 
         async def answer(number: int) -> None:
             async with free:
-                answers[number] = await self._ask(client, bodies[number])
+                answers[number] = await self._ask(client, self._body(*requests[number]))
 
         client = httpx2.AsyncClient(headers=headers, timeout=None, follow_redirects=False)
         async with client, anyio.create_task_group() as group:
-            for number in range(len(bodies)):
+            for number in range(len(requests)):
                 group.start_soon(answer, number)
         return answers
 
@@ -156,12 +156,16 @@ class EndpointJudge:
             answer = "" if content is None else content.strip()
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise _Failure(f"a reply that is no chat completion: {self._printable(text)}") from error
-        return answer.encode("utf-8", errors="replace").decode("utf-8")  # half a surrogate pair fits in no file
+        # Half a surrogate pair fits in no file.
+        return self._without_key(answer.encode("utf-8", errors="replace").decode("utf-8"))
+
+    def _without_key(self, text: str) -> str:
+        # What is as short as a word of an answer is no secret but a placeholder.
+        return text.replace(self._key, "…") if len(self._key) >= 8 else text
 
     def _printable(self, text: str) -> str:
         """The beginning of what a server wrote, without the key and without control characters."""
-        if self._key:
-            text = text.replace(self._key, "…")
+        text = self._without_key(text)
         return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())[:300]
 
 

@@ -166,8 +166,11 @@ def fit_generator(
 
 def ask(world: World, scenes: list[Scene], rng: np.random.Generator) -> dict[str, list[str]]:
     """A question about each scene, as the `instruction` of a caption batch, and its answer as the `text`."""
-    asked = [world.question(scene, rng) for scene in scenes]
-    return {"instruction": [one.text for one in asked], "text": [one.answer for one in asked]}
+    questions = [world.question(scene, rng) for scene in scenes]
+    return {
+        "instruction": [question.text for question in questions],
+        "text": [question.answer for question in questions],
+    }
 
 
 def _minimise(
@@ -180,7 +183,7 @@ def _minimise(
     """Muon for the matrices of linear layers, AdamW for all else that requires gradients; a short warm-up and a cosine
     decay."""
     head = getattr(module, "get_output_embeddings", lambda: None)()
-    linear = [one.weight for one in module.modules() if isinstance(one, torch.nn.Linear) and one is not head]
+    linear = [layer.weight for layer in module.modules() if isinstance(layer, torch.nn.Linear) and layer is not head]
     matrices = [weight for weight in linear if weight.requires_grad]
     chosen = {id(weight) for weight in matrices}
     rest = [weight for weight in module.parameters() if weight.requires_grad and id(weight) not in chosen]

@@ -128,10 +128,10 @@ def compare_images(images: Sequence[Image.Image], references: Sequence[Image.Ima
     psnr, ssim = [], []
     for image, reference in zip(images, references, strict=True):
         a, b = (
-            torch.from_numpy(np.asarray(one.convert("RGB").resize(reference.size), dtype=np.float32) / 255)
+            torch.from_numpy(np.asarray(picture.convert("RGB").resize(reference.size), dtype=np.float32) / 255)
             .permute(2, 0, 1)
             .unsqueeze(0)
-            for one in (image, reference)
+            for picture in (image, reference)
         )
         psnr.append(float(peak_signal_noise_ratio(a, b, data_range=(0.0, 1.0))))
         ssim.append(float(structural_similarity_index_measure(a, b, data_range=(0.0, 1.0))))
@@ -213,7 +213,7 @@ def score(
             shown = [world.render(scene) for scene, _, _ in part]
             answers += model.generate_text(processor, [text for _, text, _ in part], images=shown)
             bar.update(len(part))
-        right = [normalise_answer(got) == want for got, (_, _, want) in zip(answers, triples, strict=True)]
+        right = [normalise_answer(answer) == truth for answer, (_, _, truth) in zip(answers, triples, strict=True)]
         results[f"question_{kind.replace('-', '_')}"] = mean(right)
     results["question_accuracy"] = mean_of_means([results[f"question_{k.replace('-', '_')}"] for k in QUESTION_KINDS])
     bar.close()

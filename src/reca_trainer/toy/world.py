@@ -3,8 +3,8 @@
 Everything is deterministic in a seed. A scene is what is true, an image is `World.render(scene)`, and a `Fact` is one
 checkable statement about a scene, so captions, answers and scores all come from the same source.
 
-Some combinations of shape, colour and place occur in no training scene: the validation and test splits are about
-scenes that hold at least one of them.
+No training scene has some combinations of shape, colour and place. Every scene of the validation and test splits holds at
+least one of these.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Fact:
         """Whether the statement is true of `scene`."""
         if self.background is not None:
             return scene.background == self.background
-        count = sum(all(getattr(one, name) == value for name, value in self.attributes) for one in scene.objects)
+        count = sum(all(getattr(item, name) == value for name, value in self.attributes) for item in scene.objects)
         return self.at_least <= count and (self.at_most is None or count <= self.at_most)
 
 
@@ -188,7 +188,9 @@ class World:
         rng = np.random.default_rng(self.seed)
         pairs = rng.permutation([(shape, colour) for shape in SHAPES for colour in COLOURS]).tolist()
         cells = [rng.permutation(self.grid**2).tolist() for _ in pairs]
-        order = [(*pair, own[turn]) for turn in range(self.grid**2) for pair, own in zip(pairs, cells, strict=True)]
+        order = [
+            (*pair, turns[turn]) for turn in range(self.grid**2) for pair, turns in zip(pairs, cells, strict=True)
+        ]
         count = max(1, round(self.held_out * len(order)))
         return {
             "validation": frozenset(order[:count]),
@@ -224,7 +226,7 @@ class World:
             offset = tuple(int(x) for x in rng.integers(-self.jitter, self.jitter + 1, 2)) if self.jitter else (0, 0)
             drawn.append(Object(kind[0], kind[1], size, cell, offset))
         background = tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
-        return Scene(tuple(sorted(drawn, key=lambda one: one.cell)), background)
+        return Scene(tuple(sorted(drawn, key=lambda item: item.cell)), background)
 
     @cached_property
     def _pairs(self) -> list[list[tuple[str, str]]]:
@@ -237,11 +239,11 @@ class World:
         canvas = np.empty((self.resolution, self.resolution, 3), dtype=np.float32)
         canvas[:] = BACKGROUNDS[scene.background]
         side = self.cell_size
-        for one in scene.objects:
-            row, column = divmod(one.cell, self.grid)
+        for item in scene.objects:
+            row, column = divmod(item.cell, self.grid)
             view = canvas[row * side : (row + 1) * side, column * side : (column + 1) * side]
-            alpha = mask(one.shape, SIZES[one.size] * side, side, one.offset)[..., None]
-            view += alpha * (np.array(COLOURS[one.colour], dtype=np.float32) - view)
+            alpha = mask(item.shape, SIZES[item.size] * side, side, item.offset)[..., None]
+            view += alpha * (np.array(COLOURS[item.colour], dtype=np.float32) - view)
         return Image.fromarray(np.rint(canvas).astype(np.uint8))
 
     def describe(self, scene: Scene) -> str:
@@ -267,10 +269,10 @@ class World:
 
         phrases: dict[tuple, int] = {}
         for index in range(len(scene.objects)) if rng is None else rng.permutation(len(scene.objects)):
-            one = scene.objects[index]
-            words = [getattr(one, attribute) for attribute in ("size", "colour") if named(attribute)]
-            shape = one.shape if named("shape") else "object"
-            place = f" at the {self.places[one.cell]}" if named("position") else ""
+            item = scene.objects[index]
+            words = [getattr(item, attribute) for attribute in ("size", "colour") if named(attribute)]
+            shape = item.shape if named("shape") else "object"
+            place = f" at the {self.places[item.cell]}" if named("position") else ""
             key = (tuple(words), shape, place)
             phrases[key] = phrases.get(key, 0) + 1
         text = enumerate_phrases([count_phrase(n, list(w), s) + place for (w, s, place), n in phrases.items()])
@@ -280,10 +282,10 @@ class World:
         """What the full description states: place, shape, colour and size of each object, their number, the
         background."""
         facts = [Fact(at_least=len(scene.objects), at_most=len(scene.objects)), Fact(background=scene.background)]
-        for one in scene.objects:
-            place = ("cell", one.cell)
+        for item in scene.objects:
+            place = ("cell", item.cell)
             facts.append(Fact((place,)))
-            facts += [Fact((place, (name, getattr(one, name)))) for name in ("shape", "colour", "size")]
+            facts += [Fact((place, (name, getattr(item, name)))) for name in ("shape", "colour", "size")]
         return facts
 
     def question(self, scene: Scene, rng: np.random.Generator, kind: str | None = None) -> Question:
@@ -296,34 +298,34 @@ class World:
         kind = kind or QUESTION_KINDS[rng.integers(len(QUESTION_KINDS))]
         if kind == "where-is":
             names = []
-            for one in scene.objects:
-                if sum(other.shape == one.shape for other in scene.objects) == 1:
-                    names.append((one.shape, one))
-                if sum((other.shape, other.colour) == (one.shape, one.colour) for other in scene.objects) == 1:
-                    names.append((f"{one.colour} {one.shape}", one))
+            for item in scene.objects:
+                if sum(other.shape == item.shape for other in scene.objects) == 1:
+                    names.append((item.shape, item))
+                if sum((other.shape, other.colour) == (item.shape, item.colour) for other in scene.objects) == 1:
+                    names.append((f"{item.colour} {item.shape}", item))
             if names:
-                name, one = names[rng.integers(len(names))]
-                return Question(kind, f"where is the {name}?", self.places[one.cell])
+                name, item = names[rng.integers(len(names))]
+                return Question(kind, f"where is the {name}?", self.places[item.cell])
             kind = "what-is-at"
         if kind == "what-is-at":
             cell = int(rng.integers(self.grid**2))
-            there = [one for one in scene.objects if one.cell == cell]
+            there = [item for item in scene.objects if item.cell == cell]
             answer = count_phrase(1, [there[0].size, there[0].colour], there[0].shape) if there else "nothing"
             return Question(kind, f"what is at the {self.places[cell]}?", answer)
         if kind == "how-many":
-            one = scene.objects[rng.integers(len(scene.objects))]
-            shape = (one.shape, SHAPES[rng.integers(len(SHAPES))], None)[rng.integers(3)]
+            item = scene.objects[rng.integers(len(scene.objects))]
+            shape = (item.shape, SHAPES[rng.integers(len(SHAPES))], None)[rng.integers(3)]
             count = sum(shape in (None, other.shape) for other in scene.objects)
             noun = _PLURAL.get(shape, f"{shape}s") if shape else "objects"
             return Question(kind, f"how many {noun} are there?", NUMBERS[count])
         if kind == "what-colour":
-            one = scene.objects[rng.integers(len(scene.objects))]
-            unique = sum(other.shape == one.shape for other in scene.objects) == 1
+            item = scene.objects[rng.integers(len(scene.objects))]
+            unique = sum(other.shape == item.shape for other in scene.objects) == 1
             form = rng.integers(3)
             if form == 0:
                 return Question(kind, "what colour is the background?", scene.background)
-            name = one.shape if unique and form == 1 else f"object at the {self.places[one.cell]}"
-            return Question(kind, f"what colour is the {name}?", one.colour)
+            name = item.shape if unique and form == 1 else f"object at the {self.places[item.cell]}"
+            return Question(kind, f"what colour is the {name}?", item.colour)
         raise ValueError(f"Unknown kind of question {kind!r}; there are {', '.join(QUESTION_KINDS)}.")
 
     def rng(self, split: str, seed: int, index: int) -> np.random.Generator:
