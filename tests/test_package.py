@@ -7,7 +7,7 @@ from pathlib import Path
 
 import reca_trainer
 
-FAMILIES = ("bagel", "harmon", "janus", "openuni", "show_o")  # other tests register one of their own
+FAMILIES = ("bagel", "harmon", "janus", "lance", "openuni", "show_o")  # other tests register one of their own
 SOURCE = Path(reca_trainer.__file__).parent
 
 

@@ -1,0 +1,39 @@
+"""RecA on Lance: the generation expert is trained, everything else is frozen.
+
+The whole job on a tiny Lance and the world of shapes, in minutes on a laptop's CPU:
+
+    accelerate launch recipes/lance.py
+
+The real run on your own images, a folder or a dataset id:
+
+    accelerate launch recipes/lance.py --config lance_lora \
+        --model_name_or_path bytedance-research/Lance --dataset_name path/to/images
+"""
+
+from reca_trainer.cli.train import run
+from reca_trainer.models.lance import Config, Model, Processor
+from reca_trainer.toy.pretraining import pretrain
+from reca_trainer.toy.tokenizer import make_tokenizer
+
+
+def build():
+    tokenizer = make_tokenizer()
+    tokens = ("<|vision_start|>", "<|vision_end|>", "<|im_end|>")
+    config = Config.tiny(len(tokenizer), *map(tokenizer.convert_tokens_to_ids, tokens))
+    return Model(config), Processor.tiny(config, tokenizer)
+
+
+def encode(model, pixels):
+    return model.vae.encode(pixels[:, :, None]).latent_dist.mode()[:, :, 0]
+
+
+def decode(model, latents):
+    return model.vae.decode(latents[:, :, None]).sample[:, :, 0]
+
+
+def tiny(**steps):
+    return pretrain(build, "vae", encode, decode, continuous=True, **{"autoencoder_steps": 400, **steps})
+
+
+if __name__ == "__main__":
+    run(tiny, "lance_tiny")
