@@ -88,7 +88,7 @@ def live(checkpoint, folder, dataset, peft_config=None, load=str, **options):
     return trainer
 
 
-# --- kinds ---
+# --- kinds --- of which older releases of PEFT have not all
 
 # Of each kind the options without which it does not fit this model, or is no adapter of one of its layers.
 WORKING_KINDS = {
@@ -121,15 +121,17 @@ REFUSED_KINDS = {
 
 
 def test_every_kind_is_decided():
-    assert {kind.value for kind in PeftType} == KINDS | REFUSED_KINDS.keys()
+    assert {kind.value for kind in PeftType} - {
+        "BONE"
+    } <= KINDS | REFUSED_KINDS.keys()  # that is MISS by an older name
 
 
-@pytest.mark.parametrize("kind", sorted(WORKING_KINDS))
+@pytest.mark.parametrize("kind", sorted(kind for kind in WORKING_KINDS if hasattr(PeftType, kind)))
 def test_kind_works_from_the_first_step_to_the_merged_model(checkpoint, tmp_path, dataset, kind):
     live(checkpoint, tmp_path, dataset, CONFIGS[PeftType(kind)](**WORKING_KINDS[kind]))
 
 
-@pytest.mark.parametrize("kind", REFUSED_KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in REFUSED_KINDS if hasattr(PeftType, kind)])
 def test_kind_is_refused_before_the_first_step(checkpoint, tmp_path, dataset, kind):
     if kind == "ADAMSS":
         pytest.importorskip("sklearn")  # its configuration cannot even be written down without
@@ -148,6 +150,8 @@ def test_kind_is_refused_before_the_first_step(checkpoint, tmp_path, dataset, ki
     ],
 )
 def test_option_of_another_kind_is_refused(checkpoint, kind, options):
+    if not hasattr(PeftType, kind):
+        pytest.skip(f"this release of PEFT has no {kind}")
     with pytest.raises(ValueError, match=rf"Config\({next(iter(options))}=\w+\) is not supported"):
         attach(AutoUnifiedModel.from_pretrained(checkpoint), CONFIGS[PeftType(kind)](**options))
 
@@ -180,6 +184,13 @@ WRITTEN_OPTIONS = {  # PEFT writes them itself, whatever is given
     "peft_type": "LOHA",
     "peft_version": "0.1",
 }
+
+
+def option(name, **options):
+    """The value of an option of that class, in the releases of PEFT that have it."""
+    return getattr(lora, name)(**options) if hasattr(lora, name) else None
+
+
 REFUSED_OPTIONS = {
     "alora_invocation_tokens": ([1], "depends on the prompt"),
     "arrow_config": (lora.ArrowConfig(), "depends on the input"),
@@ -189,29 +200,33 @@ REFUSED_OPTIONS = {
     "eva_config": (lora.EvaConfig(), "needs a pass over the data"),
     "fan_in_fan_out": (True, "no generator stores its weights transposed"),
     "inference_mode": (True, "nothing would be trained"),
-    "kasa_config": (lora.KasaConfig(), "changes the base's own weights"),
+    "kasa_config": (option("KasaConfig"), "changes the base's own weights"),
     "layer_replication": ([(0, 1), (0, 2)], "more layers"),
     "loftq_config": ({"loftq_bits": 4}, "changes the base's own weights"),
-    "lora_ga_config": (lora.LoraGAConfig(), "changes the base's own weights"),
+    "lora_ga_config": (option("LoraGAConfig"), "changes the base's own weights"),
     "megatron_config": ({"a": 1}, "Megatron"),
     "megatron_core": ("other", "Megatron"),
-    "monteclora_config": (lora.MontecloraConfig(), "term of its own in the loss"),
+    "monteclora_config": (option("MontecloraConfig"), "term of its own in the loss"),
     "qalora_group_size": (8, "GPTQ"),
     "revision": ("v2", "is not the model's"),
     "runtime_config": (lora.LoraRuntimeConfig(ephemeral_gpu_offload=True), "file does not hold it"),
-    "use_bdlora": (lora.BdLoraConfig(), "serving on several GPUs"),
+    "use_bdlora": (option("BdLoraConfig"), "serving on several GPUs"),
     "use_qalora": (True, "GPTQ"),
-    "velora_config": (lora.VeloraConfig(), "not those of the loss"),
+    "velora_config": (option("VeloraConfig"), "not those of the loss"),
 }
+
+
+OPTIONS = {field.name for field in dataclasses.fields(LoraConfig)}
 
 
 def test_every_option_is_decided():
     decided = [*WORKING_OPTIONS, *LAYER_OPTIONS, *WRITTEN_OPTIONS, *REFUSED_OPTIONS, "task_type"]
-    assert sorted(option.name for option in dataclasses.fields(LoraConfig)) == sorted(decided)
+    assert len(decided) == len(set(decided)) and set(decided) >= OPTIONS
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [(option, value) for option, values in WORKING_OPTIONS.items() for value in values]
+    ("option", "value"),
+    [(name, value) for name, values in WORKING_OPTIONS.items() for value in values if name in OPTIONS],
 )
 def test_option_works_from_the_first_step_to_the_merged_model(checkpoint, tmp_path, dataset, option, value):
     trainer = live(checkpoint, tmp_path, dataset, LoraConfig(**{option: value}))
@@ -255,7 +270,7 @@ def test_task_type_makes_no_difference(checkpoint):
     assert torch.equal(*outputs)
 
 
-@pytest.mark.parametrize("option", REFUSED_OPTIONS)
+@pytest.mark.parametrize("option", [name for name in REFUSED_OPTIONS if name in OPTIONS])
 def test_option_is_refused_before_the_first_step(checkpoint, tmp_path, dataset, option):
     value, why = REFUSED_OPTIONS[option]
     start = {"init_lora_weights": "loftq"} if option == "loftq_config" else {}
