@@ -276,7 +276,7 @@ class ReconstructionScores(TrainerCallback):
     def __init__(self, trainer: Any, **models: Any):
         from reca_trainer.evaluation.image_scores import import_torchmetrics
 
-        import_torchmetrics()  # missed now, and not at the first evaluation
+        import_torchmetrics()  # named now if it is missing, and not at the first evaluation
         self.trainer, self.models = trainer, models
 
     def on_train_begin(self, args, state, control, **kwargs):

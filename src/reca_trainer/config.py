@@ -15,6 +15,9 @@ from reca_trainer.tasks import TASKS, parse_task_mix
 # What a preview draws from text, step after step, unless the user names other prompts.
 PREVIEW_PROMPTS = ["a red apple on a wooden table", "two cats beside a blue chair", "a street in the rain at night"]
 
+# Options that say how a dataset is read that is given by name, and their defaults.
+OF_A_NAMED_DATASET = {"data_files": None, "dataset_config_name": None, "dataset_split": "train", "dataset_streaming": False}
+
 
 @dataclass(repr=False)  # that of TrainingArguments hides tokens
 class RecAConfig(TrainingArguments):
@@ -271,8 +274,10 @@ class RecAConfig(TrainingArguments):
                 raise ValueError(f"{name} is a probability, not {getattr(self, name)}.")
         if self.token_weighting not in ("target", "micro_batch"):
             raise ValueError(f"token_weighting is 'target' or 'micro_batch', not {self.token_weighting!r}.")
-        if self.data_files is not None and self.dataset_name is None:
-            raise ValueError("data_files are patterns in dataset_name, which is not set.")
+        if self.dataset_name is None and self.caption_dataset_name is None:
+            for name, default in OF_A_NAMED_DATASET.items():
+                if (value := getattr(self, name)) != default:
+                    raise ValueError(f"{name}={value!r} is about dataset_name, which is not set.")
         if self.instructions_file is not None:
             self.read_instructions()
         if self.on_bad_image not in ("raise", "skip"):

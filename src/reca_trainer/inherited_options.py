@@ -1,4 +1,4 @@
-"""Options of `transformers.TrainingArguments` that mean nothing in a RecA run: refused, so that none is taken in vain."""
+"""Options of `transformers.TrainingArguments`, and arguments of `Trainer`, that mean nothing in a RecA run: refused."""
 
 from __future__ import annotations
 
@@ -49,6 +49,21 @@ USE_OPTIM_TARGET_MODULES = ("galore", "apollo")
 PARALLELISM = ("tp_size", "cp_size", "sp_size")  # of `parallelism_config`, what splits a sample over GPUs
 
 
+# Arguments of `Trainer`.
+NO_ARGUMENTS = {
+    "model_init": "it would be called again by every train(). Pass the model, or where to load it from",
+    "compute_loss_func": "a loss is what the model's forward returns, weighted. Override RecATrainer.compute_loss",
+    "preprocess_logits_for_metrics": "an evaluation keeps losses, and no logits",
+}
+
+
+def refuse_arguments(others: dict[str, Any]) -> None:
+    """Raises `TypeError` for arguments that `RecATrainer` does not have."""
+    for name in others:
+        reason = f": {NO_ARGUMENTS[name]}" if name in NO_ARGUMENTS else ""
+        raise TypeError(f"{name} is no argument of RecATrainer{reason}.")
+
+
 def refuse_meaningless(args: TrainingArguments) -> None:
     """Raises `ValueError` for an option that would be ignored."""
     defaults = {field.name: _default(field) for field in dataclasses.fields(args)}
@@ -60,6 +75,8 @@ def refuse_meaningless(args: TrainingArguments) -> None:
         reasons["optim_target_modules"] = f"optim={args.optim.value!r} acts on all trained weights"
     if args.do_eval and args.eval_strategy == "no":
         reasons["do_eval"] = "set eval_strategy to evaluate while training, or call RecATrainer.evaluate"
+    if args.fsdp_config and not args.fsdp:
+        reasons["fsdp_config"] = "fsdp is not set"
     if args.local_rank not in (-1, int(os.environ.get("LOCAL_RANK", -1))):
         reasons["local_rank"] = "a launcher says it in the environment variable LOCAL_RANK"
     for name, reason in reasons.items():
@@ -76,8 +93,14 @@ def refuse_meaningless(args: TrainingArguments) -> None:
                 f"parallelism_config {name}={size} is not supported: no family splits a sample over GPUs. Use DDP, FSDP2 or "
                 "DeepSpeed ZeRO."
             )
+    if args.save_on_each_node:
+        raise ValueError(
+            "save_on_each_node=True is not supported: one process writes checkpoints, and all machines share output_dir."
+        )
     if "tpu_metrics_debug" in args.debug:
         raise ValueError("debug='tpu_metrics_debug' needs a TPU, which no family has been tried on. Leave it out.")
+    if args.fsdp and args.device.type == "cpu":
+        raise ValueError(f"fsdp={args.fsdp!r} needs GPUs: on CPUs nothing would be sharded. Leave it out.")
     if args.fp16 and args.use_cpu:
         raise ValueError("fp16=True needs a GPU; on a CPU train in float32, or with bf16=True.")
     if args.max_steps == 0:

@@ -9,7 +9,6 @@ one that counts for all in the middle, and the last. What remains to be assumed 
 from __future__ import annotations
 
 import contextlib
-import re
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -332,6 +331,7 @@ def step_costs(
     optim: str = "adamw_torch_fused",
     device: str = "cpu",
     corruption: dict[str, torch.Tensor] | None = None,
+    skipped: Sequence[str] = (),
     whole: bool = False,
 ) -> list[Cost]:
     """Carry out a step without contents for each of several batches, and add up what it takes.
@@ -344,10 +344,11 @@ def step_costs(
         autocast: whether matrix products are in bfloat16 whatever the weights are in, as with `--bf16`.
         optim: a name of `OPTIMIZER_BYTES`; foreach implementations need temporary copies besides.
         corruption: the draws of the loss, from `model.sample_corruption`; by default each sample has the same.
+        skipped: `llm_int8_skip_modules`, layers that `qlora` leaves in `dtype`.
         whole: carry out every layer.
     """
     drawn = [_draws(model, batch) if corruption is None else corruption for batch in batches]
-    quantized = quantized_weights(model) if mode == "qlora" else []
+    quantized = quantized_weights(model, skipped) if mode == "qlora" else []
     largest = max(quantized, default=0) * dtype.itemsize  # one layer at a time is dequantised
     blocks = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     gathered = max((sum(p.numel() for p in block.parameters()) * 2 for block in blocks), default=0)
@@ -442,13 +443,13 @@ def empty(model: UnifiedModel, dtype: torch.dtype, device: str, masters: torch.d
                 tensors[name] = emptied[id(tensor)]
 
 
-def quantized_weights(model: UnifiedModel) -> list[int]:
-    """Sizes of the weights that QLoRA quantises."""
-    pattern = model.quantized_modules or model.lora_target_modules
+def quantized_weights(model: UnifiedModel, skipped: Sequence[str] = ()) -> list[int]:
+    """Sizes of the weights that QLoRA quantises, with these `llm_int8_skip_modules`."""
+    model.check_skipped(skipped)
     return [
         module.weight.numel()
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and re.fullmatch(pattern, name)
+        if isinstance(module, nn.Linear) and model.quantizes(name, skipped)
     ]
 
 

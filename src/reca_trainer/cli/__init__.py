@@ -23,6 +23,7 @@ COMMANDS = {
     "info": ("reca_trainer.cli.info", "what a checkpoint or adapter is"),
     "evaluate": ("reca_trainer.cli.evaluate", "score a model on a benchmark"),
     "compare": ("reca_trainer.cli.compare", "compare models on a benchmark, image by image"),
+    "doctor": ("reca_trainer.cli.doctor", "what this machine has, and what a model does on it: a report"),
     "plan": ("reca_trainer.cli.plan", "does a run fit a GPU, which batch, how long"),
 }
 

@@ -38,17 +38,27 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("model", help="folder or Hub id; owner/name/file.pth of several")
     parser.add_argument("output_dir")
     parser.add_argument("--quantize", choices=("nf4", "int8"), help="store the language model in 4 or 8 bits")
+    parser.add_argument(
+        "--llm_int8_skip_modules",
+        nargs="+",
+        metavar="LAYER",
+        help="layers of it that stay in bfloat16: names or patterns",
+    )
     add_form(parser, layout="published")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
+    if args.llm_int8_skip_modules and not args.quantize:
+        raise ValueError("--llm_int8_skip_modules is about quantised layers: add --quantize, or leave it out.")
     config = {
         None: None,
         "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
         "int8": BitsAndBytesConfig(load_in_8bit=True),
     }[args.quantize]
+    if config is not None:
+        config.llm_int8_skip_modules = args.llm_int8_skip_modules
     layout = "transformers" if config else args.layout
     options = {"quantization_config": config, "max_shard_size": args.max_shard_size}
     export(args.model, args.output_dir, layout, torch_dtype(args.dtype), **options)

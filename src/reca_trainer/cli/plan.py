@@ -21,7 +21,7 @@ from reca_trainer.recipes import recipe_file
 FROM_RECIPE = (
     "model_name_or_path", "dtype", "bf16", "use_peft", "load_in_4bit", "lora_r", "optim", "ema_decay", "max_image_size",
     "min_image_size", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "save_total_limit",
-    "activation_checkpointing", "gradient_checkpointing", "dataloader_num_workers",
+    "activation_checkpointing", "gradient_checkpointing", "dataloader_num_workers", "llm_int8_skip_modules",
 )  # fmt: skip
 
 
@@ -58,6 +58,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lora_r", "--lora_rank", type=int, help="default: 64, as in the recipes")
     parser.add_argument("--optim", "--optimizer", choices=list(OPTIMIZER_BYTES), help="default: adamw_torch_fused")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights, as for train")
+    parser.add_argument(
+        "--llm_int8_skip_modules", nargs="+", help="layers that qlora leaves unquantised, as for train"
+    )
     parser.add_argument("--no_checkpointing", action="store_true", help="keep activations instead of recomputing them")
     parser.add_argument("--max_steps", "--steps", type=int, help="default: 1000")
     parser.add_argument("--images_per_step", type=int, help="of all GPUs; default: the recipe's, or what fits at once")
@@ -167,6 +170,7 @@ def plan_costs(args: argparse.Namespace, batch_sizes: Sequence[int]) -> list[Cos
     # whole float32 weights keeps bfloat16 copies of them for the length of a forward pass.
     is_cast = bool(args.bf16) and args.num_processes > 1 and args.launch != "ddp"
     options = {"checkpointing": args.checkpointing, "lora_r": args.lora_r, "optim": args.optim}
+    options["skipped"] = args.llm_int8_skip_modules or ()
     if not is_cast:
         return step_costs(model, batches, args.mode, frozen, masters, bool(args.bf16), **options)
     costs = step_costs(model, batches, args.mode, torch.bfloat16, torch.bfloat16, **options)

@@ -34,6 +34,14 @@ class ModelArguments(ModelConfig):
             "the frozen base of an adapter."
         },
     )
+    llm_int8_skip_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Layers that stay unquantised with --load_in_4bit or --load_in_8bit, by their names, the ends of them or "
+            "regular expressions, such as 'mlp_moe_gen.down_proj' or '.*layers.(0|27)'. `reca-trainer plan` says what they "
+            "take."
+        },
+    )
 
 
 def check_model_arguments(model_args: ModelArguments, args: RecAConfig) -> None:
@@ -46,6 +54,8 @@ def check_model_arguments(model_args: ModelArguments, args: RecAConfig) -> None:
     of_quantization = [name for name in changed if name.startswith(("bnb_", "use_bnb_"))]
     if of_quantization and not model_args.load_in_4bit:
         raise ValueError(f"--{of_quantization[0]} is about a 4-bit base: add --load_in_4bit, or leave it out.")
+    if model_args.llm_int8_skip_modules and not (model_args.load_in_4bit or model_args.load_in_8bit):
+        raise ValueError("--llm_int8_skip_modules is about a quantised base: add --load_in_4bit, or leave it out.")
     of_loading = [name for name in ("dtype", "attn_implementation", "model_revision") if name in changed]
     of_loading += ["model_init_kwargs"] if args.model_init_kwargs else []
     if of_loading and model_args.model_name_or_path is None:
@@ -83,6 +93,8 @@ def run(
 
     dataset, eval_dataset, processor, before = None, None, None, None
     quantization = get_quantization_config(model_args)
+    if quantization is not None:
+        quantization.llm_int8_skip_modules = model_args.llm_int8_skip_modules
     if model_args.model_name_or_path is None:
         model, processor = tiny()
         dataset = toy.dataset("train", 4000, seed=1)

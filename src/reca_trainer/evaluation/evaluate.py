@@ -55,7 +55,7 @@ def evaluate(args: EvaluationArguments) -> str:
 
 
 def _check_packages(args: EvaluationArguments) -> None:
-    """Miss what is missing before hours of generation."""
+    """Name a package that is missing now, and not after hours of generation."""
     for package, needed, extra in (
         ("scipy", args.benchmark == "geneval", "evaluation"),
         ("httpx2", args.benchmark == "dpg", "evaluation"),

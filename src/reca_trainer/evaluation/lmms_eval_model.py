@@ -92,6 +92,7 @@ class RecALmms(lmms):
         self.rewritten = None if prompts_file is None else read_rewritten(prompts_file)
         self.accelerator = Accelerator(cpu=processes().device.type == "cpu")
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.device = self.accelerator.device  # where lmms-eval counts the requests of all processes
         in_4bit = str(load_in_4bit).lower()
         if in_4bit not in ("true", "false"):
             raise ValueError(f"load_in_4bit is {load_in_4bit!r}; it must be True or False.")

@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
@@ -26,7 +27,9 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import ModelOutput
 
 from reca_trainer.models.inference import (
@@ -121,7 +124,7 @@ class UnifiedModel(PreTrainedModel):
 
     if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # transformers before 5.23 has the older name
 
-        def activation_checkpointing_enable(
+        def activation_checkpointing_enable(  # type: ignore[override]
             self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
         ) -> None:
             self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
@@ -151,6 +154,8 @@ class UnifiedModel(PreTrainedModel):
         """Names of the submodules that are never trained and always in eval mode: autoencoders; none by default."""
         return []
 
+    # --- losses ---
+
     def forward(self, task: str, corruption: dict[str, torch.Tensor] | None = None, **batch: Any) -> UnifiedOutput:
         """Compute one task's loss. All compute of a training step happens in here, so that DDP, FSDP and ZeRO see it.
 
@@ -177,6 +182,8 @@ class UnifiedModel(PreTrainedModel):
                 f"{', '.join(known)}."
             )
 
+    # --- encodings ---
+
     def encode_condition(self, condition_pixel_values: torch.Tensor) -> torch.Tensor:
         """Images `[B, 3, h, w]` to the understanding embeddings `[B, S, D]` that the language model reads: `E(x_und)`."""
         raise NotImplementedError
@@ -188,6 +195,13 @@ class UnifiedModel(PreTrainedModel):
     def decode_target(self, target: torch.Tensor) -> torch.Tensor:
         """Back from latents or tokens to images `[B, 3, H, W]`, about [-1, 1]."""
         raise NotImplementedError
+
+    def encode_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """What `forward`, `sample_corruption` and `count_supervised` take instead of the images of a `reconstruct` batch:
+        tensors `[B, ...]` that depend on nothing but the image, its size and the weights of `frozen_encoders`."""
+        raise NotImplementedError
+
+    # --- draws and counts ---
 
     def sample_corruption(self, batch: dict[str, Any], generator: Generators = None) -> dict[str, torch.Tensor]:
         """Draw everything random in the generation loss of `batch` (timesteps and noise, or masks and orders).
@@ -206,11 +220,6 @@ class UnifiedModel(PreTrainedModel):
         """
         raise NotImplementedError
 
-    def encode_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """What `forward`, `sample_corruption` and `count_supervised` take instead of the images of a `reconstruct` batch:
-        tensors `[B, ...]` that depend on nothing but the image, its size and the weights of `frozen_encoders`."""
-        raise NotImplementedError
-
     @classmethod
     def published_config(cls) -> PreTrainedConfig:
         """The configuration of the checkpoint that the family's name stands for; by default that of no arguments."""
@@ -223,8 +232,8 @@ class UnifiedModel(PreTrainedModel):
         min_image_size: int | None = None,
         text_length: int = 32,
     ) -> dict[str, Any]:
-        """A `reconstruct` batch as a processor makes it of large square pictures, but of shapes alone: pixels are zero,
-        and of its token ids only those of images mean anything.
+        """A `reconstruct` batch with the shapes that a processor gives large square pictures. Its pixels are zero, and only
+        its token ids of images have a meaning.
 
         Args:
             max_image_size, min_image_size: bounds of the target's sides, as in `UnifiedProcessor.target_size`.
@@ -234,6 +243,8 @@ class UnifiedModel(PreTrainedModel):
             ValueError: the family's targets cannot have such a size.
         """
         raise NotImplementedError
+
+    # --- sampling ---
 
     @evaluating
     def generate_images(
@@ -255,8 +266,8 @@ class UnifiedModel(PreTrainedModel):
         It runs in eval mode and without gradients.
 
         Args:
-            text: prompts or instructions: a list with one per image, or one for all. An empty one leaves the words out.
-                A reconstruction does without. They are tokenised as in training, and shortened where they are longer
+            text: prompts or instructions: a list with one per image, or one for all. An empty text leaves the words
+                out; a reconstruction needs none. Texts are tokenised as in training, and shortened where they are longer
                 than the family takes, with a warning.
             images: PIL images, paths or encoded bytes: a list, or one for all texts. They are read as for training, see
                 `reca_trainer.images.decode_image`.
@@ -392,15 +403,23 @@ class UnifiedModel(PreTrainedModel):
         """What `generate_text` of the family does, once everything is checked; arguments as in `_generate_images`."""
         raise NotImplementedError
 
+    # --- loading, saving and training ---
+
     @classmethod
     def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> UnifiedModel:
-        """As `PreTrainedModel.from_pretrained`; of a `BitsAndBytesConfig` that names no `llm_int8_skip_modules`, all
-        layers but `quantized_modules` are skipped."""
-        if isinstance(quantization_config, BitsAndBytesConfig) and not quantization_config.llm_int8_skip_modules:
+        """As `PreTrainedModel.from_pretrained`; of a `BitsAndBytesConfig`, `llm_int8_skip_modules` are layers that stay as
+        they are beside all that are none of `quantized_modules`.
+
+        Raises:
+            ValueError: an entry of `llm_int8_skip_modules` is none of `quantized_modules`.
+        """
+        chosen: list[str] = []
+        if isinstance(quantization_config, BitsAndBytesConfig):
             quantization_config = copy.deepcopy(quantization_config)
             # The entries of this list are regular expressions too: one that matches every name but these.
             skip = rf"(?!(?:{cls.quantized_modules or cls.lora_target_modules})$).*"
-            quantization_config.llm_int8_skip_modules = [skip]
+            chosen = [entry for entry in quantization_config.llm_int8_skip_modules or () if entry != skip]
+            quantization_config.llm_int8_skip_modules = [skip, *chosen]
         loaded = super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
         for module in model.modules():
@@ -408,7 +427,23 @@ class UnifiedModel(PreTrainedModel):
             # then has no gradients, and rows that are no whole number of blocks do not work at all.
             if getattr(module, "support_avx512bf16_for_cpu", False):
                 module.support_avx512bf16_for_cpu = False
+        model.check_skipped(chosen)
         return loaded
+
+    def check_skipped(self, entries: Sequence[str]) -> None:
+        """Raises `ValueError` for an entry of `llm_int8_skip_modules` that is none of the layers that are quantised."""
+        names = [name for name, layer in self.named_modules() if isinstance(layer, nn.Linear) and self.quantizes(name)]
+        for entry in entries:
+            if all(self.quantizes(name, [entry]) for name in names):
+                raise ValueError(
+                    f"llm_int8_skip_modules has {entry!r}, which is none of the {len(names)} layers that are quantised: "
+                    f"{', '.join(names[:5])}, …"
+                )
+
+    def quantizes(self, name: str, skipped: Sequence[str] = ()) -> bool:
+        """Whether a `BitsAndBytesConfig` quantises the linear layer called `name`, with these `llm_int8_skip_modules`."""
+        pattern = self.quantized_modules or self.lora_target_modules
+        return bool(re.fullmatch(pattern, name)) and should_convert_module(name, list(skipped))
 
     def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`, with the names that the modules have here: a part of another library's
@@ -575,7 +610,8 @@ def token_cross_entropy(
     Args:
         head: output layer, `[L, D]` -> `[L, V]`. Only supervised positions go through it: the others' logits would fill
             the memory.
-        hidden: `[B, T, D]`, each what predicts the label at its place (next tokens: `hidden[:, :-1]`, `labels[:, 1:]`).
+        hidden: `[B, T, D]`, the states that predict the labels at the same places (of next tokens: `hidden[:, :-1]` and
+            `labels[:, 1:]`).
         labels: `[B, T]` int64.
         supervised: `[B, T]` bool, which labels count; by default those that are not -100.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 import torch
@@ -74,9 +73,11 @@ def write_model(
 
 def _size_written(model: UnifiedModel, quantization_config: BitsAndBytesConfig | None) -> int:
     """Bytes that a model takes up on disk."""
-    share = 1.0
+    sizes = {name: float(size_of(tensor)) for name, tensor in model.lazy_weights.items()}
     if quantization_config is not None:
-        share = 0.5 if quantization_config.load_in_8bit else 0.27  # of bfloat16, with the scales of its blocks
-    pattern = model.quantized_modules or model.lora_target_modules
-    shares = {name: share if re.fullmatch(rf"({pattern})\.weight", name) else 1.0 for name in model.lazy_weights}
-    return int(sum(shares[name] * size_of(tensor) for name, tensor in model.lazy_weights.items()))
+        skipped = quantization_config.llm_int8_skip_modules or ()
+        model.check_skipped([entry for entry in skipped if not entry.startswith("(?!")])
+        for name in sizes:
+            if name.endswith(".weight") and model.quantizes(name.removesuffix(".weight"), skipped):
+                sizes[name] *= 0.5 if quantization_config.load_in_8bit else 0.27  # of bfloat16, with scales of blocks
+    return int(sum(sizes.values()))

@@ -220,7 +220,8 @@ class BagelModel(BagelGeneration, MoTModel):
             image_position: `[B]` int64, how many tokens come before the image, -1 where the conversation shows none;
                 `None` where all images come first.
         """
-        text, embeds, image = self.embed(input_ids), None, None  # [B, T, D]
+        text = self.embed(input_ids)  # [B, T, D]
+        embeds, image = None, None
         if condition_pixel_values is not None:
             embeds = self.encode_condition(condition_pixel_values)  # [B, S, D]
             image, image_mask = self._place(embeds, condition_pixel_values)  # [B, S, D], [B, S]

@@ -141,21 +141,23 @@ class MoTDecoderLayer(GradientCheckpointingLayer):
         for expert, hidden in streams:
             with torch.set_grad_enabled(needs_grad[expert]):
                 projected.append(self.self_attn.project(getattr(self, f"input_layernorm{expert}")(hidden), expert))
+        # All tokens of the split in one sequence of T = U + G: [B, heads, T, head_dim].
         query, key, value = (torch.cat(parts, dim=2) for parts in zip(*projected, strict=True))
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past is not None:
+            # [B, kv_heads, S + T, head_dim], where S is what was read before
             key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
 
         with torch.set_grad_enabled(any(needs_grad[expert] for expert, _ in streams)):
             attended = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=attention_mask, is_causal=is_causal, enable_gqa=self.self_attn.groups > 1
-            )
+            )  # [B, heads, T, head_dim]
 
         outputs: dict[str, torch.Tensor] = {}
         lengths = [hidden.shape[1] for _, hidden in streams]
         for (expert, hidden), part in zip(streams, attended.split(lengths, dim=2), strict=True):
             with torch.set_grad_enabled(needs_grad[expert]):
-                hidden = hidden + self.self_attn.output(part, expert)
+                hidden = hidden + self.self_attn.output(part, expert)  # [B, U or G, D]
                 normed = getattr(self, f"post_attention_layernorm{expert}")(hidden)
                 outputs[expert] = hidden + getattr(self, f"mlp{expert}")(normed)
         return outputs.get(UNDERSTANDING), outputs.get(GENERATION), key, value

@@ -256,11 +256,9 @@ class MoTModel(UnifiedModel):
         """
         image = torch.cat([self._markers(len(image)), image], dim=1)  # [B, I, D], where I = 2 + S
         (batch_size, images), texts, device = image.shape[:2], text.shape[1], text.device
-        image_mask = (
-            torch.ones(batch_size, images, dtype=torch.bool, device=device)
-            if image_mask is None
-            else (F.pad(image_mask.bool(), (2, 0), value=True))
-        )  # [B, I]
+        if image_mask is None:
+            image_mask = torch.ones(batch_size, images - 2, dtype=torch.bool, device=device)
+        image_mask = F.pad(image_mask.bool(), (2, 0), value=True)  # [B, I]: the markers are no padding
         if text_mask is None:
             text_mask = torch.ones(batch_size, texts, dtype=torch.bool, device=device)
         text_mask = text_mask.bool()  # [B, T]

@@ -46,8 +46,8 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
     - caption: `bos, system prompt, user turn: [boi, N placeholders, eoi, question], assistant turn: answer, eos, …`,
       padded on the right
 
-    The first two are padded on the left, so that `boi` is last. Where their text is dropped, padding tokens, which are
-    attended to, stand for everything between `bos` and the last `boi`, the image included.
+    The first two are padded on the left, so that `boi` is last. A dropped text has padding tokens, which are attended to, in
+    place of everything between `bos` and the last `boi`, the image included.
 
     It saves and loads as transformers' own, whose call with free-form text is `transformers.JanusProcessor.__call__`.
 

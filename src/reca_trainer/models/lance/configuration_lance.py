@@ -186,7 +186,7 @@ class LanceConfig(CompositeConfig):
     def tiny(
         cls, vocab_size: int, image_start_token_id: int, image_end_token_id: int, eos_token_id: int
     ) -> LanceConfig:
-        """About a million parameters in the published structure: 32 x 32 images as 4 x 4 latents and 4 x 4 understanding
+        """About a million parameters in the published structure: 32 × 32 images as 8 × 8 latents and 16 understanding
         embeddings."""
         return cls(
             text_config=Qwen2_5_VLTextConfig(
@@ -213,15 +213,15 @@ class LanceConfig(CompositeConfig):
             ),
             vae_config={
                 **WAN_AUTOENCODER,
-                "base_dim": 16,
-                "decoder_base_dim": 24,
-                "z_dim": 12,
-                "dim_mult": [1, 2, 2],
+                "base_dim": 32,
+                "decoder_base_dim": 32,
+                "z_dim": 8,
+                "dim_mult": [1, 1],
                 "num_res_blocks": 1,
-                "temperal_downsample": [False, True],
-                "scale_factor_spatial": 8,
-                "latents_mean": [0.0] * 12,
-                "latents_std": [1.0] * 12,
+                "temperal_downsample": [False],
+                "scale_factor_spatial": 4,
+                "latents_mean": [0.0] * 8,
+                "latents_std": [1.0] * 8,
             },
             max_latent_size=8,
             timestep_shift=1.0,

@@ -151,7 +151,7 @@ class LanceProcessor(UnifiedProcessor):
             resolution=resolution,
             understanding_resolutions=dict.fromkeys(("reconstruct", "edit", "caption", "answer"), resolution),
             system_prompts=dict.fromkeys(uses, "describe the image"),
-            stride=config.latent_token_stride,
+            stride=config.understanding_stride,
             understanding_stride=config.understanding_stride,
         )
 

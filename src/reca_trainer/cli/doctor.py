@@ -1,0 +1,44 @@
+"""`reca-trainer doctor`."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from reca_trainer import doctor
+from reca_trainer.saving.card import public_name
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("reca-trainer doctor", description=doctor.__doc__.split("\n\n")[0])
+    parser.add_argument("--model", help="folder or Hub id of a model to examine as well")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of its weights (default: bfloat16 on a GPU, else float32)"
+    )
+    parser.add_argument("--max_image_size", type=int, help="of its target in pixels, where the family has a choice")
+    parser.add_argument("--num_inference_steps", type=int, default=4, help="of the pictures it makes (%(default)s)")
+    parser.add_argument("--lora_r", type=int, default=64, help="rank of the adapter of one step (%(default)s)")
+    parser.add_argument("--load_in_4bit", action="store_true", help="its loss with the base in NF4 as well")
+    parser.add_argument("--files_only", action="store_true", help="read files, keys and digests, and load nothing")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    show("machine", doctor.examine_machine())
+    if args.model is None:
+        return
+    show(f"files of {public_name(args.model)}", doctor.examine_files(args.model))
+    if args.files_only:
+        return
+    dtype = getattr(torch, args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32"))
+    options = (args.max_image_size, args.num_inference_steps, args.lora_r, args.load_in_4bit)
+    show("what it does", doctor.examine_model(args.model, dtype, *options))
+
+
+def show(title: str, findings: doctor.Findings) -> None:
+    """Print each finding when it is there: loading a model takes minutes."""
+    print(f"## {title}", flush=True)
+    for name, value in findings:
+        print(f"{name:<22} {value}", flush=True)
