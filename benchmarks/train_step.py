@@ -185,9 +185,10 @@ def finish(result: dict[str, Any], options: dict[str, Any], peak: float) -> dict
         model,
         batch,
         options["mode"],
-        DTYPES[options["dtype"]],
+        dtype=DTYPES[options["dtype"]],
+        masters=DTYPES[options["dtype"]] if options["mode"] == "full" else torch.float32,
         checkpointing=options["checkpointing"] == "layers",
-        lora_rank=options["lora_rank"],
+        lora_r=options["lora_rank"],
         device=device,
         corruption=model.sample_corruption(draws, torch.Generator().manual_seed(0)),
     )

@@ -1,6 +1,7 @@
 import io
 import json
 import logging
+import multiprocessing
 import shutil
 import tarfile
 import zipfile
@@ -23,6 +24,7 @@ from reca_trainer.data import (
     find_columns,
     load_image_dataset,
     row_sizes,
+    sizes,
 )
 from reca_trainer.data.columns import under_root, with_images
 from reca_trainer.images import ImageError
@@ -505,3 +507,36 @@ def test_a_dataloader_resumes_exactly_by_skipping(workers):
 
 def contents(rows: list[dict]) -> list[tuple[Draw, int]]:
     return [(row.draw, grey_of(row)) for row in rows]
+
+
+def test_processes_of_a_machine_read_each_header_once(tmp_path):
+    """Those that come later wait for the first, and take what it wrote; `num_proc` divides the work and changes nothing."""
+    path = write_parquet(tmp_path / "source")
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=log_headers, args=(path, tmp_path / "log")) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert len(lines) == len(set(lines)) == 6
+
+
+def log_headers(path, log):
+    size = sizes.image_size
+
+    def logged(image, source):
+        with open(log, "a") as file:
+            print(source, file=file)
+        return size(image, source)
+
+    sizes.image_size = logged
+    assert row_sizes(load_image_dataset(path), "img") == [(20, 20)] * 6
+
+
+def test_sizes_read_by_several_processes_are_in_order(monkeypatch):
+    monkeypatch.setattr(sizes, "ROWS_PER_PROCESS", 10)
+    pictures = [{"bytes": encoded(grey(0, (index + 1, 5))), "path": None} for index in range(40)]
+    dataset = Dataset.from_dict({"image": pictures})
+    assert row_sizes(dataset, "image", num_proc=2) == [(index + 1, 5) for index in range(40)]

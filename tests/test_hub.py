@@ -418,3 +418,73 @@ def test_card_of_an_adapter_on_a_local_base_says_how_to_load_it():
     card = str(model_card("me/adapter", base_model="/home/me/secret/bagel", is_adapter=True, **about))
     assert 'AutoUnifiedModel.from_pretrained("me/adapter", base_model="path/to/bagel")' in card
     assert "secret" not in card and "base_model:" not in card
+
+
+RUN = """
+import numpy as np
+from datasets import Dataset
+from peft import LoraConfig
+from PIL import Image
+from concurrent.futures import Future
+from transformers.utils import PushInProgress
+
+images = [Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8))] * 2
+
+def make(name, model=CHECKPOINT, **options):
+    sizes = {"generation_size": (64, 32, 16), "condition_size": (42, 42, 14)}
+    options = {"hub_token": os.environ["HF_TOKEN"], "push_to_hub": True, **options}
+    args = RecAConfig(output_dir=name, hub_model_id=f"me/{name}", max_steps=3, per_device_train_batch_size=2, use_cpu=True,
+                      report_to="none", save_strategy="steps", save_steps=1, **options)
+    model = AutoUnifiedModel.from_pretrained(model) if model == CHECKPOINT else model
+    return RecATrainer(model, args, train_dataset=Dataset.from_dict({"image": images}), peft_config=LoraConfig(r=2),
+                       processing_class=AutoUnifiedProcessor.from_pretrained(CHECKPOINT, **sizes))
+"""
+
+STRATEGIES = (
+    RUN
+    + """
+for name, options in (("standard", {}), ("end", {"hub_strategy": "end"}), ("branch", {"hub_revision": "trial"})):
+    trainer = make(name, **options)
+    trainer.train()
+    trainer.push_to_hub()
+for name, options in (("waits", {}), ("always", {"hub_always_push": True})):
+    trainer = make(name, **options)
+    trainer.push_in_progress = PushInProgress([Future()])  # an upload that does not end
+    trainer.create_model_card()
+    trainer.save_model("folder", _internal_call=True)
+    trainer._push_from_checkpoint("folder")
+    for job in trainer.push_in_progress.jobs[1:]:
+        job.result()
+print(json.dumps(None))
+"""
+)
+
+
+def test_options_of_the_hub_change_what_is_uploaded(tmp_path, server):
+    client(server, tmp_path, STRATEGIES)
+    commits = {name: len(server.repos[f"me/{name}"].commits) for name in ("standard", "end", "waits", "always")}
+    assert commits["standard"] > commits["end"] == 2  # when it is made, and at the end
+    assert commits["waits"] == 1 and commits["always"] == 2
+    branch = server.repos["me/branch"]
+    assert "adapter_model.safetensors" in branch.files("trial") and not branch.files("main")
+
+
+BEFORE = (
+    RUN
+    + """
+results = {
+    "denied": attempt(make, "denied", model="no/such/model", hub_token="hf_somebody_else"),
+    "broken": attempt(make, "broken", model="no/such/model", hub_token="hf_sec\\nret"),
+    "down": attempt(make, "down", model="no/such/model"),
+}
+print(json.dumps(results))
+"""
+)
+
+
+def test_a_hub_that_will_not_take_the_model_is_named_before_it_is_loaded(tmp_path, server):
+    server.fail.append(["POST", "api/repos/create", 0, 1])
+    results, output = client(server, tmp_path, BEFORE)
+    assert results["denied"].startswith("PermissionError: The Hub does not let you write to me/denied (403). Log in")
+    assert results["broken"].startswith("ValueError: The Hub token holds") and "hf_sec" not in output
+    assert results["down"].startswith("ConnectionError: The connection to http://127.0.0.1")

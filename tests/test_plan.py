@@ -23,6 +23,7 @@ TINY = {
     "show_o": lambda: show_o.Model(show_o.Config.tiny(len(TOKENIZER), EOS, image_size=16)),
     "show_o without CLIP": lambda: show_o.Model(show_o.Config.tiny(len(TOKENIZER), EOS, 16, w_clip_vit=False)),
     "janus": lambda: janus.Model(janus.Config.tiny(len(TOKENIZER) + 6, image_size=16)),
+    "lance": lambda: AutoUnifiedModel.from_pretrained(GOLDEN / "lance" / "checkpoint"),
 }
 PROCESSORS = {
     "bagel": lambda config: AutoUnifiedProcessor.from_pretrained(CHECKPOINT, condition_size=(140, 140, 14)),
@@ -31,9 +32,10 @@ PROCESSORS = {
     "show_o": lambda config: show_o.Processor.from_config(make_tokenizer(), config),
     "show_o without CLIP": lambda config: show_o.Processor.from_config(make_tokenizer(), config),
     "janus": lambda config: janus.Processor.tiny(config, TOKENIZER),
+    "lance": lambda config: AutoUnifiedProcessor.from_pretrained(GOLDEN / "lance" / "checkpoint"),
 }
 # Billions of parameters of the checkpoint that a family's name stands for, autoencoder included.
-PUBLISHED = {"bagel": "14.66", "harmon": "0.77", "openuni": "1.90", "show_o": "1.85", "janus": "7.41"}
+PUBLISHED = {"bagel": "14.66", "harmon": "0.77", "openuni": "1.90", "show_o": "1.85", "janus": "7.41", "lance": "7.55"}
 
 
 def batch(size: int) -> dict:

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -193,6 +196,25 @@ def test_a_base_and_its_adapter_are_compared(bagel_folder, own_tasks, tmp_path, 
         assert difference["mean"] == after["mean"] - before["mean"]
         assert difference["margin"] == pytest.approx((before["margin"] ** 2 + after["margin"] ** 2) ** 0.5)
     assert not (tmp_path / "out/compare.html").exists()  # there are no images to show
+
+
+@pytest.mark.slow
+def test_two_processes_report_what_one_reports(bagel_folder, own_tasks, tmp_path):
+    """lmms-eval deals the questions out, and the one that is left over is asked twice."""
+    with open(own_tasks / "rows.jsonl", "a") as file:
+        file.write((own_tasks / "rows.jsonl").read_text().splitlines()[1] + "\n")
+    (tmp_path / "score.py").write_text(
+        "import json, sys\nfrom reca_trainer.evaluation.understanding import score_tasks\n"
+        f"means, _ = score_tasks({bagel_folder!r}, ['colors'], include_path={str(own_tasks)!r}, dtype='float32')\n"
+        "if means:\n    open(sys.argv[1], 'w').write(json.dumps(means))\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    for processes in ("1", "2"):
+        command = [*launch, processes, tmp_path / "score.py", tmp_path / processes]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "1").read_text() == (tmp_path / "2").read_text()
 
 
 def test_the_papers_table_is_known_to_lmms_eval():

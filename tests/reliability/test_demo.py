@@ -4,7 +4,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -51,12 +50,13 @@ def address(tmp_path_factory):
         assert where[0].startswith("http://127.0.0.1:")  # nobody else's machine reaches it by default
         yield where[0]
     finally:
-        server.send_signal(signal.SIGINT)
-        server.wait(30)
+        server.terminate()
+        server.wait()
 
 
 @pytest.fixture(scope="module")
 def browser():
+    playwright.expect.set_options(timeout=120_000)
     with playwright.sync_playwright() as driver:
         chromium = driver.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         yield chromium
