@@ -73,7 +73,7 @@ def make_model(folder: Path, size: tuple[int, int, int], dtype: str) -> int:
 
     class Random:
         def __init__(self, name, shape):
-            self.name, self.shape = name, shape
+            self.name, self.shape, self.dtype = name, shape, torch.float32
 
         def __getitem__(self, index):
             generator = torch.Generator().manual_seed(hash(self.name) % 2**31)

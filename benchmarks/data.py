@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
+import multiprocessing
 import resource
 import subprocess
 import sys
@@ -22,13 +22,18 @@ import tarfile
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
 
 import measure
+from reca_trainer import RecAConfig, RecATrainer, toy
+from reca_trainer.data import SamplingPlan, StreamingBatches, find_columns, load_image_dataset
 
 READERS = (1, 2, 4, 8)
 
@@ -39,17 +44,16 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=100_000, help="of the folder")
     parser.add_argument("--images", type=int, default=2048, help="of the streams")
     parser.add_argument("--workers", type=int, default=2, help="dataloader_num_workers of the runs")
-    parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)  # what a process of this script does
+    parser.add_argument("--start", nargs=3, help=argparse.SUPPRESS)  # what a process of this script does
     arguments = parser.parse_args()
-    if arguments.part:
-        name, *values = arguments.part
-        print(json.dumps({"start": start, "read": read}[name](*values)))
+    if arguments.start:
+        print(json.dumps(start(*arguments.start)))
         return
     started = measure.busy_share()
     with tempfile.TemporaryDirectory() as folder:
         result = {
             "benchmark": "data",
-            **{name: value for name, value in vars(arguments).items() if name != "part"},
+            **{name: value for name, value in vars(arguments).items() if name != "start"},
             "start": measure_start(Path(folder), arguments),
             "read": measure_read(Path(folder), arguments),
         }
@@ -65,18 +69,17 @@ def measure_start(folder: Path, arguments: argparse.Namespace) -> dict[str, dict
     results = {}
     for source in ("table", "files"):
         for cache in ("cold", "warm"):
-            values = ["start", folder / source, folder / f"cache-{source}", arguments.workers]
-            results[f"{source}, {cache}"] = run([values])[0]
+            values = map(str, (folder / source, folder / f"cache-{source}", arguments.workers))
+            command = [sys.executable, __file__, "--start", *values]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            results[f"{source}, {cache}"] = json.loads(done.stdout.splitlines()[-1])
     return results
 
 
 def start(source: str, cache: str, workers: str) -> dict[str, float]:
     """Train a step in a fresh process."""
-    os.environ["HF_DATASETS_CACHE"] = cache
+    datasets.config.HF_DATASETS_CACHE = Path(cache)
     began = time.perf_counter()
-    from reca_trainer import RecAConfig, RecATrainer, toy
-
-    imported = time.perf_counter()
     model, processor = toy.load()
     args = RecAConfig(
         str(Path(cache) / "output"),
@@ -93,9 +96,8 @@ def start(source: str, cache: str, workers: str) -> dict[str, float]:
     stepped = time.perf_counter()
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return {
-        "seconds": round(stepped - imported, 1),
+        "seconds": round(stepped - began, 1),
         "cpu_seconds": round(sum(usage.ru_utime + usage.ru_stime for usage in usages), 1),
-        "imports": round(imported - began, 1),
         "peak_gb": round(usages[0].ru_maxrss / 1e6, 2),
     }
 
@@ -145,7 +147,12 @@ def measure_read(folder: Path, arguments: argparse.Namespace) -> dict[str, list[
 
 
 def read_with(source: Path, readers: int) -> dict[str, float]:
-    parts = run([["read", source, reader, readers] for reader in range(readers)])
+    context = multiprocessing.get_context("fork")  # imports are done
+    queue = context.SimpleQueue()
+    processes = [context.Process(target=read, args=(source, reader, readers, queue)) for reader in range(readers)]
+    for process in processes:
+        process.start()
+    parts = [queue.get() for _ in processes]
     images, seconds = sum(part["images"] for part in parts), max(part["seconds"] for part in parts)
     return {
         "readers": readers,
@@ -158,24 +165,24 @@ def read_with(source: Path, readers: int) -> dict[str, float]:
     }
 
 
-def read(source: str, reader: str, readers: str) -> dict[str, float]:
+def read(source: Path, reader: int, readers: int, queue: Any) -> None:
     """One pass of a reader over its share."""
-    from reca_trainer.data import SamplingPlan, StreamingBatches, find_columns, load_image_dataset
-
+    torch.set_num_threads(1)
     stream = load_image_dataset(source, streaming=True)
-    plan = SamplingPlan({"reconstruct": 1}, batch_size=4, num_processes=int(readers), process_index=int(reader))
+    plan = SamplingPlan({"reconstruct": 1}, batch_size=4, num_processes=readers, process_index=reader)
     batches = StreamingBatches(
         {"reconstruct": stream}, {"reconstruct": find_columns(stream)}, lambda width, height: (256, 256), plan
     )
     before, began, worked = bytes_read(), time.perf_counter(), time.process_time()
     images = sum(len(batch) for batch in batches)
-    return {
+    result = {
         "images": images,
         "seconds": time.perf_counter() - began,
         "cpu_seconds": time.process_time() - worked,
         "bytes": bytes_read() - before,
         "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
     }
+    queue.put(result)
 
 
 def bytes_read() -> int:
@@ -192,16 +199,6 @@ def write_archives(folder: Path, count: int, shards: int, contents: list[bytes])
                 member = tarfile.TarInfo(f"{number:06d}.jpg")
                 member.size = len(contents[number % len(contents)])
                 archive.addfile(member, io.BytesIO(contents[number % len(contents)]))
-
-
-def run(parts: list[list]) -> list[dict]:
-    """What processes of this script print that run at the same time."""
-    commands = [[sys.executable, __file__, "--part", *map(str, part)] for part in parts]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
-    outputs = [process.communicate()[0] for process in processes]
-    if any(process.returncode for process in processes):
-        raise RuntimeError("A part of the benchmark failed; its error is printed above.")
-    return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
 if __name__ == "__main__":

@@ -217,7 +217,9 @@ def examine_model(
         yield task, f"{_described(made)}, {num_inference_steps} steps in {time.perf_counter() - started:.1f} s"
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    trained = adapters.attach(model, LoraConfig(r=lora_r, lora_alpha=lora_r))
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)  # an adapter starts from random weights
+        trained = adapters.attach(model, LoraConfig(r=lora_r, lora_alpha=lora_r))
     model.activation_checkpointing_enable()
     trained.train()
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -233,7 +235,7 @@ def examine_model(
     del model, trained, loss
     lazy = open_lazily(name)
     cost = step_cost(
-        lazy, batch, "lora", dtype, autocast=dtype == torch.bfloat16, checkpointing=True, lora_r=lora_r, optim="sgd",
+        lazy, batch, "lora", dtype=dtype, autocast=dtype == torch.bfloat16, checkpointing=True, lora_r=lora_r, optim="sgd",
         corruption=draws,
     )  # fmt: skip
     yield "memory", f"{used / 1e9:.2f} GB at most, planned {cost.process(device.type) / 1e9:.2f} GB"
