@@ -41,7 +41,7 @@ from reca_trainer.held_out_losses import HeldOutLosses, check_metric, open_eval_
 from reca_trainer.images import ImageError, list_problems
 from reca_trainer.inherited_options import refuse_arguments
 from reca_trainer.interruption import Interrupted, ignore_interrupts
-from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor
+from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor, gets_weights_from_first_process
 from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
 from reca_trainer.saving.hub_uploads import HubUploads
 from reca_trainer.saving.run_checkpoints import RunCheckpoints, make_output_dir
@@ -129,6 +129,8 @@ class RecATrainer(RunCheckpoints, HeldOutLosses, HubUploads, Trainer):
                 images.check_sizes(processing_class, args)
             init = dict(args.model_init_kwargs or {})
             init.setdefault("dtype", adapters.default_dtype(args.bf16, peft_config is not None))
+            if quantization_config is None and gets_weights_from_first_process():
+                init.setdefault("device_map", "meta")
             model = AutoUnifiedModel.from_pretrained(
                 model, quantization_config=quantization_config, is_trainable=True, **init
             )

@@ -25,14 +25,14 @@ def tensors():
 
 @pytest.fixture(scope="module")
 def processor():
-    return openuni.read_published_processor(GOLDEN.checkpoint, checkpoint="openuni_finetune.pth")
+    return openuni.read_published_processor(GOLDEN.checkpoint, variant="openuni_finetune.pth")
 
 
 @pytest.fixture(params=["internvl3", "internvl3-hf"], scope="module")
 def load(request):
     """Loads a checkpoint on top of InternVL3 in one of its two layouts."""
     return lambda name: openuni.read_published(
-        GOLDEN.checkpoint, checkpoint=name, internvl=GOLDEN.checkpoint / request.param
+        GOLDEN.checkpoint, variant=name, internvl=GOLDEN.checkpoint / request.param
     )
 
 

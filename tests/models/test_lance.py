@@ -15,6 +15,7 @@ from reca_trainer.models.lance import Model, read_published, write_published
 from reca_trainer.models.lance.conversion_lance import table_size
 from reca_trainer.models.lance.modeling_lance import LatentPositions, image_place
 from reca_trainer.models.weights import CheckpointError, open_weights
+from reca_trainer.saving.card import folder_card
 from tests.conftest import GOLDEN
 
 CHECKPOINT = GOLDEN / "lance" / "checkpoint"
@@ -131,6 +132,7 @@ def test_save_pretrained_round_trip_is_exact(model, processor, tmp_path):
     tensors = dict(again.state_dict()) | dict(again.named_buffers())
     for name, tensor in [*model.state_dict().items(), *model.named_buffers()]:
         assert torch.equal(tensors[name], tensor), name
+    assert "under the Qwen research licence" in str(folder_card(tmp_path, "me/lance"))
     assert other.system_prompts == processor.system_prompts
     assert other.understanding_resolutions == RESOLUTIONS
     images = pictures((64, 48), (64, 48), (64, 48))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
+from transformers.integrations import is_fsdp_enabled
 
 from reca_trainer.adapters import base_state_dict, load_adapter, read_quantization
 from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
@@ -114,6 +116,12 @@ def open_lazily(model_or_path: UnifiedModel | str | Path, **hub: Any) -> Unified
 
 def _choice(variant: str | None) -> dict[str, str]:
     return {} if variant is None else {"variant": variant}
+
+
+def gets_weights_from_first_process() -> bool:
+    """Whether FSDP's efficient loading is on and this is not the first process of its machine: accelerate sends it its
+    shards, so that a machine holds one copy of a model and not one a process."""
+    return is_fsdp_enabled() and int(os.environ.get("LOCAL_RANK", 0)) != 0
 
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "variant")

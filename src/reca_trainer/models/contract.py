@@ -7,10 +7,11 @@ A batch is a plain dict. Its keys mean the same in every family:
 
 | key | shape | meaning |
 |---|---|---|
-| `task` | str | `"reconstruct"`, `"generate"` or `"caption"` |
+| `task` | str | `"reconstruct"`, `"generate"`, `"caption"` or `"edit"` |
 | `condition_pixel_values` | `[B, 3, h, w]` float | image for the understanding encoder, as that encoder wants it normalised; a list of B `[3, h, w]` where sizes differ |
 | `pixel_values` | `[B, 3, H, W]` float in [-1, 1] | image to generate |
-| `input_ids`, `attention_mask` | `[B, T]` int64 | instruction (reconstruct), prompt (generate), question and answer (caption) |
+| `source_pixel_values` | `[B, 3, H, W]` float in [-1, 1] | image that an edit starts from, as `pixel_values` are; `condition_pixel_values` has it too |
+| `input_ids`, `attention_mask` | `[B, T]` int64 | instruction (reconstruct, edit), prompt (generate), question and answer (caption) |
 | `labels` | `[B, T]` int64 | caption targets, -100 where nothing is supervised |
 """
 
@@ -109,6 +110,7 @@ class UnifiedModel(PreTrainedModel):
         supports_timesteps_per_image: whether `sample_corruption` takes a batch with a further entry `timesteps_per_image`,
             a number, and draws for so many noisy copies of its targets, all behind one condition. `forward` sees the
             number in these draws and does not take the entry.
+        license_note: what a model card says of the licence beside its name, in Markdown.
     """
 
     tasks: tuple[str, ...] = ("reconstruct", "caption", "generate")
@@ -119,6 +121,7 @@ class UnifiedModel(PreTrainedModel):
     no_guidance_scale: float = 1.0
     frozen_encoders: tuple[str, ...] = ()
     supports_timesteps_per_image: bool = False
+    license_note: str = ""
     config_class: type[PreTrainedConfig]  # a family always has one
     main_input_name = "pixel_values"
 
@@ -500,7 +503,7 @@ class UnifiedProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        images: list[Image.Image] | None = None,
+        images: list[Any] | None = None,
         text: list[str] | list[Conversation] | None = None,
         instruction: str | list[str] | None = None,
         task: str = "reconstruct",
@@ -511,19 +514,22 @@ class UnifiedProcessor(ProcessorMixin):
     ) -> dict[str, Any]:
         """Build the batch of one task (see the module docstring for its keys).
 
+        Families with the task `edit` have a further argument `dropped_sources: list[tuple[bool, bool]]`: the samples whose
+        source is dropped as latents and as embeddings; none by default.
+
         Args:
             images: whole, upright RGB images, one per sample; the family cuts, squeezes, pads and resizes them as its
-                original does. Without them, families with `frozen_encoders` give the rest of a `reconstruct` batch.
-            text: captions, one per sample (`generate`, `caption`), with the white space they have. For `caption` also
+                original does; pairs `(source, target)` for `edit`. Without them, families with `frozen_encoders` give the rest of a `reconstruct` batch.
+            text: captions, one per sample (`generate`, `caption`), or instructions (`edit`), with the white space they have. For `caption` also
                 conversations, messages `{"role": "user" | "assistant", "content": str}` of which one may have
                 `<image>` in its content.
             instruction: what the model is asked for: the reconstruction template, or the question behind a caption;
                 one for all samples or one per sample. Conversations bring their own questions.
-            size: `(height, width)` of the targets; by default what `target_size` gives, and then of one size.
+            size: `(height, width)` of the targets, and of the sources of edits; by default what `target_size` gives, and then of one size.
             crop: where a family cuts a square out of the longer side, one place in [0, 1) per sample: of `n + 1`
                 possible offsets, number `int(place * (n + 1))`. `None` is the centre.
             dropped: the samples whose text is dropped for classifier-free guidance, in the family's own unconditional
-                form (`reconstruct`, `generate`); none by default.
+                form (`reconstruct`, `generate`, `edit`); none by default.
 
         Raises:
             ValueError: arguments that do not belong together; the message says which.

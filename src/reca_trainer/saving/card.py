@@ -19,6 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
 from reca_trainer.files import replacing
+from reca_trainer.models.registry import family
 from reca_trainer.models.registry import is_adapter as holds_adapter
 from reca_trainer.saving.describe import describe
 
@@ -92,6 +93,7 @@ def model_card(
     losses: dict[str, float],
     steps: int | None,
     license: str | None = None,
+    license_note: str = "",
     preview: str | None = None,
     notes: list[str] | None = None,
     weights: dict[str, Any] | None = None,
@@ -106,6 +108,7 @@ def model_card(
         hyperparameters: name and value of what was set, for a table.
         losses: name and last value of what was logged.
         steps: how many were trained; `None` if that is not known.
+        license_note: a further sentence about the licence, in Markdown.
         preview: path of a picture in the repository.
         notes: further sentences about the weights, in Markdown.
         weights: name and value of what the weights are, for a table.
@@ -152,6 +155,7 @@ def model_card(
         "Versions: " + ", ".join(f"{name} {number}" for name, number in packages.items()) + "." if packages else "",
         "## Licence",
         f"Inherited from the base model: {escaped(license)}." if license else "That of the base model.",
+        license_note,
     ]
     return ModelCard("\n\n".join(line for line in lines if line) + "\n")
 
@@ -175,6 +179,7 @@ def folder_card(folder: Path, repo_id: str, token: str | None = None) -> ModelCa
         losses=last_losses(state.get("log_history", [])),
         steps=state.get("global_step"),
         license=base_license(base, token),
+        license_note=family(weights["family"]).Model.license_note if "family" in weights else "",
         preview=PREVIEW if (folder / PREVIEW).is_file() else None,
         weights=weights,
     )

@@ -188,6 +188,7 @@ class HubUploads(Trainer if TYPE_CHECKING else object):
             "losses": last_losses(self.state.log_history),
             "steps": self.state.global_step,
             "license": base_license(source, args.hub_token),
+            "license_note": base.license_note,
             "preview": PREVIEW if (Path(args.output_dir) / PREVIEW).is_file() else None,
             "environment": this_environment(),
         }

@@ -322,7 +322,8 @@ class RunCheckpoints(Trainer if TYPE_CHECKING else object):
         self._settings: dict[str, Any] = {}
         self._frozen: str | None = None
         self._stream: StreamingBatches | None = None
-        self.interruption = Interruption()
+        self._stream_state: dict[str, Any] | None = None  # behind the last step, in a run that has fetched the next
+        self.interruption, self._interrupted = Interruption(), False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
         """As `Trainer.train`, and alone in `output_dir`. `resume_from_checkpoint=True` goes on from the newest complete
@@ -357,7 +358,7 @@ class RunCheckpoints(Trainer if TYPE_CHECKING else object):
                 for abandoned in Path(args.output_dir).glob(f".{PREFIX_CHECKPOINT_DIR}-*.partial"):
                     shutil.rmtree(abandoned)
             self.resumed_from = checkpoint
-            self.interruption.signal = None
+            self.interruption.signal, self._interrupted = None, False
             try:
                 result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
             except Interrupted:
@@ -378,6 +379,7 @@ class RunCheckpoints(Trainer if TYPE_CHECKING else object):
         """
         args, step = self.args, self.state.global_step
         saves = step > 0 and args.save_strategy != SaveStrategy.NO
+        self._interrupted = True
         if saves and by_main_process(args, lambda: self._last_saved_step() != step):
             self._save_checkpoint(self.model_wrapped, trial=None)
         if not saves:
@@ -413,6 +415,11 @@ class RunCheckpoints(Trainer if TYPE_CHECKING else object):
                 f"{error} resume_from_checkpoint=True goes on from the newest in output_dir that is whole."
             ) from error
         return str(resume_from_checkpoint)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any):
+        """As in `Trainer`; a run that is interrupted before the step goes back behind the one before."""
+        self._stream_state = None if self._stream is None else self._stream.state_dict()
+        return super().get_batch_samples(*args, **kwargs)
 
     @property
     def _stream_file(self) -> str:
@@ -453,7 +460,8 @@ class RunCheckpoints(Trainer if TYPE_CHECKING else object):
             if self.weight_average is not None:
                 self.weight_average.save(staging / final.name)
             if self._stream is not None:
-                (staging / final.name / self._stream_file).write_text(json.dumps(self._stream.state_dict()))
+                state = self._stream_state if self._interrupted else self._stream.state_dict()
+                (staging / final.name / self._stream_file).write_text(json.dumps(state))
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 self._finish_checkpoint(staging / final.name, final)

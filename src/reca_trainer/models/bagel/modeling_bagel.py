@@ -187,21 +187,37 @@ class BagelModel(BagelGeneration, MoTModel):
         self,
         corruption: dict[str, torch.Tensor],
         source_pixel_values: torch.Tensor,
-        condition_pixel_values: torch.Tensor,
-        input_ids: torch.Tensor,
+        condition_pixel_values: torch.Tensor | list[torch.Tensor],
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        source_mask: torch.Tensor | None = None,
+        condition_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
         posterior: torch.Tensor | None = None,
     ) -> UnifiedOutput:
         """Editing: read the source as VAE latents and as image embeddings, read the instruction, then denoise the target.
-        `latents` and `posterior` are as in `_reconstruct`."""
-        latents = self._target_latents(corruption, pixel_values, latents, posterior)  # [B, C, h, w]
-        source = self.encode_target(source_pixel_values, corruption["source_posterior_noise"])  # [B, C, h', w']
-        context = self.read_latents(self.new_context(len(input_ids)), source)
-        embeds = self.encode_condition(condition_pixel_values)  # [B, S, D]
-        context = self.read_image(context, embeds, condition_pixel_values.shape[-2:])
-        context = self.read_text(context, input_ids, attention_mask)
+
+        Args:
+            source_mask, condition_mask: `[B]` bool, the rows whose source is read as latents and as embeddings; `None`
+                where all are. What is dropped leaves its position taken.
+            input_ids, attention_mask, latents, posterior: as in `_reconstruct`.
+        """
+        latents, embeds = self._target_latents(corruption, pixel_values, latents, posterior), None  # [B, C, h, w]
+        context = self.new_context(len(latents))
+        if source_mask is None or bool(source_mask.any()):
+            source = self.encode_target(source_pixel_values, corruption["source_posterior_noise"])  # [B, C, h', w']
+            context = self.read_latents(context, source, source_mask)
+        else:
+            context = self.skip(context)
+        if condition_mask is None or bool(condition_mask.any()):
+            embeds = self.encode_condition(condition_pixel_values)  # [B, S, D]
+            placed, mask = self._place(embeds, condition_pixel_values)
+            context = self._read_condition(context, placed, mask, present=condition_mask)
+        else:
+            context = self.skip(context)
+        if input_ids is not None:
+            context = self.read_text(context, input_ids, attention_mask)
         return self._flow_matching(context, latents, corruption, understanding_embeds=embeds)
 
     def _caption(

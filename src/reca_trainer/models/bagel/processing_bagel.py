@@ -44,6 +44,10 @@ def resized_size(
     return size
 
 
+# Longest side in pixels of an edit's source for the understanding encoder, in BAGEL's configuration of training.
+EDIT_SIZE = 518
+
+
 class BagelProcessor(UnifiedProcessor):
     """Builds batches for `BagelModel`.
 
@@ -52,7 +56,7 @@ class BagelProcessor(UnifiedProcessor):
         generation_size: `(max, min, stride)` in pixels for images that go through the VAE.
         condition_size: the same for the understanding encoder during reconstruction. The smallest size that it was
             trained at: this is RecA's information bottleneck (paper, table on conditions: 224 beats 512).
-        understanding_size: the same for questions about an image and for editing.
+        understanding_size: the same for questions about an image and, within `EDIT_SIZE`, for the source of an edit.
         max_text_length: tokens of a sample's texts, their BOS and EOS included. The original leaves samples of more than
             16,384 tokens out, of which a target and the largest understanding image take 9,000; here texts are cut.
     """
@@ -84,9 +88,9 @@ class BagelProcessor(UnifiedProcessor):
         *,
         crop: list[float | None] | None = None,
         dropped: list[bool] | None = None,
+        dropped_sources: list[tuple[bool, bool]] | None = None,
     ) -> dict[str, Any]:
-        """See `UnifiedProcessor.__call__`. Nothing is cut off a picture, so `crop` says nothing here. `task="edit"`
-        additionally takes `images` as pairs `(source, target)`.
+        """See `UnifiedProcessor.__call__`. Nothing is cut off a picture, so `crop` says nothing here.
 
         A dropped text, like an instruction of `""` or `None`, leaves no tokens: its row of `attention_mask` is zero, and
         without any text there are no `input_ids`. A missing caption (`None`) is a space. Conversations may do without
@@ -94,33 +98,36 @@ class BagelProcessor(UnifiedProcessor):
 
         Returns:
             Besides the keys of every family: `image_position` `[B]` int64 of captions, the number of tokens before the
-            image, -1 for rows that show none; absent where all images come first. `attention_mask` is absent where
+            image, -1 for rows that show none; absent where all images come first. `source_mask` and `condition_mask` `[B]`
+            bool of edits, false where the latents or the embeddings of the source are dropped; absent where none is. `attention_mask` is absent where
             nothing is padded, `condition_pixel_values` where no row shows an image.
 
         Raises:
             ValueError: the targets of one batch do not come out at one size, a text is dropped that is to be learned, a
                 conversation has no answer or shows its image in two messages.
         """
-        if any(dropped or []) and task not in ("reconstruct", "generate"):
-            raise ValueError(f"Only reconstruct and generate drop texts, {task} does not.")
+        if any(dropped or []) and task == "caption":
+            raise ValueError("The text of a caption is learned; only that of other tasks is dropped.")
         batch: dict[str, Any] = {"task": task}
         if task == "caption":
             return {**batch, **self._caption_batch(images, text, instruction)}
         if task == "edit":
             sources, images = zip(*images, strict=True)
             batch["source_pixel_values"] = self.to_pixels(sources, self.generation_size, size)
-            batch["condition_pixel_values"] = self.to_pixels(sources, self.understanding_size)
+            longest, *rule = self.understanding_size
+            batch["condition_pixel_values"] = self.to_conditions(sources, (min(longest, EDIT_SIZE), *rule))
+            kept = ~torch.tensor(one_per_sample(dropped_sources, len(sources), (False, False)))  # [B, 2]
+            for name, mask in zip(("source_mask", "condition_mask"), kept.T, strict=True):
+                if not mask.all():
+                    batch[name] = mask
         if task == "reconstruct" and images is not None:
             batch["condition_pixel_values"] = self.to_conditions(images, self.condition_size)
         if images is not None:
             batch["pixel_values"] = self.to_pixels(images, self.generation_size, size)
-        if task == "edit":
-            return {**batch, **self.tokenize(text)}
-
         texts = instruction if task == "reconstruct" else text
         samples = next((values for values in (images, texts, dropped) if isinstance(values, (list, tuple))), [None])
         texts = one_per_sample(texts, len(samples))
-        if task == "reconstruct":
+        if task in ("reconstruct", "edit"):
             rows = [self._text(words) if words else [] for words in texts]
         else:
             rows = [self._text(" " if words is None else words) for words in texts]

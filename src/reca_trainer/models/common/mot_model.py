@@ -232,11 +232,20 @@ class MoTModel(UnifiedModel):
         return self._read(context, self.embed(input_ids), causal=True, mask=attention_mask)[2]
 
     def _read_condition(
-        self, context: Context, embeds: torch.Tensor, mask: torch.Tensor | None = None, place: Place | None = None
+        self,
+        context: Context,
+        embeds: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        place: Place | None = None,
+        present: torch.Tensor | None = None,
     ) -> Context:
-        """Read understanding embeddings `[B, S, D]` between their markers, right-padded where `mask` `[B, S]` is 0."""
+        """Read understanding embeddings `[B, S, D]` between their markers, right-padded where `mask` `[B, S]` is 0. Rows of
+        which `present` `[B]` is false read nothing."""
         if mask is not None:
             mask = F.pad(mask.bool(), (2, 0), value=True)  # the markers
+        if present is not None:
+            rows = present[:, None].expand(-1, 2 + embeds.shape[1])
+            mask = rows if mask is None else mask & rows
         return self._read(context, torch.cat([self._markers(len(embeds)), embeds], dim=1), mask=mask, place=place)[2]
 
     def _read_around(
@@ -280,12 +289,14 @@ class MoTModel(UnifiedModel):
         hidden, _, _ = self._run(sequence, None, position_ids, None, attention_mask[:, None], False)
         return hidden[:, images:]
 
-    def read_latents(self, context: Context, latents: torch.Tensor) -> Context:
-        """Read a clean image given as scaled latents `[B, C, h, w]`, which is what editing starts from."""
+    def read_latents(self, context: Context, latents: torch.Tensor, present: torch.Tensor | None = None) -> Context:
+        """Read a clean image given as scaled latents `[B, C, h, w]`, which is what editing starts from. Rows of which
+        `present` `[B]` is false read nothing."""
         clean, grid = patchify(latents, self.config.latent_patch_size)  # [B, N, p²C]
         timesteps = torch.zeros(len(clean), device=clean.device)
-        tokens = self._embed_latents(clean, timesteps, grid)
-        return self._read(context, self._markers(len(clean)), tokens, place=self._latent_place(context, grid))[2]
+        tokens, place = self._embed_latents(clean, timesteps, grid), self._latent_place(context, grid)
+        mask = None if present is None else present[:, None].expand(-1, 2 + tokens.shape[1])
+        return self._read(context, self._markers(len(clean)), tokens, mask=mask, place=place)[2]
 
     def velocity(
         self, context: Context, noisy: torch.Tensor, timesteps: torch.Tensor, grid: tuple[int, int]
@@ -310,7 +321,7 @@ class MoTModel(UnifiedModel):
         keep: bool = True,
         place: Place | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, Context]:
-        """Run one split behind `context`, right-padded where `mask` `[B, T]` is 0. Without a `place`, a causal split
+        """Run one split behind `context`, right-padded where `mask` `[B, T]` is 0; a row of zeros reads nothing. Without a `place`, a causal split
         (text) has counting positions; every other (an image with its markers) has one position. Only in a causal split
         does a token not see what follows. What is not kept (a noisy image) is invisible to the splits behind it."""
         device = understanding.device
@@ -340,11 +351,13 @@ class MoTModel(UnifiedModel):
             attention_mask = attention_mask.tril(context.length)[None, None]  # [1, 1, T, S + T]
         if padding is not None:
             visible = padding[:, None, None]  # [B, 1, 1, S + T]
-            if attention_mask is None:
-                attention_mask = visible
-            else:
-                # Padding sees itself: of a text that is all padding it would see nothing, and become NaN.
+            # Padding sees itself: a row that reads nothing would see nothing, and become NaN.
+            if attention_mask is not None:
                 attention_mask = attention_mask & visible | attention_mask.triu(context.length)
+            else:
+                nothing = None if split_mask is None else ~split_mask.any(1)[:, None]  # [B, 1]
+                own = None if nothing is None else F.pad(nothing.expand(-1, length), (context.length, 0))  # [B, S + T]
+                attention_mask = visible if own is None else visible | own[:, None, None]
 
         understanding, generation, past = self._run(
             understanding, generation, position_ids, context.past, attention_mask, is_causal, keep

@@ -69,14 +69,18 @@ class LanceContext(Context):
 
     Args:
         source_position_ids: `[3, B, 2 + N]`, those of the clean latents it has read, markers first; `None` before.
+        has_source: `[B]` bool, the rows that have read them; `None` where all have.
     """
 
     source_position_ids: torch.Tensor | None = None
+    has_source: torch.Tensor | None = None
 
     def repeat(self, times: int) -> Context:
-        ids = self.source_position_ids
+        ids, rows = self.source_position_ids, self.has_source
         return replace(
-            super().repeat(times), source_position_ids=None if ids is None else ids.repeat_interleave(times, 1)
+            super().repeat(times),
+            source_position_ids=None if ids is None else ids.repeat_interleave(times, 1),
+            has_source=None if rows is None else rows.repeat_interleave(times),
         )
 
 
@@ -88,6 +92,10 @@ class LanceModel(LanceGeneration, MoTModel):
     # As diffusers' pipelines have it.
     _keep_in_fp32_modules_strict = ("vae.encoder", "vae.decoder", "vae.quant_conv", "vae.post_quant_conv")
     frozen_encoders = ("vit_model", "vae")
+    license_note = (
+        "The model page of Lance says Apache-2.0. Its vision transformer is that of Qwen2.5-VL-3B, which is under the Qwen "
+        "research licence, so what holds for these weights is open to question."
+    )
 
     def __init__(self, config: LanceConfig):
         super().__init__(config)
@@ -162,23 +170,33 @@ class LanceModel(LanceGeneration, MoTModel):
         image_position: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         source_pixel_values: torch.Tensor | None = None,
-        condition_pixel_values: torch.Tensor | None = None,
+        condition_pixel_values: torch.Tensor | list[torch.Tensor] | None = None,
+        source_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
         posterior: torch.Tensor | None = None,
     ) -> UnifiedOutput:
-        """Editing: the source as image embeddings and as latents, the instruction, then the target. Without
-        `source_pixel_values` and `condition_pixel_values` the source is dropped. The other arguments are as in
-        `_reconstruct`."""
+        """Editing: the source as image embeddings and as latents, the instruction, then the target.
+
+        Args:
+            source_pixel_values, condition_pixel_values: without them the source is dropped.
+            source_mask: `[B]` bool, the rows whose source is read, in both ways; `None` where all are. What is dropped
+                leaves no trace.
+            pixel_values, latents, posterior: as in `_reconstruct`, like the arguments of the text.
+        """
         latents, embeds = self._target_latents(corruption, pixel_values, latents, posterior), None
         before, behind, mask = around_images(input_ids, attention_mask, image_position)
         context = self.read_text(self.new_context(len(input_ids)), before)
-        if condition_pixel_values is not None:
-            embeds = self.encode_condition(condition_pixel_values)
-            context = self.read_image(context, embeds, self.grids_of(condition_pixel_values))
-        if source_pixel_values is not None:
+        position = context.position
+        is_dropped = source_mask is not None and not bool(source_mask.any())
+        if condition_pixel_values is not None and not is_dropped:
+            embeds, grids = self.encode_condition(condition_pixel_values), self.grids_of(condition_pixel_values)
+            context = self.read_image(context, embeds, grids, present=source_mask)
+        if source_pixel_values is not None and not is_dropped:
             source = self.encode_target(source_pixel_values, corruption["source_posterior_noise"])
-            context = self.read_latents(context, source)
+            context = self.read_latents(context, source, source_mask)
+        if source_mask is not None:
+            context = replace(context, position=torch.where(source_mask, context.position, position))
         context = self.read_text(context, behind, mask)
         return self._flow_matching(context, latents, corruption, understanding_embeds=embeds)
 
@@ -269,19 +287,23 @@ class LanceModel(LanceGeneration, MoTModel):
         grids: torch.Tensor,
         mask: torch.Tensor | None = None,
         in_own_frame: bool = True,
+        present: torch.Tensor | None = None,
     ) -> Context:
         """Read understanding embeddings `[B, S, D]` of images with `grids` `[B, 2]` of rows and columns.
 
         Args:
             mask: `[B, S]`, 0 at padding; by default as the grids say.
             in_own_frame: whether the image stands in `config.vit_frame` rather than in the frame of the text before it.
+            present: `[B]` bool, the rows that read it; by default all.
         """
         place = image_place(context.position, grids, self.config.vit_frame if in_own_frame else None)
-        return self._read_condition(context, embeds, padding_of(embeds, grids) if mask is None else mask, place)
+        mask = padding_of(embeds, grids) if mask is None else mask
+        return self._read_condition(context, embeds, mask, place, present)
 
-    def read_latents(self, context: Context, latents: torch.Tensor) -> Context:
+    def read_latents(self, context: Context, latents: torch.Tensor, present: torch.Tensor | None = None) -> Context:
         position_ids, _ = self._latent_place(context, latents.shape[-2:])
-        return replace(super().read_latents(context, latents), source_position_ids=position_ids)
+        read = super().read_latents(context, latents, present)
+        return replace(read, source_position_ids=position_ids, has_source=present)
 
     def _latent_place(self, context: Context, grid: tuple[int, int]) -> Place:
         """See `MoTModel._latent_place`: behind a source with as many tokens, where that stands."""
@@ -289,7 +311,8 @@ class LanceModel(LanceGeneration, MoTModel):
         position_ids, following = image_place(context.position, grids)
         source = context.source_position_ids
         if source is not None and source.shape == position_ids.shape:
-            position_ids = source
+            rows = context.has_source
+            position_ids = source if rows is None else torch.where(rows[:, None], source, position_ids)
         return position_ids, following
 
     def example_batch(

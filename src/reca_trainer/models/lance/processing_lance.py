@@ -165,24 +165,26 @@ class LanceProcessor(UnifiedProcessor):
         *,
         crop: list[float | None] | None = None,
         dropped: list[bool] | None = None,
+        dropped_sources: list[tuple[bool, bool]] | None = None,
     ) -> dict[str, Any]:
-        """See `UnifiedProcessor.__call__`. Pictures are always cut at the centre, so `crop` says nothing here. `task="edit"`
-        additionally takes `images` as pairs `(source, target)`; `size` is then that of both.
+        """See `UnifiedProcessor.__call__`. Pictures are always cut at the centre, so `crop` says nothing here. A source is
+        dropped as a whole, as in the original: where `dropped_sources` says so of its embeddings.
 
         A text that is dropped or empty leaves the conversation without it. Conversations may do without pictures: `images`
         is then `None`, or a picture of one embedding stands in for a row's.
 
         Returns:
             Besides the keys of every family, where a task shows images: `image_position` `[B]` int64, the number of tokens
-            before them, -1 for rows of captions that show none. `attention_mask` is absent where nothing is padded,
+            before them, -1 for rows of captions that show none; `source_mask` `[B]` bool of edits, false where the source is
+            dropped, absent where none is. `attention_mask` is absent where nothing is padded,
             `condition_pixel_values` where no row shows an image.
 
         Raises:
             ValueError: the targets or the sources of one batch do not come out at one size, a text is dropped that is to be
                 learned, a conversation cannot be learned from.
         """
-        if any(dropped or []) and task not in ("reconstruct", "generate"):
-            raise ValueError(f"Only reconstruct and generate drop texts, {task} does not.")
+        if any(dropped or []) and task == "caption":
+            raise ValueError("The text of a caption is learned; only that of other tasks is dropped.")
         if task == "caption":
             return {"task": task, **self._caption_batch(images, text, instruction)}
         batch: dict[str, Any] = {"task": task}
@@ -191,6 +193,9 @@ class LanceProcessor(UnifiedProcessor):
             sources, targets = zip(*images, strict=True)
             batch["source_pixel_values"] = self.to_pixels(sources, size)
             batch["condition_pixel_values"] = self.to_conditions(sources, task)
+            dropped_sources = one_per_sample(dropped_sources, len(sources), (False, False))
+            if any(embeddings for _, embeddings in dropped_sources):
+                batch["source_mask"] = torch.tensor([not embeddings for _, embeddings in dropped_sources])
         if task == "reconstruct" and images is not None:
             batch["condition_pixel_values"] = self.to_conditions(images, task)
         if images is not None:
