@@ -23,8 +23,8 @@ MODES = {
     "QLoRA": ["--mode", "qlora"],
     "LoRA": ["--mode", "lora"],
     "whole generator": ["--mode", "full"],
-    "whole generator, FSDP2 on 8 GPUs": ["--mode", "full", "--launch", "fsdp2", "--num_processes", "8"],
 }
+SHARDED = "whole generator, FSDP2 on 8 GPUs"  # told where no card holds all of it
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -77,7 +77,8 @@ def planned(family: str, side: int | None, mode: str) -> tuple[float, float, flo
     """GB of a GPU for a batch of one, GB for each further image, TFLOP an image, as `reca-trainer plan` counts them."""
     from reca_trainer.cli.plan import make_parser, plan_costs, read_arguments
 
-    argv = ["--model", family, "--gpu", "80GB", *MODES[mode], *(["--max_image_size", str(side)] if side else [])]
+    argv = ["--model", family, "--gpu", "80GB", *(["--max_image_size", str(side)] if side else [])]
+    argv += MODES.get(mode, [*MODES["whole generator"], "--launch", "fsdp2", "--num_processes", "8"])
     args = read_arguments(make_parser(), argv)
     first, eighth = plan_costs(args, (1, 8))
     needed, of_eight = (cost.process(launch=args.launch, processes=args.num_processes) for cost in (first, eighth))
@@ -113,9 +114,12 @@ def memory(family: str) -> list[list[str]]:
     rows = []
     for side in sides(family):
         pixels = side or open_model(family).example_batch(1)["pixel_values"].shape[-1]
-        for mode in MODES:
+        modes = list(MODES)
+        if planned(family, side, modes[-1])[0] > max(CARDS):
+            modes.append(SHARDED)
+        for mode in modes:
             needed, further, flops = planned(family, side, mode)
-            card = next((f"{size} GB" for size in CARDS if size >= needed), "several")
+            card = next((f"{size} GB" for size in CARDS if size >= needed), "none")
             hours = flops * 1e12 * IMAGES / RATE / 3600
             numbers = [f"{needed:.1f} GB", f"{further:.2f} GB", card, f"{flops:.1f}", f"{hours:.1f}"]
             rows.append([f"`{family}`", f"{pixels:,}", mode, *numbers])

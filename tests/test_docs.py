@@ -80,9 +80,8 @@ def test_memory_is_told_for_every_family_and_every_way_to_train():
         return [tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in content.splitlines()[2:]]
 
     everything = rows("memory")
-    assert {(row[0], row[2]) for row in everything} == {
-        (f"`{f}`", mode) for f in TABLES.families() for mode in TABLES.MODES
-    }
+    told = {(row[0], row[2]) for row in everything}
+    assert told >= {(f"`{family}`", mode) for family in TABLES.families() for mode in TABLES.MODES}
     for family in TABLES.families():
         assert rows(f"memory of {family}") == [row[1:] for row in everything if row[0] == f"`{family}`"]
 

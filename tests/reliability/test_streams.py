@@ -2,12 +2,18 @@
 
 import io
 import json
+import os
+import signal
 import tarfile
 from collections import Counter
 from itertools import chain
 
+import datasets
+from safetensors.torch import load_file
+
 from tests.hostile_images import encoded
 from tests.reliability.run import dataset, start, start_together
+from tests.reliability.test_interruptions import last_step, wait_for
 
 
 def run(folder, processes=1, expect=0, **options):
@@ -25,7 +31,7 @@ def run(folder, processes=1, expect=0, **options):
 def write_shards(folder, rows=24, shards=4):
     """Tar archives of the first rows."""
     folder.mkdir()
-    images = dataset(rows).with_format(None).cast_column("image", _encoded())["image"]
+    images = dataset(rows).with_format(None).cast_column("image", datasets.Image(decode=False))["image"]
     for shard in range(shards):
         with tarfile.open(folder / f"{shard}.tar", "w") as archive:
             for row in range(shard, rows, shards):
@@ -33,12 +39,6 @@ def write_shards(folder, rows=24, shards=4):
                 member.size = len(images[row]["bytes"])
                 archive.addfile(member, io.BytesIO(images[row]["bytes"]))
     return folder
-
-
-def _encoded():
-    import datasets
-
-    return datasets.Image(decode=False)
 
 
 def test_two_processes_read_every_row_once_in_a_pass(tmp_path):
@@ -88,3 +88,24 @@ def test_more_lost_rows_than_allowed_end_the_run(tmp_path):
                "per_device_train_batch_size": 16}  # fmt: skip
     _, log = run(tmp_path / "out", expect=1, **options)
     assert "rows had to be left out, more than max_bad_share=0.1" in log and "Left out: shard" in log
+
+
+def test_a_signal_ends_a_run_on_a_stream_behind_its_last_step(tmp_path):
+    """The batches that were fetched for the next step are not lost."""
+    options = {
+        "streaming": True,
+        "dataloader_num_workers": 2,
+        "per_device_train_batch_size": 1,
+        "save_strategy": "steps",
+    }
+    options |= {"save_steps": 2, "lr_scheduler_type": "constant", "gradient_accumulation_steps": 2}
+    process = start(tmp_path / "parts", max_steps=100_000, **options)
+    wait_for(tmp_path / "parts" / "checkpoint-2", process)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    assert process.exitcode == 143, (tmp_path / "parts" / "log.txt").read_text()
+    steps = last_step(tmp_path / "parts") + 2
+    run(tmp_path / "parts", resume=True, **{**options, "max_steps": steps})
+    run(tmp_path / "whole", **{**options, "max_steps": steps})
+    parts, whole = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("parts", "whole"))
+    assert all((parts[name] == weight).all() for name, weight in whole.items())
