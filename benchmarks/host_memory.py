@@ -1,11 +1,12 @@
-"""Main memory of full fine-tuning under FSDP2, from the start of the processes to the end of the first step.
+"""Main memory of full fine-tuning under FSDP2, from the start of the processes to the end of the first step, with
+accelerate's efficient loading and without.
 
     python benchmarks/host_memory.py --output benchmarks/results/DATE-host-memory.json
 
 Makes a random BAGEL in bfloat16 and trains it for one step on 1, 2 and 4 processes over gloo, on the CPU, where the
 shards lie in main memory too. Of each process it samples the anonymous memory, which the kernel cannot drop, less that
 of a process that imports the same and does nothing; `copies` is the sum over the processes, in copies of the weights as
-training keeps them. Prints one JSON line.
+training keeps them (float32; the shards are one). Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -21,9 +22,8 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
-ROOT = Path(__file__).parents[1]
-LAUNCH = ROOT / "src" / "reca_trainer" / "recipes" / "accelerate" / "fsdp2.yaml"
 SIZES = {"0.2B": (1024, 4096, 6), "0.8B": (2048, 8192, 6)}  # as in adapters.py
 
 
@@ -50,67 +50,74 @@ class Sampler(threading.Thread):
         return self.peak
 
 
-def work(model: str, output: str) -> None:
-    """One process of a run."""
-    from datasets import Dataset
-    from PIL import Image
-    from transformers import TrainerCallback
+def work(model_folder: str, output: str, efficient: bool) -> None:
+    """One process of a run: load, shard, one step of SGD without an autocast."""
+    import torch
+    import torch.distributed as dist
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
-    from reca_trainer import RecAConfig, RecATrainer
+    from reca_trainer import AutoUnifiedModel
 
-    if model == "nothing":
+    if model_folder == "nothing":
         Path(output).write_text(json.dumps({"imports": anonymous()}))
         return
-    sampler, peaks = Sampler(), {}
-
-    class Peaks(TrainerCallback):
-        def on_step_begin(self, *args, **kwargs):
-            peaks.setdefault("before_step", sampler.look())
-
-        def on_step_end(self, *args, **kwargs):
-            peaks.setdefault("first_step", sampler.look())
-
-    images = [Image.new("RGB", (64, 64), (17 * row, 90, 120)) for row in range(8)]
-    args = RecAConfig(
-        output_dir=f"{output}.run", max_steps=1, per_device_train_batch_size=1, bf16=True, use_cpu=True,
-        report_to="none", save_strategy="no", max_image_size=64, min_image_size=64, disable_tqdm=True, optim="sgd",
-        dataloader_pin_memory=False,
+    sampler = Sampler()
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    options = {"device_map": "meta"} if efficient and rank else {}
+    model = AutoUnifiedModel.from_pretrained(model_folder, dtype=torch.float32, **options)
+    copy = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    model.freeze_understanding()
+    batch = model.example_batch(1, 64, 64)
+    draws = model.sample_corruption(batch, [torch.Generator().manual_seed(rank)])
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=efficient,
+        state_dict_type="FULL_STATE_DICT",
     )  # fmt: skip
-    trainer = RecATrainer(model, args, train_dataset=Dataset.from_dict({"image": images}), callbacks=[Peaks()])
-    kept = {str(weight.dtype): 0 for weight in trainer.model.parameters()}
-    for weight in trainer.model.parameters():
-        kept[str(weight.dtype)] += weight.numel() * weight.element_size()
-    trainer.train()
-    rank = os.environ.get("RANK", "0")
-    Path(f"{output}.{rank}").write_text(json.dumps({**peaks, "copy": sum(kept.values()), "kept": kept}))
+    # accelerate shards on GPUs alone; this is the part of it that does, over gloo.
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), device=torch.device("cpu"), mixed_precision="no",
+        is_main_process=rank == 0, process_index=rank, num_processes=dist.get_world_size(), torch_device_mesh=None,
+        parallelism_config=None,
+    )  # fmt: skip
+    model = fsdp2_prepare_model(accelerator, model)
+    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=1e-5)
+    peaks = {"before_step": sampler.look()}
+    model(corruption=draws, **batch).loss.backward()
+    optimizer.step()
+    peaks["first_step"] = sampler.look()
+    Path(f"{output}.{rank}").write_text(json.dumps({**peaks, "copy": copy}))
+    dist.destroy_process_group()
 
 
 def measure(model: Path, folder: Path, processes: int, efficient: bool, imports: int) -> dict:
-    launch = folder / "launch.yaml"
-    text = LAUNCH.read_text()
-    launch.write_text(
-        re.sub(r"(cpu_ram_efficient_loading:) \w+", rf"\1 {str(efficient).lower()}", text) + "use_cpu: true\n"
-    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     output = folder / f"{processes}-{efficient}"
-    command = ["-m", "accelerate.commands.launch", "--config_file", launch, "--num_processes", processes]
-    command += ["--main_process_port", port, __file__, "--worker", model, output]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
-    subprocess.run([sys.executable, *map(str, command)], check=True, env=environment, cwd=folder)
-    ranks = [json.loads(Path(f"{output}.{rank}").read_text()) for rank in range(processes)]
-    copy = ranks[0]["copy"]
+    layout = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    layout |= {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "ACCELERATE_USE_FSDP": "true"}
+    layout |= {"FSDP_CPU_RAM_EFFICIENT_LOADING": str(efficient).lower()}
+    command = [sys.executable, __file__, "--worker", str(model), str(output), str(efficient)]
+    ranks = [
+        subprocess.Popen(command, env={**os.environ, **layout, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(processes)
+    ]
+    if any(process.wait() for process in ranks):
+        raise SystemExit("A process failed; see above.")
+    results = [json.loads(Path(f"{output}.{rank}").read_text()) for rank in range(processes)]
+    copy = results[0]["copy"]
     result = {"processes": processes, "efficient_loading": efficient, "copy_gb": round(copy / 1e9, 3)}
     for moment in ("before_step", "first_step"):
-        peaks = [rank[moment] - imports for rank in ranks]
+        peaks = [rank[moment] - imports for rank in results]
         result[moment] = {"gb": [round(peak / 1e9, 3) for peak in peaks], "copies": round(sum(peaks) / copy, 2)}
     return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--worker", nargs=2, metavar=("MODEL", "OUTPUT"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=3, metavar=("MODEL", "OUTPUT", "EFFICIENT"), help=argparse.SUPPRESS)
     parser.add_argument("--size", choices=SIZES, default="0.8B")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument(
@@ -119,7 +126,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write the line there")
     options = parser.parse_args()
     if options.worker:
-        work(*options.worker)
+        work(*options.worker[:2], efficient=options.worker[2] == "True")
         return
     sys.path.insert(0, str(Path(__file__).parent))
     from adapters import make_model
@@ -128,7 +135,7 @@ def main() -> None:
         folder = Path(name)
         size = make_model(folder / "model", SIZES[options.size], "bfloat16")
         nothing = folder / "nothing"
-        subprocess.run([sys.executable, __file__, "--worker", "nothing", str(nothing)], check=True)
+        subprocess.run([sys.executable, __file__, "--worker", "nothing", str(nothing), "False"], check=True)
         imports = json.loads(nothing.read_text())["imports"]
         runs = [
             measure(folder / "model", folder, processes, efficient, imports)

@@ -57,3 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"reca-trainer {argv[0]}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as interrupt:
+        print(f"reca-trainer {argv[0]}: {interrupt or 'interrupted'}", file=sys.stderr)
+        return 130

@@ -183,7 +183,8 @@ def plan_costs(args: argparse.Namespace, batch_sizes: Sequence[int]) -> list[Cos
 
 def host_bytes(cost: Cost, args: argparse.Namespace) -> float:
     """Main memory that all processes of one machine take together while they load the model."""
-    copies = 0 if args.mode == "qlora" else args.num_processes  # what is quantised goes to the GPU layer by layer
+    copies = 1 if args.launch == "fsdp2" else args.num_processes
+    copies = 0 if args.mode == "qlora" else copies  # what is quantised goes to the GPU layer by layer
     each = plan.HOST_PROCESS_BYTES + (args.dataloader_num_workers or 0) * plan.WORKER_BYTES
     return copies * cost.weights + args.num_processes * each
 

@@ -20,7 +20,9 @@ def list_recipes(argv: list[str] | None = None) -> None:
     print(
         f"\nLaunch files for several GPUs: {', '.join(sorted(p.stem for p in (FOLDER / 'accelerate').glob('*.yaml')))}"
     )
-    print("Use one with `reca-trainer train --config NAME`; copy it to edit with `reca-trainer init NAME`.")
+    print(
+        "Use a recipe with `reca-trainer train --config NAME`; `reca-trainer init NAME` writes one, or a launch file, to edit."
+    )
 
 
 def init(argv: list[str] | None = None) -> None:
@@ -43,7 +45,10 @@ def init(argv: list[str] | None = None) -> None:
         raise FileExistsError(f"{target} is there already; name another file.")
     with replacing(target) as file:
         file.write_text(source.read_text())
-    print(f"Wrote {target}. Train with: reca-trainer train --config {target}")
+    command = f"reca-trainer train --config {target}"
+    if source == launch_file:
+        command = f"accelerate launch --config_file {target} -m reca_trainer train"
+    print(f"Wrote {target}. Train with: {command}")
 
 
 def summary(path: Path) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
+from accelerate import DistributedType, PartialState
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
@@ -121,7 +121,8 @@ def _choice(variant: str | None) -> dict[str, str]:
 def gets_weights_from_first_process() -> bool:
     """Whether FSDP's efficient loading is on and this is not the first process of its machine: accelerate sends it its
     shards, so that a machine holds one copy of a model and not one a process."""
-    return is_fsdp_enabled() and int(os.environ.get("LOCAL_RANK", 0)) != 0
+    state = PartialState()  # on CPUs accelerate shards nothing
+    return is_fsdp_enabled() and state.distributed_type != DistributedType.MULTI_CPU and not state.is_local_main_process
 
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "variant")

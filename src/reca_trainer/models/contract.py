@@ -138,6 +138,12 @@ class UnifiedModel(PreTrainedModel):
         def is_gradient_checkpointing(self) -> bool:
             return self.is_activation_checkpointing  # PEFT asks by the older name, and transformers would warn of it
 
+    def post_init(self) -> None:
+        """As `PreTrainedModel.post_init`. The layers that FSDP wraps are those that are there: a part brings along all
+        that its class could have, and accelerate refuses names that it does not find."""
+        super().post_init()
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
+
     @property
     def image_sides(self) -> range | None:
         return None
