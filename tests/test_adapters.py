@@ -220,9 +220,9 @@ def test_merging_rounds_once(tmp_path):
     merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", max_shard_size="100KB")
     exact = AutoUnifiedModel.from_pretrained(tmp_path / "base", dtype=torch.float32)
     exact = load_adapter(exact, tmp_path / "adapter").merge_and_unload().state_dict()
-    found = tensors(tmp_path / "merged")
-    assert found.keys() == exact.keys() and len(list((tmp_path / "merged").glob("*.safetensors"))) > 3
-    for name, tensor in found.items():
+    merged = tensors(tmp_path / "merged")
+    assert merged.keys() == exact.keys() and len(list((tmp_path / "merged").glob("*.safetensors"))) > 3
+    for name, tensor in merged.items():
         assert tensor.dtype == (torch.float32 if name.startswith("vae.") else torch.bfloat16)
         assert torch.equal(tensor, exact[name].to(tensor.dtype)), name
     merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "float32", dtype=torch.float32)

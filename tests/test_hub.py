@@ -473,9 +473,9 @@ BEFORE = (
     RUN
     + """
 results = {
+    "down": attempt(make, "down", model="no/such/model"),
     "denied": attempt(make, "denied", model="no/such/model", hub_token="hf_somebody_else"),
     "broken": attempt(make, "broken", model="no/such/model", hub_token="hf_sec\\nret"),
-    "down": attempt(make, "down", model="no/such/model"),
 }
 print(json.dumps(results))
 """

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor, RecAConfig, RecATrainer
+from reca_trainer.cli import main
 from reca_trainer.saving import run_checkpoints
 from reca_trainer.saving.run_checkpoints import last_complete_checkpoint, read_seal, seal, sole_run
 from tests.reliability.run import CHECKPOINT, dataset, fork, start
@@ -114,11 +115,12 @@ DIFFERENCES = {
     "max_grad_norm: 1.0, now 2.0": {"max_grad_norm": 2.0},
     "bf16: False, now True": {"bf16": True},
     "ema_decay: 0.0, now 0.4": {"ema_decay": 0.4},
-    "loss weights: {'reconstruct': 1.0, 'caption': 0.0, 'generate': 0.0}, now {'reconstruct': 2.0,": {
+    "loss weights: {'reconstruct': 1.0, 'caption': 0.0, 'generate': 0.0, 'edit': 0.0}, now {'reconstruct': 2.0,": {
         "reca_weight": 2.0
     },
     "instruction_dropout: 0.1, now 0.2": {"instruction_dropout": 0.2},
     "caption_dropout: 0.1, now 0.2": {"caption_dropout": 0.2},
+    "edit_source_dropout: 0.3, now 0.2": {"edit_source_dropout": 0.2},
     "token_weighting: target, now micro_batch": {"token_weighting": "micro_batch"},
     "timesteps_per_image: 1, now 2": {"timesteps_per_image": 2},
     "max_image_size: None, now 48": {"max_image_size": 48},
@@ -293,6 +295,16 @@ def test_a_second_run_is_refused_before_its_model_is_loaded(tmp_path, images):
         pytest.raises(BlockingIOError, match=rf"Another run \(process {os.getpid()} on .*Choose another"),
     ):
         RecATrainer("no/such/model", args, train_dataset=images)
+
+
+def test_the_command_line_says_it_in_one_line(tmp_path, capsys):
+    (tmp_path / "empty.yaml").write_text("{}\n")
+    argv = f"train --config {tmp_path}/empty.yaml --model_name_or_path no/such/model --dataset_name none --use_cpu"
+    with sole_run(tmp_path / "."):
+        assert main([*argv.split(), "--output_dir", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert error.splitlines()[-1].startswith(f"reca-trainer train: Another run (process {os.getpid()} on ")
 
 
 def test_a_second_run_in_a_process_of_its_own_is_refused(tmp_path):

@@ -166,8 +166,8 @@ class Measure(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.steps == 0:
-            own = psutil.Process()
-            processes = [own, *own.children()]
+            process = psutil.Process()
+            processes = [process, *process.children()]
             sample = {
                 "bytes": sum(process.memory_full_info().uss for process in processes),
                 "files": sum(process.num_fds() for process in processes),

@@ -77,10 +77,10 @@ def test_a_warm_up_as_long_as_the_run_is_warned_of(tmp_path, warnings, warmup_st
 @pytest.mark.parametrize(("decay", "warns"), [(0.9, True), (0.3, False)])
 def test_an_average_that_does_not_fit_the_run_is_warned_of(tmp_path, warnings, decay, warns):
     start(tmp_path, ema_decay=decay).train()
-    said = (
+    warning = (
         "ema_decay=0.9 does not fit a run of 3 steps: at its end 72.9% of the average are the weights it started from"
     )
-    assert (said in warnings.text) == warns
+    assert (warning in warnings.text) == warns
 
 
 def test_a_resumed_run_compares_with_its_true_beginning(warnings):
@@ -139,8 +139,8 @@ def test_the_best_checkpoint_is_kept_and_loaded(tmp_path):
         metric_for_best_model="eval_loss",
     )
     run.train()
-    found = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
-    best = 1 + found.index(max(found))
+    losses = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
+    best = 1 + losses.index(max(losses))
     assert run.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
     assert (tmp_path / f"checkpoint-{best}").is_dir() and last_complete_checkpoint(tmp_path)
 

@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
 from reca_trainer.files import replacing
-from reca_trainer.models.registry import family
+from reca_trainer.models.registry import detect
 from reca_trainer.models.registry import is_adapter as holds_adapter
 from reca_trainer.saving.describe import describe
 
@@ -179,7 +179,7 @@ def folder_card(folder: Path, repo_id: str, token: str | None = None) -> ModelCa
         losses=last_losses(state.get("log_history", [])),
         steps=state.get("global_step"),
         license=base_license(base, token),
-        license_note=family(weights["family"]).Model.license_note if "family" in weights else "",
+        license_note=detect(folder)[0].Model.license_note if "family" in weights else "",
         preview=PREVIEW if (folder / PREVIEW).is_file() else None,
         weights=weights,
     )

@@ -183,7 +183,7 @@ class HubUploads(Trainer if TYPE_CHECKING else object):
         defaults = {
             "base_model": source,
             "is_adapter": is_adapter,
-            "datasets": [name for name in (args.dataset_name, args.caption_dataset_name) if name],
+            "datasets": [name for name in (args.dataset_name, args.caption_dataset_name, args.edit_dataset_name) if name],
             "hyperparameters": settings,
             "losses": last_losses(self.state.log_history),
             "steps": self.state.global_step,

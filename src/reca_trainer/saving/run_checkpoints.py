@@ -73,6 +73,7 @@ ARGUMENTS = (
     "ema_decay",
     "instruction_dropout",
     "caption_dropout",
+    "edit_source_dropout",
     "token_weighting",
     "timesteps_per_image",
     "max_image_size",
