@@ -10,6 +10,8 @@ The real run on your own images, a folder or a dataset id:
         --model_name_or_path bytedance-research/Lance --dataset_name path/to/images
 """
 
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
 from reca_trainer.cli.train import run
 from reca_trainer.models.lance import Config, Model, Processor
 from reca_trainer.toy.pretraining import pretrain
@@ -28,11 +30,14 @@ def encode(model, pixels):
 
 
 def decode(model, latents):
-    return model.vae.decode(latents[:, :, None]).sample[:, :, 0]
+    # As the autoencoder's own, but for its clamp to [-1, 1]: pixels that begin beyond it would learn nothing.
+    frames = model.vae.decoder(model.vae.post_quant_conv(latents[:, :, None]), first_chunk=True)
+    return unpatchify(frames, model.vae.config.patch_size)[:, :, 0]
 
 
 def tiny(**steps):
-    return pretrain(build, "vae", encode, decode, continuous=True, **{"autoencoder_steps": 400, **steps})
+    steps = {"autoencoder_steps": 700, "understanding_steps": 300, **steps}
+    return pretrain(build, "vae", encode, decode, continuous=True, **steps)
 
 
 if __name__ == "__main__":
