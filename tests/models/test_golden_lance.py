@@ -236,8 +236,8 @@ def check_training(model, case, tensors, monkeypatch):
             # all others are those without that option.
             gradients = {name: gradient for name, gradient in gradients.items() if norms.get(name) is not None}
         for name, norm in norms.items():
-            found = gradients[name].norm().item() if name in gradients else 0.0
-            assert found == pytest.approx(norm or 0.0, rel=TOLERANCE["grad_norms_rtol"], abs=1e-9), name
+            actual = gradients[name].norm().item() if name in gradients else 0.0
+            assert actual == pytest.approx(norm or 0.0, rel=TOLERANCE["grad_norms_rtol"], abs=1e-9), name
         if (norm := case.get(f"grad_norm_total_{freezing}")) is not None:
             squares = sum(gradient.double().square().sum() for gradient in gradients.values())
             assert squares.sqrt().item() == pytest.approx(norm, rel=TOLERANCE["grad_norms_rtol"])

@@ -242,8 +242,7 @@ def test_the_tasks_have_the_system_prompts_they_were_trained_with(processor):
 )
 def test_bounds_choose_the_resolution_of_the_bucket(size, bounds, expected):
     processor = AutoUnifiedProcessor.from_pretrained(CHECKPOINT)
-    found = processor.target_size(*size, **bounds)
-    assert found == expected
+    assert processor.target_size(*size, **bounds) == expected
     for bad in ({"max_image_size": 8}, {"max_image_size": 64, "min_image_size": 128}):
         with pytest.raises(ValueError, match="at least 16 pixels and the minimum is not above the maximum"):
             processor.target_size(*size, **bad)

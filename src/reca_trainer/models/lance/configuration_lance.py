@@ -198,6 +198,8 @@ class LanceConfig(CompositeConfig):
                 vocab_size=-(-vocab_size // 32) * 32,
                 max_position_embeddings=2048,
                 rms_norm_eps=1e-6,
+                bos_token_id=None,
+                eos_token_id=eos_token_id,
                 rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 4, 4]},
             ),
             vision_config=Qwen2_5_VLVisionConfig(

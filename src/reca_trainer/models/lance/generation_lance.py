@@ -77,9 +77,10 @@ class LanceGeneration:
             rows = {"negative_prompt": negative_prompt, "latents": latents, "posterior_noise": posterior_noise}
             return self._one_by_one(processor, text, images, generator, rows, options)
 
-        own_size = processor.target_size(*(images[0].size if images else (1, 1)))
+        default_size = processor.target_size(*(images[0].size if images else (1, 1)))
         stride = self.config.latent_token_stride
-        grid = tuple((side or own) // stride for side, own in zip((height, width), own_size, strict=True))
+        sides = zip((height, width), default_size, strict=True)
+        grid = tuple((side or default) // stride for side, default in sides)
 
         use = "sample" if task == "generate" else task
         start, rest = self._begin(processor.prompt(use, text or [""] * count))
@@ -95,9 +96,9 @@ class LanceGeneration:
             _, other = self._begin(processor.prompt(use, negative_prompt or [""] * count), read=False)
             contexts["no_text"] = self.read_text(start, **other)
             if negative_prompt is None and use_kv_cache:
-                own = contexts["no_text"].position
-                moved = replace(start, position=start.position + contexts["full"].position - own)
-                contexts["no_text"] = replace(self.read_text(moved, **other), position=own)
+                position = contexts["no_text"].position
+                moved = replace(start, position=start.position + contexts["full"].position - position)
+                contexts["no_text"] = replace(self.read_text(moved, **other), position=position)
 
         if latents is None:
             shape = (grid[0] * grid[1], self.config.latent_token_dim)

@@ -46,8 +46,8 @@ class LatentPositions(nn.Module):
         sizes = (frames, self.side, self.side)
         axes = [sincos(size, dim) for size, dim in zip(sizes, (third, third, self.dim - 2 * third), strict=True)]
         parts = [
-            axis.view(*(-1 if place == own else 1 for own in range(3)), axis.shape[1]).expand(*sizes, -1)
-            for place, axis in enumerate(axes)
+            axis.view(*(-1 if dim == index else 1 for dim in range(3)), axis.shape[1]).expand(*sizes, -1)
+            for index, axis in enumerate(axes)
         ]
         return torch.cat(parts, dim=-1).flatten(0, 2).float()
 

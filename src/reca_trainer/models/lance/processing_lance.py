@@ -184,7 +184,7 @@ class LanceProcessor(UnifiedProcessor):
                 learned, a conversation cannot be learned from.
         """
         if any(dropped or []) and task == "caption":
-            raise ValueError("The text of a caption is learned; only that of other tasks is dropped.")
+            raise ValueError("The tasks that make images drop texts, caption does not.")
         if task == "caption":
             return {"task": task, **self._caption_batch(images, text, instruction)}
         batch: dict[str, Any] = {"task": task}
