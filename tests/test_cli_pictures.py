@@ -81,7 +81,10 @@ def test_recipes_are_listed_and_written_to_edit(tmp_path, monkeypatch, capsys):
     assert main(["recipes"]) == 0
     listed = capsys.readouterr().out
     assert all(path.stem in listed for path in FOLDER.glob("**/*.yaml"))
-    assert main(["init", "bagel_lora"]) == 0 and main(["init", "fsdp2", "launch.yaml"]) == 0
+    assert main(["init", "bagel-lora"]) == 0 and main(["init", "fsdp2", "launch.yaml"]) == 0
+    written = capsys.readouterr().out
+    assert "reca-trainer train --config bagel_lora.yaml" in written
+    assert "accelerate launch --config_file launch.yaml -m reca_trainer train" in written
     assert (tmp_path / "bagel_lora.yaml").read_text() == (FOLDER / "bagel_lora.yaml").read_text()
     assert (tmp_path / "launch.yaml").read_text() == (FOLDER / "accelerate" / "fsdp2.yaml").read_text()
     assert main(["init", "bagel_lora"]) == 1

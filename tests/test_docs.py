@@ -3,7 +3,6 @@
 `tests/reliability/test_docs.py` runs the blocks.
 """
 
-import os
 import re
 import shutil
 import subprocess
@@ -92,7 +91,7 @@ def build_site(folder):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "mkdocs.yml", folder)
     command = [sys.executable, "-m", "zensical", "build", "--strict"]
-    done = subprocess.run(command, cwd=folder, env=os.environ | {"NO_COLOR": "1"}, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return sorted((folder / "site").rglob("*.html"))
 

@@ -99,6 +99,9 @@ RUN = {
     ),
     "instruction_dropout": Works("tests/test_data_options.py::test_every_text_can_be_dropped"),
     "caption_dropout": Works("tests/test_data_options.py::test_every_text_can_be_dropped"),
+    "edit_weight": Works("tests/test_edit.py::test_both_layouts_train_mixed_with_reconstruction"),
+    "edit_dataset_name": Works("tests/test_edit.py::test_both_layouts_train_mixed_with_reconstruction"),
+    "edit_source_dropout": Works("tests/test_edit.py::test_what_is_dropped_is_drawn_apart_for_every_sample"),
     "instructions_file": Works("tests/test_data_options.py::test_instructions_come_from_a_file"),
     "token_weighting": Works("tests/test_data_options.py::test_micro_batches_count_by_their_targets_or_all_alike"),
     "max_image_size": Works("tests/test_data_options.py::test_image_sizes_bound_the_targets"),
@@ -215,7 +218,7 @@ def test_every_method_of_a_trainer_is_decided():
     assert methods - METHOD.keys() == set()
 
 
-def tests_of(file):
+def functions_in(file):
     tree = ast.parse((ROOT / file).read_text())
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
@@ -225,7 +228,7 @@ def test_every_test_that_the_table_names_is_there():
     functions = {}
     for test in named:
         file, function = test.partition("[")[0].split("::")
-        assert function in functions.setdefault(file, tests_of(file)), test
+        assert function in functions.setdefault(file, functions_in(file)), test
     cases = {**dict.fromkeys(test_option_effects.CASES, EFFECTS), **dict.fromkeys(test_model_options.CASES, MODEL)}
     for test in named:
         if test.endswith("]"):
@@ -339,5 +342,5 @@ def test_sharing_weights_decides_the_image_to_text_weight_and_weights_the_mix(tm
         train_dataset=Dataset.from_list([{"image": Image.new("RGB", (64, 64)), "caption": "night"}]),
         processing_class=AutoUnifiedProcessor.from_pretrained(CHECKPOINT),
     )
-    assert trainer.loss_weights == {"reconstruct": 1.0, "caption": weight, "generate": 0.0}
+    assert trainer.loss_weights == {"reconstruct": 1.0, "caption": weight, "generate": 0.0, "edit": 0.0}
     assert trainer.task_pattern == {task: 1 for task, value in trainer.loss_weights.items() if value}

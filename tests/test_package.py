@@ -1,8 +1,10 @@
 """What the package promises as a whole."""
 
 import ast
+import re
 import subprocess
 import sys
+from configparser import ConfigParser
 from pathlib import Path
 
 import reca_trainer
@@ -17,8 +19,37 @@ def test_importing_the_package_imports_nothing_heavy():
 
 
 def test_every_public_name_can_be_imported():
+    assert set(dir(reca_trainer)) >= {*reca_trainer.__all__, "__version__"}
     for name in reca_trainer.__all__:
         assert getattr(reca_trainer, name).__name__ == name
+
+
+def test_every_file_beside_the_code_is_part_of_the_wheel():
+    settings = ConfigParser()
+    settings.read(SOURCE.parents[1] / "setup.cfg")
+    patterns = settings["options.package_data"]["reca_trainer"].split()
+    packaged = {path for pattern in patterns for path in SOURCE.glob(pattern)}
+    files = {path for path in SOURCE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert files == packaged
+
+
+def test_what_is_imported_where_it_is_used_is_an_extra():
+    settings = ConfigParser()
+    settings.read(SOURCE.parents[1] / "setup.cfg")
+    needed = {re.split(r"[<>=]", line)[0] for line in settings["options"]["install_requires"].split()}
+    imported = {
+        (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).partition(".")[0]
+        for path in SOURCE.rglob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if (isinstance(node, ast.ImportFrom) and not node.level) or isinstance(node, ast.Import)
+    }
+    others = imported - sys.stdlib_module_names - needed - {"PIL", "reca_trainer"}
+    assert others == {
+        "anyio",
+        "httpx2",
+        "lmms_eval",
+        "tqdm",
+    }  # of modules that extras bring; tqdm comes with `datasets`
 
 
 def imports(path):

@@ -177,6 +177,11 @@ def test_processes_take_turns_with_the_tasks_together():
     assert sorted(value for part in parts for value in values_of(part)) == list(range(11))
 
 
+def test_batches_in_no_order_are_refused():
+    with pytest.raises(ValueError, match="dataloader_in_order=False"):
+        StreamingBatches({"reconstruct": stream_of([1])}, {"reconstruct": Columns("image")}, square, in_order=False)
+
+
 def test_a_process_without_rows_repeats_one_that_does_not_count():
     parts = of_processes(3, stream_of([5], shards=1))
     assert sorted(batch["repeated"] for [batch] in parts) == [False, True, True]

@@ -32,7 +32,8 @@ def test_every_task_has_its_own_number_weight_and_loss():
 
 def test_columns_say_which_tasks_they_serve():
     assert [task for task in TASKS if Columns("image").serve(task)] == ["reconstruct"]
-    assert [task for task in TASKS if Columns("image", caption="text").serve(task)] == list(TASKS)
+    assert [task for task in TASKS if Columns("image", caption="text").serve(task)] == ["reconstruct", "caption", "generate"]
+    assert [task for task in TASKS if Columns("b", instruction="c", source="a").serve(task)] == ["reconstruct", "edit"]
     assert [task for task in TASKS if Columns("image", conversation="turns").serve(task)] == ["reconstruct", "caption"]
 
 

@@ -45,6 +45,13 @@ class RecAConfig(TrainingArguments):
             "0.62 and 0.31); the whole generator at 3e-4 does not need it (0.66 and 0.39 without)."
         },
     )
+    edit_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the editing loss: an image is made from a source image and an instruction. Only for families "
+            "that edit (BAGEL, Lance). 0: none, as in the paper."
+        },
+    )
     task_mix: str | None = field(
         default=None,
         metadata={
@@ -55,8 +62,8 @@ class RecAConfig(TrainingArguments):
     instruction_dropout: float = field(
         default=0.1,
         metadata={
-            "help": "Probability that an image is reconstructed without its instruction, in the family's unconditional "
-            "form. Official runs: BAGEL and Harmon 0.1, OpenUni and Show-o 0."
+            "help": "Probability that an image is reconstructed, or edited, without its instruction, in the family's "
+            "unconditional form. Official runs: BAGEL and Harmon 0.1, OpenUni and Show-o 0."
         },
     )
     caption_dropout: float = field(
@@ -64,6 +71,13 @@ class RecAConfig(TrainingArguments):
         metadata={
             "help": "Probability that an image of the text-to-image term goes without its caption, in the family's "
             "unconditional form. Official runs: 0.1."
+        },
+    )
+    edit_source_dropout: float = field(
+        default=0.3,
+        metadata={
+            "help": "Probability that an edit goes without its source's latents and, drawn apart, without its embeddings; "
+            "Lance drops both at once. As BAGEL's script."
         },
     )
     instructions_file: str | None = field(
@@ -116,6 +130,13 @@ class RecAConfig(TrainingArguments):
     caption_dataset_name: str | None = field(
         default=None,
         metadata={"help": "Another dataset for the image-to-text term, with captions or conversations."},
+    )
+    edit_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Another dataset for the editing term: with sources, instructions and targets, or with BAGEL's chains "
+            "(image_list and instruction_list)."
+        },
     )
     eval_size: int = field(
         default=0, metadata={"help": "Rows held out of the training set for evaluation where no eval set is given."}
@@ -269,12 +290,14 @@ class RecAConfig(TrainingArguments):
             raise ValueError(f"ema_decay is at least 0 and below 1, not {self.ema_decay}.")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share is a share of all rows, not {self.max_bad_share}.")
-        for name in ("instruction_dropout", "caption_dropout"):
+        for name in ("instruction_dropout", "caption_dropout", "edit_source_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a probability, not {getattr(self, name)}.")
         if self.token_weighting not in ("target", "micro_batch"):
             raise ValueError(f"token_weighting is 'target' or 'micro_batch', not {self.token_weighting!r}.")
-        if self.dataset_name is None and self.caption_dataset_name is None:
+        if self.edit_dataset_name is not None and not self.edit_weight:
+            raise ValueError(f"edit_dataset_name={self.edit_dataset_name!r} is about the editing term: set edit_weight.")
+        if self.dataset_name is None and self.caption_dataset_name is None and self.edit_dataset_name is None:
             for name, default in OF_A_NAMED_DATASET.items():
                 if (value := getattr(self, name)) != default:
                     raise ValueError(f"{name}={value!r} is about dataset_name, which is not set.")
@@ -309,9 +332,9 @@ class RecAConfig(TrainingArguments):
     def task_pattern(self, weights: dict[str, float]) -> dict[str, int]:
         """Micro-batches per turn of every task with a positive weight in `weights`."""
         if self.task_mix is None:
-            return {task: 1 for task in TASKS if weights[task] > 0}
+            return {task: 1 for task in TASKS if weights.get(task, 0) > 0}
         counts = dict.fromkeys(TASKS, 0) | parse_task_mix(self.task_mix)
-        contradictions = [task for task in TASKS if (counts[task] > 0) != (weights[task] > 0)]
+        contradictions = [task for task in TASKS if (counts[task] > 0) != (weights.get(task, 0) > 0)]
         if contradictions:
             raise ValueError(
                 f"task_mix {self.task_mix} and the loss weights {weights} disagree about {', '.join(contradictions)}: "

@@ -28,6 +28,7 @@ TASKS = {
     "reconstruct": Task(0, "reca_weight", "reconstruction_loss"),
     "caption": Task(1, "image_to_text_weight", "image_to_text_loss", ("conversation", "caption")),
     "generate": Task(2, "text_to_image_weight", "text_to_image_loss", ("caption",)),
+    "edit": Task(3, "edit_weight", "edit_loss", ("instruction",)),
 }
 
 

@@ -60,7 +60,7 @@ class RecATrainer(RunCheckpoints, HeldOutLosses, HubUploads, Trainer):
         args: a `RecAConfig`; by default one named after the model.
         data_collator: rows to batch; by default `UnifiedCollator(processing_class)`.
         train_dataset: any `datasets` dataset with an image column; or one per task, `{"reconstruct": …, "caption": …,
-            "generate": …}`. By default `args.dataset_name`.
+            "generate": …, "edit": …}`. By default `args.dataset_name`.
         eval_dataset: likewise, or several by names of your own, `{"faces": …, "rooms": …}`, whose metrics are called
             `eval_faces_loss` and so on; by default `args.eval_size` rows held out of the training set.
         processing_class: the family's processor; by default loaded from where the model is from.
@@ -129,7 +129,7 @@ class RecATrainer(RunCheckpoints, HeldOutLosses, HubUploads, Trainer):
                 images.check_sizes(processing_class, args)
             init = dict(args.model_init_kwargs or {})
             init.setdefault("dtype", adapters.default_dtype(args.bf16, peft_config is not None))
-            if quantization_config is None and gets_weights_from_first_process():
+            if quantization_config is None and not args.cache_latents and gets_weights_from_first_process():
                 init.setdefault("device_map", "meta")
             model = AutoUnifiedModel.from_pretrained(
                 model, quantization_config=quantization_config, is_trainable=True, **init
@@ -152,6 +152,12 @@ class RecATrainer(RunCheckpoints, HeldOutLosses, HubUploads, Trainer):
                 f"{type(base).__name__} is frozen, and its answers go through no trained weight. Leave it 0."
             )
         self.task_pattern = args.task_pattern(self.loss_weights)
+        for task in self.task_pattern:
+            if task not in base.tasks:
+                raise ValueError(
+                    f"{type(base).__name__} cannot do the task {task!r}; it can do {', '.join(base.tasks)}. Leave "
+                    f"{TASKS[task].weight_option} 0."
+                )
         self.images.check(self.task_pattern)
         if args.ddp_find_unused_parameters is None:  # one of several tasks may not reach every trained weight
             args.ddp_find_unused_parameters = len(self.task_pattern) > 1
@@ -271,7 +277,7 @@ class RecATrainer(RunCheckpoints, HeldOutLosses, HubUploads, Trainer):
     # --- the loss ---
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """L = λ_reca · L_reca + λ_i2t · L_image-to-text + λ_t2i · L_text-to-image, one term a micro-batch.
+        """L = λ_reca · L_reca + λ_i2t · L_image-to-text + λ_t2i · L_text-to-image + λ_edit · L_edit, one term a micro-batch.
 
         `L_reca = L_gen(G([E(x_und), instruction]), x_gen)` is the model's own generation loss, conditioned on its own
         understanding embeddings of the same image (paper, equation 2); it is computed in the model's `forward`.
@@ -433,6 +439,7 @@ class RecATrainer(RunCheckpoints, HeldOutLosses, HubUploads, Trainer):
             instructions=None if instructions is None else {"reconstruct": instructions},
             instruction_dropout=args.instruction_dropout,
             caption_dropout=args.caption_dropout,
+            edit_source_dropout=args.edit_source_dropout,
             size_tolerance=0.0 if args.cache_latents else SamplingPlan.size_tolerance,  # kept at their own sizes
         )
         loading = {

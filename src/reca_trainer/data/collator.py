@@ -56,14 +56,20 @@ class UnifiedCollator:
                 )
         encoded = [row.tensors for row in rows if row.tensors is not None]  # of all rows or of none
         texts_cut = getattr(self.processor, "texts_cut", 0)
+        images: list[Any] | None = None if encoded else [cast(Image, row.image) for row in rows]
+        of_edits: dict[str, Any] = {}
+        if task == "edit":
+            images = [(*row.source_images, row.image) for row in rows]
+            of_edits["dropped_sources"] = [draw.dropped_sources for draw in draws]
         batch = self.processor(
-            images=None if encoded else [cast(Image, row.image) for row in rows],
+            images=images,
             text=None if task == "reconstruct" else cast("list[str]", [row.text for row in rows]),
             instruction=[draw.instruction for draw in draws],
             task=task,
             size=size,
             crop=[draw.crop for draw in draws],
             dropped=[draw.dropped for draw in draws],
+            **of_edits,
         )
         if encoded:
             batch.update(pad_encoded(encoded))

@@ -18,8 +18,18 @@ logger = logging.get_logger(__name__)
 
 Rows = TypeVar("Rows", Dataset, IterableDataset, Dataset | IterableDataset)
 
-IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "images")
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "txt", "description")
+# Of edits. In BAGEL's layout a row is a chain of images, each made from the one before, with the wordings of every step's
+# instruction; in others it is a source, an instruction and a target.
+EDIT_CHAIN = ("image_list", "instruction_list")
+SOURCE_COLUMNS = ("source_image", "input_image", "original_image", "source_img", "src_img", "input", "source")
+INSTRUCTION_COLUMNS = ("instruction", "edit_instruction", "edit_prompt", "edit", "edited_prompt_list", "prompt")
+TARGET_COLUMNS = ("target_image", "edited_image", "output_image", "target_img", "edited_img", "output", "target")
+IMAGE_COLUMNS = (
+    *("image", "img", "jpg", "jpeg", "png", "webp", "picture", "images"),
+    *TARGET_COLUMNS,  # where nothing but edits is there, their targets are images like others
+    "image_list",
+)
 CONVERSATION_COLUMNS = ("conversations", "conversation", "messages", "texts")
 
 # The description of a dataset some of whose images have no captions: no fault, since RecA needs none.
@@ -27,11 +37,31 @@ SOME_CAPTIONS = "Images, some of them with captions."
 
 
 class Columns(NamedTuple):
-    """Names of the columns that are used; `None` for what the dataset has not."""
+    """Names of the columns that are used; `None` for what the dataset has not.
+
+    Attributes:
+        image: what is learned to be made or described: of edits the target, or the chain.
+        instruction: that of an edit, in one or several wordings; of a chain, those of each step.
+        source: what an edit starts from; `image` itself where that holds chains.
+    """
 
     image: str
     caption: str | None = None
     conversation: str | None = None
+    instruction: str | None = None
+    source: str | None = None
+
+    @property
+    def images(self) -> list[str]:
+        return [*dict.fromkeys(name for name in (self.image, self.source) if name)]
+
+    @property
+    def texts(self) -> list[str]:
+        return [name for name in (self.caption, self.conversation, self.instruction) if name]
+
+    @property
+    def has_chains(self) -> bool:
+        return self.source == self.image
 
     def serve(self, task: str) -> bool:
         """Whether a task finds what it learns from here."""
@@ -83,6 +113,35 @@ def find_columns(
         caption=caption_column or next(iter(captions), None),
         conversation=conversation_column or next(iter(conversations), None),
     )
+
+
+def find_edit_columns(dataset: Dataset | IterableDataset) -> Columns:
+    """The columns of edits, by their usual names.
+
+    Raises:
+        ValueError: there is no source, no instruction or no target. The message lists the columns there are.
+    """
+    features = dataset.features or dict.fromkeys(next(iter(dataset.take(1)), {}))
+    chain, instructions = EDIT_CHAIN
+    if {chain, instructions} <= features.keys():
+        return Columns(chain, instruction=instructions, source=chain)
+    source, instruction, target = (
+        next((name for name in names if name in features and may_hold(features[name])), None)
+        for names, may_hold in (
+            (SOURCE_COLUMNS, _may_hold_images),
+            (INSTRUCTION_COLUMNS, _may_hold_captions),
+            (TARGET_COLUMNS, _may_hold_images),
+        )
+    )
+    if source is None or instruction is None or target is None:
+        available = ", ".join(f"{name} ({_type_name(feature)})" for name, feature in features.items()) or "none"
+        raise ValueError(
+            f"The task 'edit' learns from a source ({', '.join(SOURCE_COLUMNS)}), an instruction "
+            f"({', '.join(INSTRUCTION_COLUMNS)}) and a target ({', '.join(TARGET_COLUMNS)}), or from chains "
+            f"({' and '.join(EDIT_CHAIN)}). Rename the dataset's columns, pass a dataset for the task "
+            f"({{'reconstruct': …, 'edit': …}}), or set edit_weight=0. Its columns: {available}."
+        )
+    return Columns(target, instruction=instruction, source=source)
 
 
 def _may_hold_images(feature: Any) -> bool:
@@ -140,30 +199,36 @@ def under_root(
     root = Path(image_root).expanduser().resolve()
     if not root.is_dir():
         raise FileNotFoundError(f"image_root={image_root} is no folder.")
+    for column in columns.images:
+        dataset = _under_root(dataset, column, root)
+    return dataset
 
-    def joined(image: Any) -> dict[str, Any]:
-        image = first_image(image)
+
+def _under_root(dataset: Rows, column: str, root: Path) -> Rows:
+    def joined(image: Any) -> Any:
+        if isinstance(image, (list, tuple)):
+            return [joined(item) for item in image]
         image = image if isinstance(image, Mapping) else {"bytes": None, "path": image}
         path = image.get("path")
         if path and image.get("bytes") is None and "://" not in path and not os.path.isabs(path):
             path = os.path.normpath(root / path)
             if not Path(path).is_relative_to(root):
-                raise ValueError(f"The image path {image['path']!r} leads out of image_root={image_root}.")
-        return {columns.image: {"bytes": image.get("bytes"), "path": path}}
+                raise ValueError(f"The image path {image['path']!r} leads out of image_root={root}.")
+        return {"bytes": image.get("bytes"), "path": path}
 
-    if dataset.features is not None and not isinstance(_item(dataset.features[columns.image]), Value):
+    if dataset.features is not None and not isinstance(_item(dataset.features[column]), Value):
         return dataset  # images, not paths to them
     if isinstance(dataset, IterableDataset):
         if dataset.features is not None:
-            dataset = dataset.cast_column(columns.image, encoded_as(dataset.features[columns.image]))
-        return dataset.map(joined, input_columns=[columns.image])
-    images = undecoded(dataset, [columns.image], columns.image).map(
-        joined,
-        input_columns=[columns.image],
-        features=Features({columns.image: Image(decode=False)}),
+            dataset = dataset.cast_column(column, encoded_as(dataset.features[column]))
+        return dataset.map(lambda image: {column: joined(image)}, input_columns=[column])
+    images = undecoded(dataset, [column], column).map(
+        lambda image: {column: joined(image)},
+        input_columns=[column],
+        features=Features({column: encoded_as(dataset.features[column])}),
         desc="Joining image paths",
     )
-    return concatenate_datasets([dataset.remove_columns(columns.image), images], axis=1)
+    return concatenate_datasets([dataset.remove_columns(column), images], axis=1)
 
 
 def with_images(dataset: Dataset | IterableDataset, columns: Columns) -> Dataset | IterableDataset:
@@ -191,12 +256,14 @@ def with_images(dataset: Dataset | IterableDataset, columns: Columns) -> Dataset
     return dataset.select(rows)
 
 
-def undecoded(dataset: Rows, columns: Sequence[str], image_column: str) -> Rows:
+def undecoded(dataset: Rows, columns: Sequence[str], *image_columns: str) -> Rows:
     """Only the named columns, as plain Python values, images still encoded."""
     dataset = dataset.with_format(None).select_columns([name for name in columns if name])
     if dataset.features is None:  # a stream of unknown types decodes nothing by itself
         return dataset
-    return dataset.cast_column(image_column, encoded_as(dataset.features[image_column]))
+    for column in image_columns:
+        dataset = dataset.cast_column(column, encoded_as(dataset.features[column]))
+    return dataset
 
 
 def encoded_as(feature: Any) -> Image | List:

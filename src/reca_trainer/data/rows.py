@@ -13,13 +13,15 @@ from datasets import Dataset
 from PIL import Image
 
 from reca_trainer.data.columns import Columns, check_columns, first_image, needed_columns, undecoded
+from reca_trainer.data.edits import edit_of
 from reca_trainer.data.sampling import Draw, mixed_hash
 from reca_trainer.data.texts import text_of
-from reca_trainer.images import ImageError, decode_image, list_problems
+from reca_trainer.images import ImageError, decode_image, image_size, list_problems
 from reca_trainer.models.contract import Conversation
 
 # So many unreadable images one after the other mean that something else is wrong than a few bad files.
 MAX_BAD_IN_A_ROW = 1000
+SHAPE_TOLERANCE = 0.03  # share by which the ratios of sides of an edit's images may differ
 
 ConversationProblem = Callable[[Conversation], str | None]
 
@@ -76,7 +78,7 @@ class RowDataset(torch.utils.data.Dataset[Row]):
         self.on_bad_image = on_bad_image
         self.conversation_problem = conversation_problem
         self.datasets = {
-            task: undecoded(dataset, needed_columns(dataset, columns[task]), columns[task].image)
+            task: undecoded(dataset, needed_columns(dataset, columns[task]), *columns[task].images)
             for task, dataset in datasets.items()
         }
 
@@ -132,10 +134,12 @@ def read_row(
     """Decode the record of a dataset.
 
     Raises:
-        ImageError: the image cannot be used.
+        ImageError: the image cannot be used, or the images of an edit differ in shape.
         UnusableConversation: the conversation has no image, or `conversation_problem` says why not to learn from it.
         ValueError: what should be a caption or a conversation is something else.
     """
+    if draw.task == "edit":
+        return _read_edit(draw, record, columns, source, skipped)
     text = text_of(draw, record, columns, source)
     if isinstance(text, list):
         problem = "no image" if has_no_image(record[columns.image]) else None
@@ -145,6 +149,23 @@ def read_row(
             raise UnusableConversation(f"{source}: the conversation is left out: {problem}.")
     image = decode_image(read_source(record[columns.image], source), source)
     return Row(draw, source, image, text, skipped=tuple(skipped))
+
+
+def _read_edit(
+    draw: Draw, record: dict[str, Any], columns: Columns, source: str, skipped: Sequence[str] = ()
+) -> Row:
+    edit = edit_of(draw, record, columns, source)
+    before, after = (
+        decode_image(read_source(cell, f"{source}, {role}"), f"{source}, {role}")
+        for role, cell in (("source image", edit.source), ("target image", edit.target))
+    )
+    # The size of a sample is that of its row's first image, and its source is made at the size of its target.
+    first = image_size(read_source(record[columns.image], source), source) if columns.has_chains else after.size
+    for size in (before.size, after.size):
+        if abs(size[0] * first[1] - size[1] * first[0]) > SHAPE_TOLERANCE * size[1] * first[0]:
+            shapes = ", ".join(f"{width} x {height}" for width, height in dict.fromkeys((first, before.size, after.size)))
+            raise ImageError(f"{source}: the images of an edit have one shape, and these are of {shapes} pixels.")
+    return Row(draw, source, after, edit.instruction, source_images=(before,), skipped=tuple(skipped))
 
 
 def has_no_image(image: Any) -> bool:

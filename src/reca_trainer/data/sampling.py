@@ -32,6 +32,7 @@ class Draw(NamedTuple):
         instruction: the sample's reconstruction instruction, or the question to a caption that comes without one.
         crop: place in [0, 1) of a random crop; `None` is the centre.
         dropped: whether the sample's text is dropped for classifier-free guidance.
+        dropped_sources: likewise whether the source of an edit is dropped as latents, and as embeddings.
         repeated: whether another process works on the same sample in this step, whose loss then counts.
     """
 
@@ -42,6 +43,7 @@ class Draw(NamedTuple):
     instruction: str
     crop: float | None = None
     dropped: bool = False
+    dropped_sources: tuple[bool, bool] = (False, False)
     repeated: bool = False
 
 
@@ -72,8 +74,10 @@ class SamplingPlan:
         drop_last: leave out the last rows of a size where they do not fill a micro-batch, and the last micro-batches
             where there is not one for every process.
         instructions: for each task, what to choose from; by default `INSTRUCTIONS` and `CAPTION_QUESTIONS`.
-        instruction_dropout: probability that a `reconstruct` sample goes without its instruction.
+        instruction_dropout: probability that a `reconstruct` or `edit` sample goes without its instruction.
         caption_dropout: probability that a `generate` sample goes without its caption.
+        edit_source_dropout: probability that an `edit` sample goes without its source's latents, and, drawn apart, without
+            its embeddings.
         size_tolerance: share by which a target's sides and area may change so that rows of about one shape can share a
             micro-batch of more than one row.
 
@@ -91,6 +95,7 @@ class SamplingPlan:
     instructions: Mapping[str, Sequence[str]] | None = None
     instruction_dropout: float = 0.0
     caption_dropout: float = 0.0
+    edit_source_dropout: float = 0.0
     size_tolerance: float = 0.03
     pattern: tuple[str, ...] = field(init=False)
 
@@ -105,7 +110,7 @@ class SamplingPlan:
             raise ValueError(
                 f"batch_size {self.batch_size} and process {self.process_index} of {self.num_processes} do not fit."
             )
-        for name in ("instruction_dropout", "caption_dropout"):
+        for name in ("instruction_dropout", "caption_dropout", "edit_source_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a probability, got {getattr(self, name)}.")
         default = {"reconstruct": INSTRUCTIONS, "caption": CAPTION_QUESTIONS}
@@ -149,7 +154,12 @@ class SamplingPlan:
         if not self.shuffle:
             return Draw(task, row, size, mixed_hash(self.seed, 1, TASKS[task].index, row), choices[0])
         seed = mixed_hash(self.seed, 0, TASKS[task].index, pass_number, row)
-        dropout = {"reconstruct": self.instruction_dropout, "generate": self.caption_dropout}.get(task, 0.0)
+        of_text = {
+            "reconstruct": self.instruction_dropout,
+            "generate": self.caption_dropout,
+            "edit": self.instruction_dropout,
+        }.get(task, 0.0)
+        of_source = self.edit_source_dropout if task == "edit" else 0.0
         return Draw(
             task,
             row,
@@ -157,7 +167,8 @@ class SamplingPlan:
             seed,
             instruction=choices[mixed_hash(seed, 1) % len(choices)],
             crop=(mixed_hash(seed, 2) >> 10) / 2**53,
-            dropped=mixed_hash(seed, 3) < dropout * 2**63,
+            dropped=mixed_hash(seed, 3) < of_text * 2**63,
+            dropped_sources=(mixed_hash(seed, 4) < of_source * 2**63, mixed_hash(seed, 5) < of_source * 2**63),
         )
 
 

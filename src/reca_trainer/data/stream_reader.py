@@ -68,7 +68,8 @@ class StreamReader(torch.utils.data.IterableDataset[Reading]):
     Without shuffling the longest waiting row always goes first.
 
     The state of a reader names the rows in its window. A reader that starts from a state reads these again, so at most
-    about two windows of rows, and none of the shards before.
+    about two windows of rows, and none of the shards before. `datasets` passes over what comes before them in their shard:
+    quickly in a data set or table, by reading it in an archive.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class StreamReader(torch.utils.data.IterableDataset[Reading]):
         self.conversation_problem = conversation_problem
         if isinstance(dataset, Dataset):
             dataset = as_stream(dataset)
-        self.dataset = undecoded(dataset, needed_columns(dataset, columns), columns.image)
+        self.dataset = undecoded(dataset, needed_columns(dataset, columns), *columns.images)
         self.resumed_pass: list[int] | None = None  # the pass in which a resumed run goes on
         self.states: dict[str, State] = {}  # of the workers then
         self.first_worker = 0  # whose turn it is then
@@ -111,7 +112,7 @@ class StreamReader(torch.utils.data.IterableDataset[Reading]):
 
 
 class Share(NamedTuple):
-    """What a reader reads of a shard: the rows whose number leaves `part` when it is divided by `parts`."""
+    """What a reader reads of a shard: the rows whose number, divided by `parts`, has the remainder `part`."""
 
     shard: int
     part: int = 0

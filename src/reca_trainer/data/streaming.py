@@ -76,6 +76,8 @@ class StreamingBatches(torch.utils.data.IterableDataset[Any]):
         for task in tasks:
             if task not in datasets:
                 raise ValueError(f"The task {task!r} has weight {self.plan.weights[task]} but no dataset.")
+        if not loading.get("in_order", True):
+            raise ValueError("dataloader_in_order=False would make the order of a stream's batches a matter of luck.")
         reading = (target_size, self.plan, buffer_size, on_bad_image, conversation_problem)
         self.readers = {task: StreamReader(task, datasets[task], columns[task], *reading) for task in tasks}
         self.collate_fn, self.endless, self.loading = collate_fn, endless, loading

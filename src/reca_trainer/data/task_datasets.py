@@ -10,7 +10,14 @@ from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
 from reca_trainer.config import RecAConfig
-from reca_trainer.data.columns import SOME_CAPTIONS, Columns, find_columns, under_root, with_images
+from reca_trainer.data.columns import (
+    SOME_CAPTIONS,
+    Columns,
+    find_columns,
+    find_edit_columns,
+    under_root,
+    with_images,
+)
 from reca_trainer.data.sampling import SamplingPlan, Size, TaskBatchSampler
 from reca_trainer.data.sizes import row_sizes
 from reca_trainer.data.sources import load_image_dataset
@@ -41,7 +48,7 @@ class TaskDatasets:
     def __init__(self, datasets: Mapping[str, Images], columns: dict[str, Any]):
         self.datasets, self.columns = dict(datasets), columns
         self._whole: dict[str, Dataset] = {}  # the datasets some of whose rows a task leaves out
-        self._sizes: dict[int, list[tuple[int, int]]] = {}  # of the images of each dataset
+        self._sizes: dict[tuple[int, str], list[tuple[int, int]]] = {}  # of each dataset's images in a column
         self._checked: set[str] = set()  # tasks whose rows all have their text
 
     @classmethod
@@ -57,18 +64,20 @@ class TaskDatasets:
             source = load_named(args.dataset_name, args)
         if not isinstance(source, Mapping):
             source = dict.fromkeys(TASKS, source)
-            if args.caption_dataset_name is not None:
-                source["caption"] = load_image_dataset(
-                    args.caption_dataset_name, streaming=args.dataset_streaming, image_root=args.image_root
-                )
+            for task, name in (("caption", args.caption_dataset_name), ("edit", args.edit_dataset_name)):
+                if name is not None:
+                    source[task] = load_image_dataset(
+                        name, streaming=args.dataset_streaming, image_root=args.image_root
+                    )
         if unknown := set(source) - set(TASKS):
             raise ValueError(
                 f"Datasets are given for {', '.join(TASKS)}; not for {', '.join(sorted(map(str, unknown)))}. Of several "
                 "splits, pass one."
             )
         names = (args.image_column, args.caption_column, args.conversation_column)
-        columns: dict[int, Any] = {}
-        for dataset in source.values():
+        columns: dict[str, Columns] = {}
+        of_dataset: dict[int, Columns] = {}
+        for task, dataset in source.items():
             if not isinstance(dataset, Dataset | IterableDataset):
                 raise ValueError(
                     f"Images come as a `datasets` dataset, not as {type(dataset).__name__}: make one with "
@@ -81,20 +90,22 @@ class TaskDatasets:
                     "The dataset has a transform (with_transform or set_transform), which would never be called: rows are read "
                     "as they are stored. Write its results with dataset.map, or pass a data_collator."
                 )
-            if id(dataset) not in columns:
+            if task == "edit":  # whose columns are others, also in a dataset that serves all tasks
+                if args.edit_weight:
+                    columns[task] = find_edit_columns(dataset)
+                continue
+            if id(dataset) not in of_dataset:
                 known = [name if name in (dataset.features or {name: None}) else None for name in names[1:]]
-                columns[id(dataset)] = find_columns(dataset, names[0], *known)
-        for name, in_use in zip(names[1:], list(zip(*columns.values(), strict=True))[1:], strict=True):
-            if name is not None and name not in in_use:
-                raise ValueError(f"No dataset has a column {name!r}. Columns in use: {list(columns.values())}.")
-        usable = {
-            id(dataset): with_images(under_root(dataset, columns[id(dataset)], args.image_root), columns[id(dataset)])
-            for dataset in source.values()
-        }
-        images = cls(
-            {task: usable[id(dataset)] for task, dataset in source.items()},
-            {task: columns[id(dataset)] for task, dataset in source.items()},
-        )
+                of_dataset[id(dataset)] = find_columns(dataset, names[0], *known)
+            columns[task] = of_dataset[id(dataset)]
+        for name in names[1:]:
+            if name is not None and not any(name in in_use.texts for in_use in of_dataset.values()):
+                raise ValueError(f"No dataset has a column {name!r}. Columns in use: {list(of_dataset.values())}.")
+        usable: dict[tuple[int, Columns], Images] = {}
+        for task, in_use in columns.items():
+            if (key := (id(source[task]), in_use)) not in usable:
+                usable[key] = with_images(under_root(source[task], in_use, args.image_root), in_use)
+        images = cls({task: usable[id(source[task]), in_use] for task, in_use in columns.items()}, columns)
         images.check([name for name, task in TASKS.items() if task.columns and getattr(args, task.weight_option)])
         return images
 
@@ -113,9 +124,10 @@ class TaskDatasets:
         too, except among the pictures of a folder or archive: there a task leaves them out, and the log counts them."""
         for task in tasks:
             if not self.serves(task):
+                wanted = " or ".join(reversed(TASKS[task].columns))
                 raise ValueError(
-                    f"The task {task!r} needs a {' or '.join(reversed(TASKS[task].columns))} column, "
-                    f"and the dataset has none. Name it with caption_column, pass a dataset for the task "
+                    f"The task {task!r} needs {'an' if task == 'edit' else 'a'} {wanted} column, and the dataset has none. "
+                    f"{'P' if task == 'edit' else 'Name it with caption_column, p'}ass a dataset for the task "
                     f"({{'reconstruct': …, {task!r}: …}}), or set {TASKS[task].weight_option}=0."
                 )
             if task in self._checked:
@@ -132,7 +144,7 @@ class TaskDatasets:
         dataset = self.datasets[task]
         if isinstance(dataset, IterableDataset):
             logger.warning(f"The task {task!r} leaves out rows of its stream that have no caption.")
-            names = [name for name in columns[1:] if name]
+            names = columns.texts
 
             def keeps(*cells: Any) -> bool:
                 return has_text(dict(zip(names, cells, strict=True)), task, columns)
@@ -201,10 +213,10 @@ class TaskDatasets:
         dataset, target_size = cast(Dataset, self.datasets[task]), target_rule(processor, args)
         if processor.fixed_size is not None:
             return [target_size(*processor.fixed_size)] * len(dataset)
-        if id(dataset) not in self._sizes:
-            column, processes = self.columns[task].image, args.dataloader_num_workers
-            self._sizes[id(dataset)] = row_sizes(dataset, column, args.on_bad_image, processes)
-        sizes = self._sizes[id(dataset)]
+        column = self.columns[task].image
+        if (key := (id(dataset), column)) not in self._sizes:
+            self._sizes[key] = row_sizes(dataset, column, args.on_bad_image, args.dataloader_num_workers)
+        sizes = self._sizes[key]
         targets = {size: target_size(*size) for size in set(sizes)}  # far fewer than rows
         return [targets[size] for size in sizes]
 

@@ -9,6 +9,7 @@ from typing import Any
 from datasets import Dataset
 
 from reca_trainer.data.columns import Columns
+from reca_trainer.data.edits import has_instructions
 from reca_trainer.data.sampling import Draw
 from reca_trainer.images import list_problems
 from reca_trainer.models.contract import IMAGE_MARK, Conversation
@@ -54,11 +55,12 @@ def _from_json(value: Any) -> Any:
 
 
 def check_texts(dataset: Dataset, task: str, columns: Columns) -> None:
-    """Raises `ValueError` naming the rows that have no caption or answer for `task` to learn from."""
+    """Raises `ValueError` naming the rows that have no caption, answer or instruction for `task` to learn from."""
     missing = [f"row {row}" for row in rows_without_text(dataset, task, columns)]
     if missing:
+        lacking = "instruction for every step" if columns.has_chains else "instruction" if task == "edit" else "caption"
         headline = (
-            f"{len(missing)} of {len(dataset)} rows have no caption, which the task {task!r} learns from; fill in or drop "
+            f"{len(missing)} of {len(dataset)} rows have no {lacking}, which the task {task!r} learns from; fill in or drop "
             "such rows, name another column, or give this task the weight 0"
         )
         raise ValueError(list_problems(missing, headline))
@@ -72,7 +74,7 @@ def rows_without_text(dataset: Dataset, task: str, columns: Columns) -> list[int
     """
     if task == "reconstruct":
         return []
-    texts = dataset.with_format(None).select_columns([name for name in columns[1:] if name])
+    texts = dataset.with_format(None).select_columns(columns.texts)
     records = (
         dict(zip(batch, values, strict=True))
         for batch in texts.iter(batch_size=1000)
@@ -82,7 +84,9 @@ def rows_without_text(dataset: Dataset, task: str, columns: Columns) -> list[int
 
 
 def has_text(record: dict[str, Any], task: str, columns: Columns, source: str = "a row") -> bool:
-    """Whether a row has a caption or an answer for `task` to learn from."""
+    """Whether a row has a caption, an answer or the instructions for `task` to learn from."""
+    if task == "edit":
+        return has_instructions(record[columns.instruction or ""], columns.has_chains)
     return text_of(Draw(task, 0, (1, 1), 0, ""), record, columns, source) is not None
 
 

@@ -107,7 +107,7 @@ class BagelProcessor(UnifiedProcessor):
                 conversation has no answer or shows its image in two messages.
         """
         if any(dropped or []) and task == "caption":
-            raise ValueError("The text of a caption is learned; only that of other tasks is dropped.")
+            raise ValueError("The tasks that make images drop texts, caption does not.")
         batch: dict[str, Any] = {"task": task}
         if task == "caption":
             return {**batch, **self._caption_batch(images, text, instruction)}
