@@ -410,6 +410,16 @@ def test_captions_in_objects_are_drawn_by_the_seed(captions):
     assert [generate[draw(0, "generate", seed)].text for seed in range(4)] == ["a", "b", "c", "a"]
 
 
+def test_blank_captions_among_several_are_not_drawn_and_others_than_texts_are_errors():
+    cells = [json.dumps({"short": " ", "long": "a"}), json.dumps({"short": "a", "score": 3})]
+    dataset = Dataset.from_dict({"image": [grey(0)] * 2, "captions": cells})
+    generate = RowDataset({"generate": dataset}, {"generate": Columns("image", "captions")})
+    assert [generate[draw(0, "generate", seed)].text for seed in range(3)] == ["a", "a", "a"]
+    for seed in range(2):
+        with pytest.raises(ValueError, match=r"row 1.* 'captions' is int, not text"):
+            generate[draw(1, "generate", seed)]
+
+
 def test_a_caption_may_begin_with_a_brace():
     dataset = Dataset.from_dict({"image": [grey(0)], "text": ["{curly} hair"]})
     assert rows_of(dataset, "generate")[draw(0, "generate")].text == "{curly} hair"

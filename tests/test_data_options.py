@@ -7,6 +7,7 @@ from datasets import Dataset, Features
 from PIL import Image
 
 from reca_trainer import RecAConfig
+from reca_trainer.data.task_datasets import TaskDatasets
 from reca_trainer.images import ImageError
 from tests.hostile_images import encoded
 from tests.test_trainer import dataset, model, processor, trainer  # noqa: F401 fixtures
@@ -102,3 +103,17 @@ def test_more_bad_rows_than_allowed_end_the_run(tmp_path, model, processor):  # 
     assert run.images_seen == 160 and 20 < run.skipped_images < 80
     with pytest.raises(ValueError, match="max_bad_share is a share"):
         RecAConfig(output_dir=str(tmp_path), max_bad_share=2.0)
+
+
+def test_held_out_pictures_are_not_evaluated_on_the_captions_of_the_training_set(tmp_path):
+    pictures = Dataset.from_dict({"image": [Image.new("RGB", (64, 48), (value, 10, 9)) for value in range(6)]})
+    captioned = pictures.add_column("caption", ["night"] * 6)
+    captioned.to_parquet(tmp_path / "captions.parquet")
+    options = {"output_dir": str(tmp_path), "caption_dataset_name": str(tmp_path / "captions.parquet")}
+    args = RecAConfig(**options, image_to_text_weight=1.0)
+    assert TaskDatasets.open(pictures, args).serves("caption")
+    assert not TaskDatasets.open(pictures, args, training=False).serves("caption")
+    assert TaskDatasets.open(captioned, args, training=False).serves("caption")
+    with pytest.raises(ValueError, match="both give a dataset for the task 'caption'"):
+        TaskDatasets.open({"reconstruct": pictures, "caption": captioned}, args)
+    assert TaskDatasets.open({"reconstruct": pictures}, args).serves("caption")

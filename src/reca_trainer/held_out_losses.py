@@ -20,8 +20,8 @@ from reca_trainer.tasks import TASKS
 def open_eval_sets(source: Any, args: RecAConfig) -> TaskDatasets | dict[str, TaskDatasets]:
     """One set, of which a mapping may say the dataset of each task; or several, by names that are no task's."""
     if isinstance(source, Mapping) and source and not source.keys() & TASKS.keys():
-        return {name: TaskDatasets.open(images, args) for name, images in source.items()}
-    return TaskDatasets.open(source, args)
+        return {name: TaskDatasets.open(images, args, training=False) for name, images in source.items()}
+    return TaskDatasets.open(source, args, training=False)
 
 
 def check_metric(args: RecAConfig) -> None:

@@ -416,7 +416,7 @@ class RecATrainer(RunCheckpoints, HeldOutLosses, HubUploads, Trainer):
         images = self.eval_dataset if eval_dataset is None else eval_dataset
         if images is None:
             raise ValueError("Evaluation needs images: pass eval_dataset, or set eval_size to hold some out.")
-        images = self.eval_dataset[images] if isinstance(images, str) else TaskDatasets.open(images, self.args)
+        images = self.eval_dataset[images] if isinstance(images, str) else open_eval_sets(images, self.args)
         return self._dataloader(images, self.args.eval_batch_size, training=False)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
@@ -424,9 +424,12 @@ class RecATrainer(RunCheckpoints, HeldOutLosses, HubUploads, Trainer):
 
     def _dataloader(self, images: TaskDatasets, batch_size: int, training: bool) -> DataLoader:
         args = self.args
-        tasks = {task: count for task, count in self.task_pattern.items() if training or images.serves(task)}
+        tasks = self.task_pattern
         if not training:
-            tasks = dict.fromkeys(tasks, 1)
+            tasks = {task: 1 for task in tasks if images.serves(task)}
+            images.check(tasks)
+            if missing := [TASKS[task].loss_name for task in self.task_pattern if task not in tasks]:
+                logger.warning_once(f"The held-out images have nothing for {', '.join(missing)}: not evaluated.")
         instructions = args.read_instructions()
         plan = SamplingPlan(
             tasks,

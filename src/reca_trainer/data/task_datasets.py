@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeAlias, cast
@@ -52,8 +53,14 @@ class TaskDatasets:
         self._checked: set[str] = set()  # tasks whose rows all have their text
 
     @classmethod
-    def open(cls, source: Images | Mapping[str, Images] | None, args: RecAConfig) -> TaskDatasets:
-        """From what the user passed, or from the names in `args`."""
+    def open(
+        cls, source: Images | Mapping[str, Images] | None, args: RecAConfig, training: bool = True
+    ) -> TaskDatasets:
+        """From what the user passed, or from the names in `args`, which are those of the training set.
+
+        Raises:
+            ValueError: a dataset is none, has no rows, or, for training, lacks what a task learns from.
+        """
         if isinstance(source, TaskDatasets):
             return source
         if source is None:
@@ -62,13 +69,17 @@ class TaskDatasets:
                     "There is nothing to train on: pass train_dataset, or set dataset_name in the arguments."
                 )
             source = load_named(args.dataset_name, args)
-        if not isinstance(source, Mapping):
-            source = dict.fromkeys(TASKS, source)
-            for task, name in (("caption", args.caption_dataset_name), ("edit", args.edit_dataset_name)):
-                if name is not None:
-                    source[task] = load_image_dataset(
-                        name, streaming=args.dataset_streaming, image_root=args.image_root
-                    )
+        names_of_tasks = {"caption": args.caption_dataset_name, "edit": args.edit_dataset_name} if training else {}
+        given_by_task = isinstance(source, Mapping)
+        source = dict(source) if isinstance(source, Mapping) else dict.fromkeys(TASKS, source)
+        for task, name in names_of_tasks.items():
+            if name is None:
+                continue
+            if given_by_task and task in source:
+                raise ValueError(
+                    f"train_dataset and {task}_dataset_name both give a dataset for the task {task!r}; leave one out."
+                )
+            source[task] = load_image_dataset(name, streaming=args.dataset_streaming, image_root=args.image_root)
         if unknown := set(source) - set(TASKS):
             raise ValueError(
                 f"Datasets are given for {', '.join(TASKS)}; not for {', '.join(sorted(map(str, unknown)))}. Of several "
@@ -92,7 +103,9 @@ class TaskDatasets:
                 )
             if task == "edit":  # whose columns are others, also in a dataset that serves all tasks
                 if args.edit_weight:
-                    columns[task] = find_edit_columns(dataset)
+                    may_lack = not (training or given_by_task)
+                    with contextlib.suppress(ValueError) if may_lack else contextlib.nullcontext():
+                        columns[task] = find_edit_columns(dataset)
                 continue
             if id(dataset) not in of_dataset:
                 known = [name if name in (dataset.features or {name: None}) else None for name in names[1:]]
@@ -106,7 +119,8 @@ class TaskDatasets:
             if (key := (id(source[task]), in_use)) not in usable:
                 usable[key] = with_images(under_root(source[task], in_use, args.image_root), in_use)
         images = cls({task: usable[id(source[task]), in_use] for task, in_use in columns.items()}, columns)
-        images.check([name for name, task in TASKS.items() if task.columns and getattr(args, task.weight_option)])
+        if training:
+            images.check([name for name, task in TASKS.items() if task.columns and getattr(args, task.weight_option)])
         return images
 
     @property

@@ -29,10 +29,11 @@ def text_of(draw: Draw, record: dict[str, Any], columns: Columns, source: str) -
     if draw.task == "caption" and columns.conversation and (turns := _from_json(record[columns.conversation])):
         return messages(turns, source)
     captions = _captions(record[columns.caption]) if columns.caption else []
-    caption = captions[draw.seed % len(captions)] if captions else None
-    if caption is not None and not isinstance(caption, str):
-        raise ValueError(f"{source}: the caption in column {columns.caption!r} is {type(caption).__name__}, not text.")
-    return caption if caption and caption.strip() else None
+    for caption in captions:
+        if not isinstance(caption, str):
+            raise ValueError(f"{source}: a caption in column {columns.caption!r} is {type(caption).__name__}, not text.")
+    captions = [caption for caption in captions if caption.strip()]
+    return captions[draw.seed % len(captions)] if captions else None
 
 
 def _captions(value: Any) -> list[Any]:
