@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from reca_trainer.models.contract import UnifiedModel
-from reca_trainer.models.weights import CheckpointError
+from reca_trainer.models.weights import CheckpointError, open_weights
 
 _FAMILIES: dict[str, str] = {}
 
@@ -21,7 +21,8 @@ def register_family(name: str, package: str) -> None:
         name: what it is called, for instance by `reca-trainer plan --model`.
         package: the importable name of its package or module. It offers `Config`, `Model` and `Processor`; a family
             with a published layout of its own also `is_published(file_names, config)`, `read_published(folder,
-            **kwargs)`, `read_published_processor(folder, **kwargs)` and `write_published(model, processor, folder)`.
+            **kwargs)`, `read_published_processor(folder, **kwargs)` and `write_published(model, processor, folder)`; one
+            whose training code writes `.pth` files of any name also `TRAINING_KEYS`, which all of them hold.
 
     Raises:
         ValueError: another package has that name.
@@ -73,6 +74,12 @@ def detect(folder: Path) -> tuple[ModuleType, bool]:
             return package, True
         if config.get("model_type") == package.Config.model_type:
             return package, False
+    for path in sorted(folder.glob("*.pth")):  # the originals name a run's files after its steps: iter_5000.pth
+        keys = open_weights(folder, path.name).keys()
+        for name in _FAMILIES:
+            package = family(name)
+            if getattr(package, "TRAINING_KEYS", None) and package.TRAINING_KEYS <= keys:
+                return package, True
     if damage:
         raise CheckpointError(damage)
     raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from reca_trainer.models.harmon.configuration_harmon import HarmonConfig as Config
 from reca_trainer.models.harmon.conversion_harmon import (
+    TRAINING_KEYS,
     is_published,
     read_published,
     read_published_processor,
@@ -11,6 +12,7 @@ from reca_trainer.models.harmon.modeling_harmon import HarmonModel as Model
 from reca_trainer.models.harmon.processing_harmon import HarmonProcessor as Processor
 
 __all__ = [
+    "TRAINING_KEYS",
     "Config",
     "Model",
     "Processor",

@@ -31,6 +31,7 @@ MAR_SIZES = {"mar_base": (768, 12, 12), "mar_large": (1024, 16, 16), "mar_huge":
 MAR_FIELDS = ("embed_dim", "depth", "num_heads")
 RELEASES = {896: ("0.5b", "mar_base", 1024, 6), 1536: ("1.5b", "mar_huge", 1536, 12)}  # by the LLM's hidden size
 LM_HEAD = "llm.lm_head.weight"
+TRAINING_KEYS = frozenset({"llm.model.norm.weight", "mar.mask_token"})
 
 
 def is_published(file_names: set[str], config: dict[str, Any]) -> bool:
@@ -44,7 +45,7 @@ def read_published(folder: str | Path, variant: str | None = None, **kwargs: Any
 
     Args:
         folder: a Hub snapshot or a training folder. The latter needs no `config.json` for the released sizes.
-        variant: which of several `harmon_*.pth` of a training folder to read, see `choose_variant`.
+        variant: which of several `.pth` files of a training folder to read, see `choose_variant`.
         kwargs: as for `from_pretrained`.
 
     Raises:
@@ -52,8 +53,8 @@ def read_published(folder: str | Path, variant: str | None = None, **kwargs: Any
     """
     folder = Path(folder)
     published = read_optional_config(folder)
-    if next(folder.glob("harmon_*.pth"), None):
-        weights = _open_training_weights(folder, variant)
+    if training_files := _training_files(folder):
+        weights = _open_training_weights(folder, choose_variant(training_files, variant, folder))
     else:
         weights = open_weights(folder, "model.safetensors", "pytorch_model.bin")
     config = read_config(published or _recognise(weights, folder))
@@ -154,9 +155,16 @@ def write_config(config: HarmonConfig) -> dict[str, Any]:
     }
 
 
-def _open_training_weights(folder: Path, variant: str | None) -> dict[str, LazyTensor]:
-    files = (path.name for path in folder.glob("harmon_*.pth"))
-    weights = open_weights(folder, choose_variant(files, variant, folder))
+def _training_files(folder: Path) -> list[str]:
+    """Files as the training code writes them; a release is called `harmon_<size>.pth`, a step of a run `iter_5000.pth`."""
+    files = [path.name for path in folder.glob("*.pth")]
+    if (folder / "config.json").is_file() and next(folder.glob("model*.safetensors"), None):
+        files = [name for name in files if name.startswith("harmon_")]
+    return files
+
+
+def _open_training_weights(folder: Path, name: str) -> dict[str, LazyTensor]:
+    weights = open_weights(folder, name)
     # The file has keys of the autoencoder's training beside its weights.
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
     vae = open_weights(folder, "kl16.ckpt")

@@ -35,6 +35,7 @@ CONFIG_NAME = "openuni_config.json"
 CONNECTOR_SETTINGS = ("num_attention_heads", "hidden_act", "layer_norm_eps")
 TRAINED = ("meta_queries", "connector.", "projector.", "transformer.")
 FROZEN = ("lmm.", "vae.")
+TRAINING_KEYS = frozenset({"meta_queries", "connector.layers.0.mlp.fc1.bias"})
 
 VAE = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
 SANA_1024 = "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers"
@@ -67,7 +68,7 @@ HUB_KEYS = {
 
 
 def is_published(file_names: set[str], config: dict[str, Any]) -> bool:
-    """Whether a folder holds an OpenUni checkpoint: `openuni*.pth`."""
+    """Whether a folder holds an OpenUni checkpoint: `openuni*.pth`. Files of other names are known by `TRAINING_KEYS`."""
     return any(re.fullmatch(r"openuni[^/]*\.pth", name) for name in file_names)
 
 
@@ -165,7 +166,7 @@ class _Parts:
         self.folder = folder
         self.checkpoint = folder / _choose_checkpoint(folder, variant)
         self.trained = open_weights(folder, self.checkpoint.name)
-        missing = {"meta_queries", "connector.layers.0.mlp.fc1.bias"} - set(self.trained)
+        missing = TRAINING_KEYS - set(self.trained)
         if missing:
             raise CheckpointError(
                 f"{self.checkpoint} is no OpenUni checkpoint: it lacks {', '.join(sorted(missing))}."
