@@ -3,7 +3,8 @@
 Leaves the saved adapter, `losses.json`, `rows-RANK.json` (what was trained on, step by step), `usage.json` and, while it
 runs, checkpoints in OUTPUT_DIR. The options are those of `RecAConfig`, and
 
-- `resume`, `streaming`, `full` (train the generator without an adapter), `rows` (of the dataset),
+- `resume`, `streaming`, `full` (train the generator without an adapter), `quantized` (train an adapter on an NF4 base),
+- `family` (whose tiny model is trained, by default BAGEL's), `rows` (of the dataset),
 - `bad_rows`: rows whose image is no image,
 - `die_at`: kill -9 at the so-manyth file operation below OUTPUT_DIR,
 - `nonfinite`: `[process, step]` whose loss is to be NaN,
@@ -32,12 +33,15 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from peft import LoraConfig
 from PIL import Image
-from transformers import TrainerCallback
+from transformers import BitsAndBytesConfig, TrainerCallback
 
 from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor, RecAConfig, RecATrainer
 from tests.hostile_images import encoded
 
-CHECKPOINT = Path(__file__).parents[1] / "golden" / "bagel" / "checkpoint"
+CHECKPOINTS = Path(__file__).parents[1] / "golden"
+CHECKPOINT = CHECKPOINTS / "bagel" / "checkpoint"
+BAGEL_SIZES = {"generation_size": (64, 32, 16), "condition_size": (42, 42, 14), "understanding_size": (70, 28, 14)}
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
 FILE_OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir"}
 
 _context = multiprocessing.get_context("forkserver")
@@ -104,14 +108,23 @@ class Recorder(RecATrainer):
         return batches, count
 
 
-def trainer(output_dir: str, streaming: bool, full: bool, rows: int, bad_rows=(), **options) -> Recorder:
-    processor = AutoUnifiedProcessor.from_pretrained(
-        CHECKPOINT, generation_size=(64, 32, 16), condition_size=(42, 42, 14), understanding_size=(70, 28, 14)
-    )
+def trainer(
+    output_dir: str,
+    streaming: bool,
+    full: bool,
+    rows: int,
+    bad_rows=(),
+    quantized: bool = False,
+    family: str = "bagel",
+    **options,
+) -> Recorder:
+    checkpoint = CHECKPOINTS / family / "checkpoint"
+    processor = AutoUnifiedProcessor.from_pretrained(checkpoint, **(BAGEL_SIZES if family == "bagel" else {}))
     images = dataset(rows, bad_rows)
     images = images.to_iterable_dataset(num_shards=3) if streaming else images
+    quantization = BitsAndBytesConfig(**NF4) if quantized else None
     return Recorder(
-        AutoUnifiedModel.from_pretrained(CHECKPOINT),
+        AutoUnifiedModel.from_pretrained(checkpoint, quantization_config=quantization),
         RecAConfig(
             output_dir=output_dir,
             **{

@@ -23,6 +23,11 @@ SCENARIOS = {
     "one checkpoint of the whole generator": {"full": True, "save_total_limit": 1, "save_steps": 1},
     "cached latents": {"cache_latents": True, "dataloader_num_workers": 1},
     "a stream with workers": {"streaming": True, "dataloader_num_workers": 2, "max_steps": 20},
+    "QLoRA": {"quantized": True},
+    "Harmon, the whole generator": {"family": "harmon", "full": True, "per_device_train_batch_size": 1},
+    "Harmon, LoRA": {"family": "harmon", "per_device_train_batch_size": 1},
+    "OpenUni, LoRA": {"family": "openuni", "image_to_text_weight": 0.0},
+    "OpenUni, QLoRA": {"family": "openuni", "quantized": True, "image_to_text_weight": 0.0},
 }
 
 
