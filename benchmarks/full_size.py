@@ -5,7 +5,7 @@
 Writes 29 GB in BAGEL's published layout (14.66 B parameters in bfloat16), then, each in a process of its own: opens the
 folder, exports it in NF4, takes one QLoRA step on the export at a small resolution, merges the adapter into the dequantised
 base, and opens the result. Prints a table: wall and processor time, the most anonymous and resident memory, and bytes
-written. Everything it makes is deleted as soon as nothing needs it; at the fullest moment 70 GB lie on the disk.
+written. Everything it makes is deleted as soon as nothing needs it; at the fullest moment 40 GB lie on the disk.
 `--layers` makes a smaller model, to try the script.
 """
 
@@ -24,7 +24,7 @@ from pathlib import Path
 
 CHECKPOINT = Path(__file__).parents[1] / "tests" / "golden" / "bagel" / "checkpoint"  # for its tokenizer
 STEPS = ("make", "info", "export-nf4", "qlora-step", "merge", "check")
-ROOM = 75e9  # bytes, for all 28 layers
+ROOM = 45e9  # bytes, for all 28 layers
 SIZE = 64  # pixels of the pictures of the step
 
 
@@ -161,7 +161,7 @@ def bytes_in(folder: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--folder", type=Path, required=True, help="a new folder on a disk with 75 GB to spare")
+    parser.add_argument("--folder", type=Path, required=True, help="a new folder on a disk with 45 GB to spare")
     parser.add_argument("--layers", type=int, help="of the language model (default: BAGEL's 28)")
     parser.add_argument("--output", type=Path, help="also write the lines there")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)

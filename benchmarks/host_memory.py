@@ -29,7 +29,7 @@ SIZES = {"0.2B": (1024, 4096, 6), "0.8B": (2048, 8192, 6)}  # as in adapters.py
 
 def anonymous() -> int:
     """Bytes of this process that no file stands behind."""
-    return int(re.search(r"Anonymous:\s+(\d+)", Path("/proc/self/smaps_rollup").read_text())[1]) * 1024
+    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 class Sampler(threading.Thread):

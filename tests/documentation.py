@@ -122,6 +122,8 @@ def _check_python(block: Block) -> None:
                 continue  # another tool's package, which only that block needs
             value = importlib.import_module(module)
             if isinstance(node, ast.ImportFrom):
+                if not hasattr(value, alias.name) and hasattr(value, "__path__"):
+                    importlib.import_module(f"{module}.{alias.name}")
                 assert hasattr(value, alias.name), f"{block.place}: {module} has no {alias.name}"
                 known[alias.asname or alias.name] = getattr(value, alias.name)
     for node in ast.walk(tree):

@@ -122,7 +122,9 @@ def gets_weights_from_first_process() -> bool:
     """Whether FSDP's efficient loading is on and this is not the first process of its machine: accelerate sends it its
     shards, so that a machine holds one copy of a model and not one a process."""
     state = PartialState()  # on CPUs accelerate shards nothing
-    return is_fsdp_enabled() and state.distributed_type != DistributedType.MULTI_CPU and not state.is_local_main_process
+    return (
+        is_fsdp_enabled() and state.distributed_type != DistributedType.MULTI_CPU and not state.is_local_main_process
+    )
 
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "variant")

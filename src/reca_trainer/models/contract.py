@@ -142,7 +142,8 @@ class UnifiedModel(PreTrainedModel):
         """As `PreTrainedModel.post_init`. The layers that FSDP wraps are those that are there: a part brings along all
         that its class could have, and accelerate refuses names that it does not find."""
         super().post_init()
-        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = {name for name in self._no_split_modules or () if name in present}
 
     @property
     def image_sides(self) -> range | None:

@@ -78,7 +78,7 @@ def detect(folder: Path) -> tuple[ModuleType, bool]:
         keys = open_weights(folder, path.name).keys()
         for name in _FAMILIES:
             package = family(name)
-            if getattr(package, "TRAINING_KEYS", None) and package.TRAINING_KEYS <= keys:
+            if getattr(package, "TRAINING_KEYS", None) and keys >= package.TRAINING_KEYS:
                 return package, True
     if damage:
         raise CheckpointError(damage)
