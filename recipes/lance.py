@@ -10,6 +10,7 @@ The real run on your own images, a folder or a dataset id:
         --model_name_or_path bytedance-research/Lance --dataset_name path/to/images
 """
 
+import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
 from reca_trainer.cli.train import run
@@ -22,7 +23,12 @@ def build():
     tokenizer = make_tokenizer()
     tokens = ("<|vision_start|>", "<|vision_end|>", "<|im_end|>")
     config = Config.tiny(len(tokenizer), *map(tokenizer.convert_tokens_to_ids, tokens))
-    return Model(config), Processor.tiny(config, tokenizer)
+    model = Model(config)
+    channels = config.vae_config["z_dim"]
+    with torch.no_grad():  # only the posterior's mean is fitted: its variance is as good as none
+        model.vae.quant_conv.weight[channels:].zero_()
+        model.vae.quant_conv.bias[channels:].fill_(-12.0)
+    return model, Processor.tiny(config, tokenizer)
 
 
 def encode(model, pixels):
@@ -30,7 +36,7 @@ def encode(model, pixels):
 
 
 def decode(model, latents):
-    # As the autoencoder's own, but for its clamp to [-1, 1]: pixels that begin beyond it would learn nothing.
+    # As `vae.decode`, but for its clamp to [-1, 1]: pixels that begin beyond it would learn nothing.
     frames = model.vae.decoder(model.vae.post_quant_conv(latents[:, :, None]), first_chunk=True)
     return unpatchify(frames, model.vae.config.patch_size)[:, :, 0]
 
