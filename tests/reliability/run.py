@@ -74,6 +74,7 @@ def fork(target, *args) -> multiprocessing.Process:
 
 
 def run_logged(output_dir: str, options: dict, layout: Mapping[str, object] = MappingProxyType({})) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it runs in the background
     os.environ.update({name: str(value) for name, value in layout.items()})
     with open(Path(output_dir) / (f"log-{layout['RANK']}.txt" if layout else "log.txt"), "a") as log:
         os.dup2(log.fileno(), 1)

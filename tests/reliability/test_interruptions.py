@@ -56,7 +56,7 @@ def test_a_signal_ends_the_run_after_its_step(tmp_path, number):
     process = start(folder, dataloader_num_workers=1, **ENDLESS)
     wait_for(folder / "checkpoint-2", process)
     workers = psutil.Process(process.pid).children()
-    for running in (process, *(workers if number == signal.SIGINT else ())):  # a terminal sends Ctrl-C to all
+    for running in (*workers, process):  # as a terminal and `torchrun`, which signal all of a group, and schedulers do
         os.kill(running.pid, number)
     process.join()
     log, step = (folder / "log.txt").read_text(), last_step(folder)

@@ -243,4 +243,6 @@ def observe_options(folder, layout):
             observed[name].append({**attributes, "verbosity": transformers.logging.get_verbosity()})
     if layout["RANK"] == 1:
         (Path(folder) / "observed.json").write_text(json.dumps(observed))
+    del trainer
+    gc.collect()  # a reducer that goes after its process group waits for the group's thread, which waits for Python
     dist.destroy_process_group()
