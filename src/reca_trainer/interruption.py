@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,5 +65,15 @@ class Interruption:
 
 
 def ignore_interrupts(worker: int) -> None:
-    """For a loading worker: Ctrl-C reaches it too, and the run it loads for goes on to the end of its step."""
+    """For a loading worker: Ctrl-C and the signals of launchers and schedulers reach it too, and the run it loads for goes
+    on to the end of its step. SIGTERM still ends it where the run itself sends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_for_parent, daemon=True).start()
+
+
+def _end_for_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
