@@ -285,7 +285,7 @@ def test_both_layouts_train_mixed_with_reconstruction(tmp_path, parquet, process
         set(entry) & {"reconstruction_loss", "edit_loss"} for entry in trainer.state.log_history if "loss" in entry
     ]
     assert logs == [{"reconstruction_loss"}, {"reconstruction_loss"}, {"edit_loss"}]
-    third = [entry for entry in trainer.state.log_history if "edit_loss" in entry][0]
+    third = next(entry for entry in trainer.state.log_history if "edit_loss" in entry)
     assert third["loss"] == pytest.approx(2 * third["edit_loss"], rel=1e-6)
     [held_out] = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     parts = held_out["eval_reconstruction_loss"], held_out["eval_edit_loss"]
@@ -296,6 +296,13 @@ def test_both_layouts_train_mixed_with_reconstruction(tmp_path, parquet, process
     again = make(tmp_path / "out", images, processor, eval_size=2, eval_strategy="steps", eval_steps=3, **options)
     again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     assert losses(again) == losses(trainer)
+
+
+def test_a_set_without_edits_is_evaluated_without_them(tmp_path, processor):
+    images = Dataset.from_dict({"image": [grey(1), grey(2)]})
+    trainer = make(tmp_path / "out", pairs(), processor, edit_weight=1.0)
+    assert trainer.evaluate(images).keys() >= {"eval_loss", "eval_reconstruction_loss"}
+    assert "eval_edit_loss" not in trainer.evaluate(images) and "eval_edit_loss" in trainer.evaluate(pairs())
 
 
 def test_a_stream_of_edits_gives_every_edit_of_an_epoch(tmp_path, parquet, processor):
@@ -322,7 +329,7 @@ def test_accumulation_equals_one_large_batch(tmp_path, processor):
 
 def test_what_cannot_be_learned_is_refused(tmp_path, processor):
     with pytest.raises(
-        ValueError, match="Model cannot do the task 'edit'; it can do reconstruct, generate. Leave edit_weight 0"
+        ValueError, match=r"Model cannot do the task 'edit'; it can do reconstruct, generate\. Leave edit_weight 0"
     ):
         test_option_effects.make(tmp_path, edit_weight=1.0, train_dataset=pairs())
     with pytest.raises(ValueError, match="edit_dataset_name='edits' is about the editing term: set edit_weight"):
@@ -335,7 +342,7 @@ def test_what_cannot_be_learned_is_refused(tmp_path, processor):
     ):
         make(tmp_path, images, processor, edit_weight=1.0)
     with pytest.raises(
-        ValueError, match="The task 'edit' needs an instruction column, and the dataset has none. Pass a dataset"
+        ValueError, match=r"The task 'edit' needs an instruction column, and the dataset has none\. Pass a dataset"
     ):
         make(tmp_path, {"reconstruct": images}, processor, edit_weight=1.0)
     lacking = Dataset.from_dict({**chains((3, 2)), "instruction_list": [[["do 0"], [" "]], [["do 0"]]]})

@@ -1,21 +1,24 @@
 """Repositories with several checkpoints, over real HTTP: one is chosen, and no other is downloaded."""
 
 import json
+import shutil
 
 import pytest
 from peft import LoraConfig
+from safetensors.torch import load, save
 
 from reca_trainer import AutoUnifiedModel
 from reca_trainer.adapters import attach
 from reca_trainer.models import harmon
 from reca_trainer.models.auto import locate
+from reca_trainer.models.lance.modeling_lance import LatentPositions
 from reca_trainer.models.registry import detect
 from reca_trainer.models.weights import CheckpointError, choose_variant
 from tests.conftest import GOLDEN
 from tests.hub_server import Repo
 from tests.test_hub import client, server  # noqa: F401 (a fixture)
 
-OPENUNI, BAGEL = (GOLDEN / family / "checkpoint" for family in ("openuni", "bagel"))
+OPENUNI, BAGEL, LANCE = (GOLDEN / family / "checkpoint" for family in ("openuni", "bagel", "lance"))
 
 
 def files_of(folder):
@@ -48,7 +51,8 @@ def load(name, **options):
 def named():
     name = load("me/openuni", variant="b_512").name_or_path
     again = open_lazily(name)
-    return [name, again.name_or_path, load(name).name_or_path]
+    offline = open_lazily(name, local_files_only=True)
+    return [name, again.name_or_path, load(name).name_or_path, offline.name_or_path]
 
 opened = attempt(load, "me/openuni")
 print(json.dumps({"open": opened, "kept": [str(path) for path in Path().rglob("blobs/*")], "wrong": attempt(load, "me/openuni", variant="b_1024"),
@@ -68,7 +72,7 @@ def test_one_of_several_checkpoints_is_chosen_before_anything_is_downloaded(tmp_
     assert "These are there: openuni_b_512.pth, openuni_l_1024.pth, openuni_l_512.pth." in message
     assert results["kept"] == []
     assert "and none is 'b_1024'" in results["wrong"]
-    assert results["named"] == ["me/openuni/openuni_b_512.pth"] * 3
+    assert results["named"] == ["me/openuni/openuni_b_512.pth"] * 4
     assert (results["info"], results["chosen"]) == (
         1,
         0,
@@ -76,12 +80,57 @@ def test_one_of_several_checkpoints_is_chosen_before_anything_is_downloaded(tmp_
     assert downloaded(server) & set(variants) == {"openuni_b_512.pth"}
 
 
+LOAD_FOLDERS = """
+from peft import LoraConfig
+from reca_trainer.models.auto import open_lazily
+
+def load(cache, name, **options):
+    model = AutoUnifiedModel.from_pretrained(name, cache_dir=cache, **options)
+    AutoUnifiedProcessor.from_pretrained(name, cache_dir=cache, **options)
+    folders = {path.parent.name for path in Path(cache).glob("*/snapshots/*/*/*")}
+    return model, [getattr(model.config, "latent_frames"), model.name_or_path, sorted(folders)]
+
+video, by_variant = load("variant", "me/lance", variant="3B_Video")
+adapters.attach(video, LoraConfig(r=2)).save_pretrained("adapter")
+results = {
+    "default": load("default", "me/lance")[1],
+    "variant": by_variant,
+    "name": load("name", "me/lance/Lance_3B_Video")[1],
+    "adapter": load("adapted", "adapter")[1][0::2],
+    "offline": open_lazily("me/lance/Lance_3B_Video", cache_dir="variant", local_files_only=True).config.latent_frames,
+    "default offline": load("default", "me/lance", local_files_only=True)[1],
+    "not there": attempt(load, "variant", "me/lance", local_files_only=True),
+    "wrong": attempt(load, "wrong", "me/lance", variant="Lance_7B"),
+    "kept": [str(path) for path in Path("wrong").rglob("blobs/*")],
+}
+print(json.dumps(results))
+"""
+
+
+def test_of_checkpoints_in_folders_side_by_side_only_the_chosen_one_is_downloaded(tmp_path, server):  # noqa: F811
+    files = files_of(LANCE)
+    weights = load(files["Lance_3B/model.safetensors"])
+    table = weights["latent_pos_embed.pos_embed"]
+    weights["latent_pos_embed.pos_embed"] = LatentPositions(16, table.shape[1]).compute(frames=2)
+    video = {name.replace("Lance_3B", "Lance_3B_Video"): files[name] for name in files if name.startswith("Lance_3B")}
+    serve(server, "me/lance", {**files, **video, "Lance_3B_Video/model.safetensors": save(weights)})
+    results, _ = client(server, tmp_path, LOAD_FOLDERS)
+    chosen = [2, "me/lance/Lance_3B_Video", ["Lance_3B_Video", "Qwen2.5-VL-ViT"]]
+    assert results["default"] == [1, "me/lance", ["Lance_3B", "Qwen2.5-VL-ViT"]]
+    assert (results["variant"], results["name"]) == (chosen, chosen)
+    assert (results["adapter"], results["offline"]) == (chosen[0::2], 2)
+    assert results["default offline"] == results["default"]
+    assert "cannot be reached" in results["not there"]
+    assert "One folder of me/lance is the checkpoint, and none is 'Lance_7B'" in results["wrong"]
+    assert results["kept"] == []
+
+
 @pytest.mark.parametrize(
     ("variant", "name"),
     [("1.5b", "harmon_1.5b.pth"), ("harmon_1.5b-o", "harmon_1.5b-o.pth"), ("harmon_0.5b.pth", "harmon_0.5b.pth")],
 )
 def test_a_variant_is_a_files_name_or_what_tells_it_from_the_others(variant, name):
-    files = ["harmon_0.5b.pth", "harmon_1.5b.pth", "harmon_1.5b-o.pth", "README.md"]
+    files = ["harmon_0.5b.pth", "harmon_1.5b.pth", "harmon_1.5b-o.pth"]
     assert choose_variant(files, variant, "wusize/harmon") == name
     with pytest.raises(CheckpointError, match=r"none is '5b'\. These are there: harmon_0\.5b\.pth, "):
         choose_variant(files, "5b", "wusize/harmon")
@@ -97,6 +146,17 @@ def test_a_local_folder_and_a_file_in_it_name_the_same_checkpoint(tmp_path):
     assert base == str(OPENUNI / "openuni_pretrain.pth")
     again = AutoUnifiedModel.from_pretrained(tmp_path)
     assert again.get_base_model().name_or_path == base
+
+
+def test_a_local_folder_and_a_checkpoint_in_it_name_the_same(tmp_path):
+    shutil.copytree(LANCE, tmp_path / "lance")
+    (tmp_path / "lance" / "Lance_3B").rename(tmp_path / "lance" / "0005000")
+    assert locate(tmp_path / "lance" / "0005000") == (tmp_path / "lance", "0005000")
+    assert locate(tmp_path / "lance", "0005000") == (tmp_path / "lance", "0005000")
+    assert locate(tmp_path / "lance" / "Qwen2.5-VL-ViT") == (tmp_path / "lance" / "Qwen2.5-VL-ViT", None)
+    shutil.copytree(tmp_path / "lance" / "0005000", tmp_path / "lance" / "0010000")
+    with pytest.raises(CheckpointError, match=r"none was chosen\. These are there: 0005000, 0010000\."):
+        AutoUnifiedModel.from_pretrained(tmp_path / "lance")
 
 
 def test_a_harmon_file_without_its_autoencoder_says_what_is_missing(tmp_path):

@@ -49,7 +49,7 @@ class Recorder(UnifiedCollator):
         self.draws = []
 
     def __call__(self, rows):
-        self.draws.append([row["draw"] for row in rows])
+        self.draws.append([row.draw for row in rows])
         return super().__call__(rows)
 
 
@@ -355,9 +355,9 @@ def test_openuni(tmp_path, record):
     checkpoint, file = GOLDEN / "openuni" / "checkpoint", "openuni_finetune.pth"
 
     def read():
-        return openuni.read_published(checkpoint, checkpoint=file, internvl=checkpoint / "internvl3")
+        return openuni.read_published(checkpoint, variant=file, internvl=checkpoint / "internvl3")
 
-    model, processor = read(), openuni.read_published_processor(checkpoint, checkpoint=file)
+    model, processor = read(), openuni.read_published_processor(checkpoint, variant=file)
     reference = read().requires_grad_(False)
     for name, parameter in reference.named_parameters():
         parameter.requires_grad_(not name.startswith(("internvl.", "vae.")))

@@ -99,6 +99,8 @@ RUN = {
     ),
     "instruction_dropout": Works("tests/test_data_options.py::test_every_text_can_be_dropped"),
     "caption_dropout": Works("tests/test_data_options.py::test_every_text_can_be_dropped"),
+    "condition_token_dropout": Works("tests/test_condition_dropout.py::test_a_run_drops_in_training_alone"),
+    "freeze_modules": Works("tests/test_freeze.py::test_what_is_frozen_stays_and_all_else_is_trained"),
     "edit_weight": Works("tests/test_edit.py::test_both_layouts_train_mixed_with_reconstruction"),
     "edit_dataset_name": Works("tests/test_edit.py::test_both_layouts_train_mixed_with_reconstruction"),
     "edit_source_dropout": Works("tests/test_edit.py::test_what_is_dropped_is_drawn_apart_for_every_sample"),

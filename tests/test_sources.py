@@ -459,6 +459,21 @@ def test_left_out_rows_are_counted_and_no_image_is_in_both_halves(tmp_path, capl
     assert set(values(test.datasets["generate"])) == {v for v in held_out if v % 4}
 
 
+def test_held_out_images_without_captions_are_not_evaluated_with_them(tmp_path):
+    for index in range(20):
+        picture(tmp_path / "photos" / f"{index}.png", index)
+    for index in range(3):
+        (tmp_path / "photos" / f"{index}.txt").write_text("caption")
+    args = RecAConfig(
+        str(tmp_path / "out"), dataset_name=str(tmp_path / "photos"), text_to_image_weight=1.0, use_cpu=True
+    )
+    images = TaskDatasets.open(None, args)
+    parts = (images.split(2, seed) for seed in range(20))
+    train, test = next(part for part in parts if min(values(part[1].datasets["reconstruct"])) > 2)
+    assert not test.serves("generate") and len(test.datasets["reconstruct"]) == 2
+    assert set(values(train.datasets["generate"])) == {0, 1, 2} and images.serves("generate")
+
+
 def test_no_caption_at_all_is_an_error_of_the_task(tmp_path):
     picture(tmp_path / "photos" / "0.png", 0)
     (tmp_path / "photos" / "0.txt").write_text(" ")

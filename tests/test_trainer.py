@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor, RecAConfig, RecATrainer
 from reca_trainer.adapters import check_trainable
-from reca_trainer.callbacks import UnderstandingAccuracy
+from reca_trainer.callbacks import UnderstandingAccuracy, fixed_rows
 from reca_trainer.data import Row
 from reca_trainer.saving.run_checkpoints import last_complete_checkpoint
 
@@ -404,3 +404,23 @@ def test_reconstructions_are_scored_at_every_evaluation(tmp_path, model, dataset
     for score in ("psnr", "ssim", "lab_shift_l", "lab_shift_a", "lab_shift_b"):
         assert len(losses(run, f"eval_reconstruction_{score}")) == 2
     assert len(losses(run, "understanding_accuracy")) == 2  # before and after
+
+
+def test_what_held_out_images_lack_is_drawn_from_the_training_set(tmp_path, model, dataset, processor):
+    options = {"preview_steps": 2, "preview_images": 1, "preview_prompts": ["boat"], "score_images": 1}
+    options |= {"text_to_image_weight": 1.0, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 2}
+    options["preview_generation_kwargs"] = {"num_inference_steps": 1}
+    held_out = {"generate": dataset.select(range(4))}
+    run = RecATrainer(
+        model,
+        config(tmp_path, **options),
+        train_dataset=dataset,
+        eval_dataset=held_out,
+        processing_class=processor,
+        peft_config=LoraConfig(r=4),
+    )
+    run.train()
+    assert len(losses(run, "eval_text_to_image_loss")) == 1 and not losses(run, "eval_reconstruction_psnr")
+    assert (tmp_path / "previews" / "step-000002.png").is_file()
+    assert [row.draw.task for row in fixed_rows(run, "reconstruct", 2)] == ["reconstruct"] * 2
+    assert [row.text for row in fixed_rows(run, "generate", 4)] == held_out["generate"]["caption"]

@@ -8,7 +8,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -398,6 +398,31 @@ def _some(names: Any, count: int = 5) -> str:
 def unwrap(model: nn.Module) -> UnifiedModel:
     """The family's model behind a `PeftModel`, or `model` itself."""
     return cast(UnifiedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def freeze(model: nn.Module, names: Sequence[str]) -> None:
+    """Keep parts of what a run would train as they are.
+
+    Args:
+        names: of modules or parameters of the model without an adapter, whole or up to a dot: `transformer` is all that is in
+            it, and the adapters of its layers.
+
+    Raises:
+        ValueError: a name is none of anything that would be trained, or nothing is left to train.
+    """
+    trained = {name_in_base(name): p for name, p in model.named_parameters() if p.requires_grad}
+    for entry in names:
+        chosen = [name for name in trained if name == entry or name.startswith(f"{entry}.")]
+        if not chosen:
+            parts = {".".join(name.split(".")[:2]) for name in trained}
+            raise ValueError(
+                f"freeze_modules has {entry!r}, and nothing of that name is trained. What is trained begins with "
+                f"{_some(parts, 10)}."
+            )
+        for name in chosen:
+            trained[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in trained.values()):
+        raise ValueError(f"freeze_modules={list(names)} leaves nothing to train; leave some of it out.")
 
 
 def check_trainable(model: nn.Module) -> tuple[int, int]:

@@ -148,7 +148,8 @@ class PreviewCallback(TrainerCallback):
     parts of the model wait for one another.
 
     Args:
-        trainer: a `RecATrainer`; images come from its (first) evaluation set if it has one, else from the training set.
+        trainer: a `RecATrainer`; images come from its first evaluation set that has some to reconstruct, else from the
+            training set. Without any there, only prompts are drawn.
     """
 
     def __init__(self, trainer: Any):
@@ -203,7 +204,7 @@ class PreviewCallback(TrainerCallback):
         """The picture of the current step; `None` in all processes but the first."""
         trainer = self.trainer
         if self.rows is None:
-            self.rows = fixed_rows(trainer, watched_images(trainer), "reconstruct", trainer.args.preview_images)
+            self.rows = fixed_rows(trainer, "reconstruct", trainer.args.preview_images)
         model, processor = trainer.model, trainer.processing_class
         options = dict(trainer.args.preview_generation_kwargs or {})
         inputs = [row.image for row in self.rows]
@@ -286,7 +287,10 @@ class ReconstructionScores(TrainerCallback):
         from reca_trainer.evaluation.reconstruction import evaluate_reconstruction
 
         trainer, (prefix, images) = self.trainer, self.trainer.evaluated
-        pictures = [row.image for row in fixed_rows(trainer, images, "reconstruct", args.score_images)]
+        if not images.serves("reconstruct"):
+            logger.warning_once(f"score_images={args.score_images}: the held-out images have none to reconstruct.")
+            return
+        pictures = [row.image for row in first_rows(trainer, images, "reconstruct", args.score_images)]
         sampling = dict(args.preview_generation_kwargs or {})
         scores = evaluate_reconstruction(
             adapters.unwrap(trainer.model), trainer.processing_class, pictures, **self.models, **sampling
@@ -336,7 +340,8 @@ class UnderstandingProbe(TrainerCallback):
     a few fixed captions before and after training, logged as `understanding_loss`; a rise is warned of.
 
     Args:
-        trainer: a `RecATrainer` whose images have captions; they come from its (first) evaluation set if it has one.
+        trainer: a `RecATrainer` whose images have captions; they come from its first evaluation set that has some, else
+            from the training set.
     """
 
     rows = 8
@@ -361,7 +366,7 @@ class UnderstandingProbe(TrainerCallback):
     @torch.no_grad()
     def measure(self) -> None:
         trainer = self.trainer
-        rows = [row for row in fixed_rows(trainer, watched_images(trainer), "caption", self.rows) if row.text]
+        rows = [row for row in fixed_rows(trainer, "caption", self.rows) if row.text]
         if not rows:
             return
         batch = trainer._prepare_inputs(trainer.data_collator(rows))
@@ -404,15 +409,15 @@ class UnderstandingAccuracy(TrainerCallback):
         self.trainer.log({"understanding_accuracy": accuracy})
 
 
-def watched_images(trainer: Any) -> TaskDatasets:
-    """The first evaluation set, or the training set where there is none."""
-    sets = trainer.eval_dataset
-    if isinstance(sets, dict):
-        return next(iter(sets.values()))
-    return trainer.images if sets is None else sets
+def fixed_rows(trainer: Any, task: str, count: int) -> list[Row]:
+    """The first rows for a task of the first evaluation set that has some, else of the training set, decoded."""
+    held_out = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
+    sets = (*held_out.values(), trainer.images)
+    images = next((images for images in sets if images is not None and images.serves(task)), None)
+    return [] if images is None else first_rows(trainer, images, task, count)
 
 
-def fixed_rows(trainer: Any, images: TaskDatasets, task: str, count: int) -> list[Row]:
+def first_rows(trainer: Any, images: TaskDatasets, task: str, count: int) -> list[Row]:
     """The first rows of `images`, decoded."""
     args, processor = trainer.args, trainer.processing_class
     sources = {task: images.datasets[task]}, {task: images.columns[task]}

@@ -80,6 +80,13 @@ class RecAConfig(TrainingArguments):
             "Lance drops both at once. As BAGEL's script."
         },
     )
+    condition_token_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the condition's embeddings that a reconstruction goes without, drawn for every image: a stronger "
+            "bottleneck, for models that copy their condition (IOMM, arXiv 2603.16139). 0: none, as in the paper."
+        },
+    )
     instructions_file: str | None = field(
         default=None,
         metadata={
@@ -104,6 +111,13 @@ class RecAConfig(TrainingArguments):
         },
     )
 
+    freeze_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Parts of the generator that are not trained, by the names of modules or parameters or the beginnings of "
+            "them up to a dot, such as transformer, which is OpenUni's SANA. By default all of it is, or the adapter."
+        },
+    )
     ema_decay: float = field(
         default=0.0,
         metadata={
@@ -293,6 +307,10 @@ class RecAConfig(TrainingArguments):
         for name in ("instruction_dropout", "caption_dropout", "edit_source_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a probability, not {getattr(self, name)}.")
+        if not 0 <= self.condition_token_dropout < 1:
+            raise ValueError(f"condition_token_dropout is a share below 1, not {self.condition_token_dropout}.")
+        if self.condition_token_dropout and not self.reca_weight:
+            raise ValueError("condition_token_dropout is about reconstructions, and reca_weight is 0.")
         if self.token_weighting not in ("target", "micro_batch"):
             raise ValueError(f"token_weighting is 'target' or 'micro_batch', not {self.token_weighting!r}.")
         if self.edit_dataset_name is not None and not self.edit_weight:

@@ -42,6 +42,7 @@ from reca_trainer.images import ImageError, list_problems
 from reca_trainer.inherited_options import refuse_arguments
 from reca_trainer.interruption import Interrupted, ignore_interrupts
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor, gets_weights_from_first_process
+from reca_trainer.models.common.condition_dropout import draw_condition_dropout
 from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
 from reca_trainer.saving.hub_uploads import HubUploads
 from reca_trainer.saving.run_checkpoints import RunCheckpoints, make_output_dir
@@ -171,6 +172,7 @@ class RecATrainer(RunCheckpoints, HeldOutLosses, HubUploads, Trainer):
             model = adapters.attach(model, peft_config)
         else:
             model.freeze_understanding()
+        adapters.freeze(model, args.freeze_modules or ())
         trained, total = adapters.check_trainable(model)
         logger.info(f"Training {trained:,} of {total:,} parameters ({trained / total:.2%}).")
         halves = {str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype.itemsize < 4}
@@ -191,6 +193,12 @@ class RecATrainer(RunCheckpoints, HeldOutLosses, HubUploads, Trainer):
             raise ValueError(
                 f"timesteps_per_image={args.timesteps_per_image}: the loss of {type(base).__name__} draws one corruption "
                 "an image. Leave it 1."
+            )
+
+        if args.condition_token_dropout and not base.supports_condition_token_dropout:
+            raise ValueError(
+                f"condition_token_dropout={args.condition_token_dropout:g}: {type(base).__name__} reads its whole condition. "
+                "Leave it 0."
             )
 
         if args.torch_compile:
@@ -341,7 +349,7 @@ class RecATrainer(RunCheckpoints, HeldOutLosses, HubUploads, Trainer):
             problems += self._note_skipped(batch)
             if self.args.timesteps_per_image > 1:
                 batch["timesteps_per_image"] = self.args.timesteps_per_image
-            self._draw_corruption(batch)
+            self._draw_corruption(batch, self.args.condition_token_dropout)
             index = TASKS[batch["task"]].index
             targets[index] += batch["supervised"]
             micro_batches[index] += not batch["repeated"]
@@ -368,11 +376,13 @@ class RecATrainer(RunCheckpoints, HeldOutLosses, HubUploads, Trainer):
             batch["share"] = share / sum(micro_batches) * self.accelerator.num_processes
         return batches, None
 
-    def _draw_corruption(self, batch: dict[str, Any]) -> None:
+    def _draw_corruption(self, batch: dict[str, Any], condition_token_dropout: float = 0.0) -> None:
         """Every sample has its own seed, so its draws depend neither on its batch nor on the number of processes."""
         model = adapters.unwrap(self.model)
         generators = [torch.Generator().manual_seed(seed) for seed in batch["seeds"]]
         batch["corruption"] = model.sample_corruption(batch, generators)
+        if condition_token_dropout and batch["task"] == "reconstruct":
+            batch["corruption"] |= draw_condition_dropout(condition_token_dropout, len(generators), generators)
         # A sample that several processes work on, so that each has something to do, counts on the first of them.
         batch["supervised"] = 0 if batch.get("repeated") else model.count_supervised(batch, batch["corruption"])
         batch.setdefault("repeated", False)

@@ -215,11 +215,14 @@ class TaskDatasets:
                 halves = dataset.train_test_split(test_size=eval_size, seed=seed)
                 parts[id(dataset)] = (halves["train"], halves["test"])
         train, test = (
-            TaskDatasets({task: parts[id(dataset)][half] for task, dataset in whole.items()}, self.columns)
+            TaskDatasets({task: parts[id(dataset)][half] for task, dataset in whole.items()}, dict(self.columns))
             for half in (0, 1)
         )
-        for half in (train, test):
-            half.check(self._whole)
+        train.check(self._whole)
+        for task in self._whole:
+            if len(rows_without_text(test.datasets[task], task, test.columns[task])) == eval_size:
+                del test.datasets[task], test.columns[task]  # a run is not refused for what it happens to hold out
+        test.check(self._whole.keys() & test.columns.keys())
         return train, test
 
     def targets(self, task: str, processor: UnifiedProcessor, args: RecAConfig) -> list[Size]:

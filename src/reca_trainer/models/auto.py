@@ -15,7 +15,7 @@ from transformers.integrations import is_fsdp_enabled
 
 from reca_trainer.adapters import base_state_dict, load_adapter, read_quantization
 from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
-from reca_trainer.models.registry import detect, is_adapter
+from reca_trainer.models.registry import detect, is_adapter, variants
 from reca_trainer.models.weights import (
     CheckpointError,
     LazyTensor,
@@ -36,63 +36,88 @@ def resolve(pretrained_model_name_or_path: str | Path, variant: str | None = Non
 
 
 def locate(name_or_path: str | Path, variant: str | None = None, **hub: Any) -> tuple[Path, str | None]:
-    """A checkpoint's local folder, and which of several `.pth` files in it is meant.
+    """A checkpoint's local folder, and which of several checkpoints in it is meant, see `variants`.
 
     A Hub repository with several is looked through first, and only the one is downloaded.
 
     Args:
-        name_or_path: folder, Hub id, or either with the name of a `.pth` file behind it.
-        variant: the file, see `choose_variant`; `None` where the name says it, or there is no choice.
+        name_or_path: folder, Hub id, or either with the name of a checkpoint in it behind it.
+        variant: that name, see `choose_variant`; `None` where the first argument says it, or there is no choice.
 
     Raises:
         CheckpointError: there is no such folder or repository, or the choice is open.
     """
-    name = str(name_or_path)
-    if name.endswith(".pth") and not Path(name).expanduser().is_dir():
-        name, _, variant = name.rpartition("/")
+    name, named = _split(str(name_or_path))
+    variant = named or variant
     folder = Path(name).expanduser()
     if folder.is_dir():
-        files = [path.name for path in folder.glob("*.pth")]
-        return folder, None if variant is None else choose_variant(files, variant, folder)
+        return folder, None if variant is None else choose_variant(_variants_in(folder)[0], variant, folder)
     try:
         validate_repo_id(name)
         owner, _ = name.split("/")
     except ValueError as error:
         message = f"{name} is neither a folder on this machine nor a Hub repository id (owner/name)."
         raise CheckpointError(message) from error
-    choices = _choices(name, **hub)
-    if choices and (variant is not None or len(choices) > 1):
+    choices, default = variants(_file_names(name, **hub))
+    if choices and (variant is not None or (default is None and len(choices) > 1)):
         variant = choose_variant(choices, variant, name)
     try:
-        pickles = variant if variant and choices else "*.pth"
-        snapshot = Path(snapshot_download(name, allow_patterns=[*FILES, pickles], **hub))
+        pickles = variant if choices and variant and variant.endswith(".pth") else "*.pth"
+        skipped = [f"{other}/*" for other in choices if other != (variant or default)]
+        snapshot = Path(snapshot_download(name, allow_patterns=[*FILES, pickles], ignore_patterns=skipped, **hub))
     except LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"There is no folder {name} on this machine, and the Hub, where {owner} might have it, cannot be reached."
-        ) from error
-    files = [path.name for path in snapshot.glob("*.pth")]
-    return snapshot, None if variant is None else choose_variant(files, variant, name)
+        # Where only one of several checkpoints is in the cache, that is no complete snapshot, but may be all that is asked for.
+        snapshot = _cached(name, **hub)
+        if snapshot is None or (variant or _variants_in(snapshot)[1]) is None:
+            raise CheckpointError(
+                f"There is no folder {name} on this machine, and the Hub, where {owner} might have it, cannot be reached."
+            ) from error
+    return snapshot, None if variant is None else choose_variant(_variants_in(snapshot)[0], variant, name)
 
 
-def _choices(name: str, **hub: Any) -> list[str]:
-    """The `.pth` files of a repository that has its weights in them; none where it cannot be looked into, and what is in
-    the cache has to do."""
-    if hub.get("local_files_only"):
-        return []
+def _cached(name: str, **hub: Any) -> Path | None:
+    """What the cache holds of a repository, complete or not."""
     try:
-        files = HfApi(token=hub.get("token")).list_repo_files(name, revision=hub.get("revision"))
+        return Path(snapshot_download(name, allow_patterns=[], **{**hub, "local_files_only": True}))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _split(name: str) -> tuple[str, str | None]:
+    """A checkpoint's name without and with the one of several that is meant by what stands behind the last slash."""
+    source, _, last = name.rpartition("/")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        is_variant = last in _variants_in(folder.parent)[0]
+    else:
+        repository = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source)
+        is_variant = last.endswith(".pth") or (repository and last and not Path(source).is_dir())
+    return (source, last) if is_variant else (name, None)
+
+
+def _variants_in(folder: Path) -> tuple[list[str], str | None]:
+    """The checkpoints in a folder that `variant` chooses among, and the one that is read without a choice."""
+    files = {path.name for path in folder.glob("*.pth") if path.is_file()}
+    nested = {path.relative_to(folder).as_posix() for path in folder.glob("*/*")} if files else set()
+    return variants(files | nested)
+
+
+def _file_names(name: str, **hub: Any) -> set[str]:
+    """The files of a repository that may have several checkpoints; none where it cannot be looked into, and what is in the
+    cache has to do."""
+    if hub.get("local_files_only"):
+        return set()
+    try:
+        files = set(HfApi(token=hub.get("token")).list_repo_files(name, revision=hub.get("revision")))
     except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, OSError):
-        return []  # the download says what is wrong
-    files = [file for file in files if "/" not in file]
-    if any(file.endswith(".safetensors") for file in files):
-        return []
-    return [file for file in files if file.endswith(".pth")]
+        return set()  # the download says what is wrong
+    return set() if any(file.endswith(".safetensors") and "/" not in file for file in files) else files
 
 
 def _named(name_or_path: str | Path, variant: str | None) -> str:
-    """A checkpoint's name with the file that was chosen in it, so that it can be found again."""
+    """A checkpoint's name with the one that was chosen in it, so that it can be found again."""
     name = str(name_or_path)
-    return name if variant is None or name.endswith(".pth") else f"{name}/{variant}"
+    return name if variant is None else f"{_split(name)[0]}/{variant}"
 
 
 def open_lazily(model_or_path: UnifiedModel | str | Path, **hub: Any) -> UnifiedModel:
@@ -147,7 +172,7 @@ def adapter_base(folder: Path, base_model: str | None, hub: dict[str, Any]) -> t
     base = base_model or named
     if not base:
         raise CheckpointError(f"{folder}/adapter_config.json names no base model; pass base_model.")
-    if not base_model and commit_of(folder) and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w.-]+\.pth)?", base):
+    if not base_model and commit_of(folder) and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w.-]+)?", base):
         raise CheckpointError(
             f"The adapter in {folder} was trained on {base!r}, which is a path and not a Hub repository; pass "
             "base_model to say where that model is."
@@ -170,9 +195,9 @@ class AutoUnifiedModel:
         """Load a model.
 
         Args:
-            pretrained_model_name_or_path: folder or Hub id, either with the name of a `.pth` file behind it where there are
-                several: `owner/name/file.pth`.
-            kwargs: `revision`, `token`, `cache_dir`, `local_files_only` for the Hub; `variant`, which of several `.pth` files
+            pretrained_model_name_or_path: folder or Hub id, either with the name of a checkpoint behind it where there are
+                several: `owner/name/file.pth`, `owner/name/folder`.
+            kwargs: `revision`, `token`, `cache_dir`, `local_files_only` for the Hub; `variant`, which of several checkpoints
                 a folder or repository has (of a repository no other is downloaded); `dtype` (default: float32 for a
                 published layout, as stored for our own), `device_map`, `quantization_config`, … as for
                 `PreTrainedModel.from_pretrained`. For an adapter also `base_model`, to use in place of the base it

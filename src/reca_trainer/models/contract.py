@@ -110,6 +110,8 @@ class UnifiedModel(PreTrainedModel):
         supports_timesteps_per_image: whether `sample_corruption` takes a batch with a further entry `timesteps_per_image`,
             a number, and draws for so many noisy copies of its targets, all behind one condition. `forward` sees the
             number in these draws and does not take the entry.
+        supports_condition_token_dropout: whether `_reconstruct` reads no more of the condition than the mask of
+            `models.common.condition_dropout.drop_condition` says.
         license_note: what a model card says of the licence beside its name, in Markdown.
     """
 
@@ -121,6 +123,7 @@ class UnifiedModel(PreTrainedModel):
     no_guidance_scale: float = 1.0
     frozen_encoders: tuple[str, ...] = ()
     supports_timesteps_per_image: bool = False
+    supports_condition_token_dropout: bool = False
     license_note: str = ""
     config_class: type[PreTrainedConfig]  # a family always has one
     main_input_name = "pixel_values"
@@ -141,6 +144,7 @@ class UnifiedModel(PreTrainedModel):
     def post_init(self) -> None:
         """As `PreTrainedModel.post_init`. The layers that FSDP wraps are those that are there: a part brings along all
         that its class could have, and accelerate refuses names that it does not find."""
+        self.__dict__.pop("_no_split_modules", None)  # of an earlier call, before a subclass added modules
         super().post_init()
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = {name for name in self._no_split_modules or () if name in present}
@@ -498,10 +502,12 @@ class UnifiedProcessor(ProcessorMixin):
     `<|im_end|>`, gets that token is the original's choice; each family says so.
 
     Attributes:
+        tasks: those whose batches it makes.
         fixed_size: `(height, width)` in pixels of every target; `None` where the picture decides.
         texts_cut: how many texts this processor has shortened so far.
     """
 
+    tasks: tuple[str, ...] = ("reconstruct", "caption", "generate")
     texts_cut: int = 0
 
     @property

@@ -22,7 +22,8 @@ def register_family(name: str, package: str) -> None:
         package: the importable name of its package or module. It offers `Config`, `Model` and `Processor`; a family
             with a published layout of its own also `is_published(file_names, config)`, `read_published(folder,
             **kwargs)`, `read_published_processor(folder, **kwargs)` and `write_published(model, processor, folder)`; one
-            whose training code writes `.pth` files of any name also `TRAINING_KEYS`, which all of them hold.
+            whose training code writes `.pth` files of any name also `TRAINING_KEYS`, which all of them hold; one whose
+            layout has several checkpoints side by side, each in a folder, also `variants(file_names)`.
 
     Raises:
         ValueError: another package has that name.
@@ -86,6 +87,18 @@ def detect(folder: Path) -> tuple[ModuleType, bool]:
         f"{folder} is no checkpoint of a known family ({', '.join(_FAMILIES)}): "
         f"model_type is {config.get('model_type')!r}, files are {sorted(names)[:12]}."
     )
+
+
+def variants(file_names: set[str]) -> tuple[list[str], str | None]:
+    """The checkpoints that `variant` chooses among, by the names of a repository's files: folders where the layout of a
+    family has them side by side, else `.pth` files. And the one that is read without a choice; `None` where one is needed.
+    """
+    pickles = [name for name in file_names if name.endswith(".pth") and "/" not in name]
+    for name in _FAMILIES if pickles else ():
+        package = family(name)
+        if hasattr(package, "variants") and package.is_published(file_names, {}):
+            return package.variants(file_names)
+    return pickles, None
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], str]:

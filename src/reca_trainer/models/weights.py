@@ -98,23 +98,24 @@ def _open(path: Path) -> dict[str, LazyTensor]:
 
 
 def choose_variant(names: Iterable[str], variant: str | None, source: str | Path) -> str:
-    """The one of several `.pth` files that `variant` means: its name, with or without `.pth` and the family's name in
-    front (`1.5b` is `harmon_1.5b.pth`). The only one needs no choice.
+    """The one of several checkpoints, `.pth` files or folders, that `variant` means: its name, with or without `.pth` and
+    the family's name in front (`1.5b` is `harmon_1.5b.pth`). The only one needs no choice.
 
     Raises:
         CheckpointError: it means none of them, or there are several and no `variant`.
     """
-    files = sorted(name for name in names if name.endswith(".pth"))
-    if variant is None and len(files) == 1:
-        return files[0]
-    for name in files:
+    choices = sorted(names)
+    if variant is None and len(choices) == 1:
+        return choices[0]
+    for name in choices:
         stem = name.removesuffix(".pth")
         if variant in (name, stem, stem.partition("_")[2]):
             return name
     asked = "none was chosen" if variant is None else f"none is {variant!r}"
+    kind = ".pth file" if all(name.endswith(".pth") for name in choices) else "folder"
     raise CheckpointError(
-        f"One .pth file of {source} is the checkpoint, and {asked}. These are there: {', '.join(files) or 'none'}. Pass "
-        "variant=<name>, or add the file's name to the model's: owner/name/file.pth."
+        f"One {kind} of {source} is the checkpoint, and {asked}. These are there: {', '.join(choices) or 'none'}. Pass "
+        "variant=<name>, or add its name to the model's: owner/name/file.pth, owner/name/folder."
     )
 
 

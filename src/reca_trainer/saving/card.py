@@ -37,7 +37,7 @@ def public_name(model: str | os.PathLike | None) -> str | None:
     name = str(model)
     try:
         if not os.path.exists(name):
-            validate_repo_id(re.sub(r"(.+/.+)/[\w.-]+\.pth$", r"\1", name))  # one of a repository's files
+            validate_repo_id(re.sub(r"^([^/]+/[^/]+)/[\w.-]+$", r"\1", name))  # or one of a repository's checkpoints
             return name
     except HFValidationError:
         pass

@@ -169,6 +169,8 @@ class HubUploads(Trainer if TYPE_CHECKING else object):
                  "gradient_accumulation_steps", "optim", "adam_beta2", "weight_decay", "max_grad_norm", "bf16", "seed",
                  "instruction_dropout")  # fmt: skip
         settings = {name: getattr(args, name) for name in names} | {"processes": args.world_size}
+        if args.freeze_modules:
+            settings["not trained"] = ", ".join(args.freeze_modules)
         if args.ema_decay:
             settings["weights"] = f"exponential moving average, decay {args.ema_decay:g}"
         settings |= {f"weight of {TASKS[task].loss_name}": weight for task, weight in self.loss_weights.items()}

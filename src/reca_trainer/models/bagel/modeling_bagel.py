@@ -162,7 +162,8 @@ class BagelModel(BagelGeneration, MoTModel):
             understanding_embeds = self.encode_condition(condition_pixel_values)  # [B, S, D]
             condition_embeds, condition_attention_mask = self._place(understanding_embeds, condition_pixel_values)
         batch_size = len(condition_embeds)
-        context = self._read_condition(self.new_context(batch_size), condition_embeds, condition_attention_mask)
+        mask = self._drop_condition(corruption, condition_embeds, condition_attention_mask)
+        context = self._read_condition(self.new_context(batch_size), condition_embeds, mask)
         if input_ids is not None:
             context = self.read_text(context, input_ids.expand(batch_size, -1), attention_mask)
         return self._flow_matching(context, latents, corruption, understanding_embeds=understanding_embeds)

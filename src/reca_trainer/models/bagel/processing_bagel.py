@@ -61,6 +61,8 @@ class BagelProcessor(UnifiedProcessor):
             16,384 tokens out, of which a target and the largest understanding image take 9,000; here texts are cut.
     """
 
+    tasks = ("reconstruct", "caption", "generate", "edit")
+
     def __init__(
         self,
         tokenizer=None,

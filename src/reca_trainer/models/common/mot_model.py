@@ -21,6 +21,7 @@ from PIL import Image
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from reca_trainer.models.common.condition_dropout import drop_condition
 from reca_trainer.models.common.flow_matching import flow_loss, interpolate, shift_timesteps
 from reca_trainer.models.common.latents import patchify
 from reca_trainer.models.common.mot_decoder import GENERATION
@@ -101,6 +102,7 @@ class MoTModel(UnifiedModel):
     image_tasks = ("generate", "reconstruct", "edit")
     quantized_modules = r"language_model\.model\.layers\.\d+\..*"  # both experts
     supports_timesteps_per_image = True
+    supports_condition_token_dropout = True
     image_encoders: tuple[str, ...] = ("vit_model",)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -166,6 +168,13 @@ class MoTModel(UnifiedModel):
         if posterior is None:
             posterior = self.encode_posterior(pixel_values)
         return self.sample_latents(posterior, corruption["posterior_noise"])
+
+    def _drop_condition(
+        self, corruption: dict[str, torch.Tensor], embeds: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """The mask `[B, S]` of a condition `[B, S, D]` some of whose embeddings the draws drop; their positions stay."""
+        places = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device) if mask is None else mask.bool()
+        return drop_condition(corruption, mask, places)
 
     def _flow_matching(self, context, latents, corruption, understanding_embeds=None) -> UnifiedOutput:
         """Rectified flow. With K timesteps an image, all of them are behind the one `context` of their image."""
@@ -321,9 +330,10 @@ class MoTModel(UnifiedModel):
         keep: bool = True,
         place: Place | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, Context]:
-        """Run one split behind `context`, right-padded where `mask` `[B, T]` is 0; a row of zeros reads nothing. Without a `place`, a causal split
-        (text) has counting positions; every other (an image with its markers) has one position. Only in a causal split
-        does a token not see what follows. What is not kept (a noisy image) is invisible to the splits behind it."""
+        """Run one split behind `context`, right-padded where `mask` `[B, T]` is 0; a row of zeros reads nothing. Without a
+        `place`, a causal split (text) has counting positions; every other (an image with its markers) has one position.
+        Only in a causal split does a token not see what follows. What is not kept (a noisy image) is invisible to the splits
+        behind it."""
         device = understanding.device
         batch_size, texts = understanding.shape[:2]
         length = texts + (0 if generation is None else generation.shape[1])
@@ -355,9 +365,11 @@ class MoTModel(UnifiedModel):
             if attention_mask is not None:
                 attention_mask = attention_mask & visible | attention_mask.triu(context.length)
             else:
-                nothing = None if split_mask is None else ~split_mask.any(1)[:, None]  # [B, 1]
-                own = None if nothing is None else F.pad(nothing.expand(-1, length), (context.length, 0))  # [B, S + T]
-                attention_mask = visible if own is None else visible | own[:, None, None]
+                attention_mask = visible
+                if split_mask is not None:
+                    empty_rows = ~split_mask.any(1)[:, None]  # [B, 1]
+                    split = F.pad(empty_rows.expand(-1, length), (context.length, 0))  # [B, S + T]
+                    attention_mask = visible | split[:, None, None]
 
         understanding, generation, past = self._run(
             understanding, generation, position_ids, context.past, attention_mask, is_causal, keep

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, Qwen2ForCausalLM
 from transformers import initialization as init
 
+from reca_trainer.models.common.condition_dropout import drop_condition
 from reca_trainer.models.common.padding import Side, stack_padded
 from reca_trainer.models.common.pixels import to_images
 from reca_trainer.models.common.token_sampling import seeded
@@ -59,6 +60,7 @@ class HarmonModel(UnifiedModel):
         r"|proj_(in|out)\.[02]"
     )
     supports_gradient_checkpointing = True
+    supports_condition_token_dropout = True
     _keep_in_fp32_modules = ("vae", "mar.diffloss")  # never float16, never quantised
     _keep_in_fp32_modules_strict = ("vae",)  # small and frozen: never bfloat16 either
     _no_split_modules = ("Qwen2DecoderLayer", "MarBlock", "ResidualBlock")
@@ -161,6 +163,11 @@ class HarmonModel(UnifiedModel):
         visible = Visible.of(corruption["mask"]).to(self.device)
         corruption = {name: value.to(self.device) for name, value in corruption.items()}
         context, context_mask, _ = self._embed(input_ids, attention_mask, understanding)  # [B, T, H], [B, T]
+        if understanding is not None:
+            start = (input_ids == self.config.image_token_id).int().argmax(1, keepdim=True)  # [B, 1]
+            order = torch.arange(context.shape[1], device=start.device)
+            places = (order >= start) & (order < start + understanding.shape[1])  # [B, T]
+            context_mask = drop_condition(corruption, context_mask, places)
         z = self._predict(latents, visible, context, context_mask)  # [B, L, D]
         tokens = latents.flatten(1, 2)  # [B, L, C]
         losses, prediction = self.mar.diffloss(

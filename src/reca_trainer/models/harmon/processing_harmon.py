@@ -20,7 +20,6 @@ from reca_trainer.models.common.pixels import cut_to_shape, to_pixels
 from reca_trainer.models.common.texts import fits
 from reca_trainer.models.contract import IMAGE_MARK, Conversation, UnifiedProcessor, conversations_of, one_per_sample
 from reca_trainer.models.harmon.configuration_harmon import HarmonConfig
-from reca_trainer.tasks import TASKS
 
 USER, ANSWER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 UNCONDITIONAL = "Generate an image."
@@ -110,8 +109,8 @@ class HarmonProcessor(UnifiedProcessor):
             ValueError: an unknown task, images or texts that are missing or differ in number, or a conversation that
                 cannot be worded or does not show its image where the model was trained to see it.
         """
-        if task not in TASKS:
-            raise ValueError(f"task is {task!r}; expected one of {', '.join(TASKS)}.")
+        if task not in self.tasks:
+            raise ValueError(f"task is {task!r}; expected one of {', '.join(self.tasks)}.")
         if images is None and task != "caption":
             raise ValueError(f"A {task!r} batch needs images.")
         if text is None and task != "reconstruct":

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import nn
 from transformers import DynamicCache, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
 
+from reca_trainer.models.common.condition_dropout import drop_condition
 from reca_trainer.models.common.guidance import guided
 from reca_trainer.models.common.padding import stack_padded
 from reca_trainer.models.common.pixels import to_images
@@ -53,6 +54,7 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
     lora_target_modules = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    supports_condition_token_dropout = True
 
     def __init__(self, config: JanusConfig):
         super().__init__(config)
@@ -123,9 +125,10 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
         """RecA: read the image's own embeddings and the instruction, then predict the image's tokens one after the other."""
         tokens = self.encode_target(pixel_values)  # [B, N]
         understanding_embeds = self.encode_condition(condition_pixel_values)  # [B, S, D]
-        shown = (input_ids == self.config.image_token_id).any(dim=1)  # [B]: not where the prompt is dropped
-        prompt = self.embed_prompt(input_ids, understanding_embeds[shown])  # [B, T, D]
-        return self._image_loss(prompt, tokens, attention_mask, understanding_embeds)
+        places = input_ids == self.config.image_token_id  # [B, T]: none where the prompt is dropped
+        prompt = self.embed_prompt(input_ids, understanding_embeds[places.any(dim=1)])  # [B, T, D]
+        mask = drop_condition(corruption, attention_mask, places)
+        return self._image_loss(prompt, tokens, mask, understanding_embeds)
 
     def _generate(
         self,

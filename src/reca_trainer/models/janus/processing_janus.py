@@ -24,7 +24,6 @@ from reca_trainer.models.common.pixels import cut_to_shape, to_pixels
 from reca_trainer.models.common.texts import fits, word_ids
 from reca_trainer.models.contract import Conversation, UnifiedProcessor, conversations_of, one_per_sample
 from reca_trainer.models.janus.configuration_janus import TINY_SPECIAL_TOKENS, JanusConfig
-from reca_trainer.tasks import TASKS
 
 MASK = "\ue000"  # of the private use area: stands around what a text must not be read as
 
@@ -125,8 +124,8 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
             ValueError: the task or the size is unknown, images or texts are missing or differ in number, or
                 `conversation_problem` refuses a conversation.
         """
-        if task not in TASKS:
-            raise ValueError(f"task is {task!r}; Janus knows {', '.join(TASKS)}.")
+        if task not in self.tasks:
+            raise ValueError(f"task is {task!r}; Janus knows {', '.join(self.tasks)}.")
         if size is not None and tuple(size) != self.fixed_size:
             raise ValueError(f"Janus generates {self.fixed_size} images (height, width) only, got size={size}.")
         needs = {"reconstruct": ("images",), "generate": ("text",), "caption": ("images", "text")}[task]

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import InternVLForConditionalGeneration, initialization
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
+from reca_trainer.models.common.condition_dropout import drop_condition
 from reca_trainer.models.common.flow_matching import flow_loss, interpolate
 from reca_trainer.models.common.guidance import guided
 from reca_trainer.models.common.pixels import to_images
@@ -58,6 +59,7 @@ class OpenUniModel(UnifiedModel):
     )
     frozen_encoders = ("internvl.model.vision_tower", "internvl.model.multi_modal_projector", "vae")
     supports_gradient_checkpointing = True
+    supports_condition_token_dropout = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _no_split_modules = ("InternVLVisionLayer", "Qwen2DecoderLayer", "SiglipEncoderLayer", "SanaTransformerBlock")
     _keep_in_fp32_modules = ("vae",)  # never float16, never quantised
@@ -138,7 +140,9 @@ class OpenUniModel(UnifiedModel):
         latents = self.encode_target(pixel_values) if latents is None else latents.float()  # [B, C, h, w]
         if condition_embeds is None:
             condition_embeds = self.encode_condition(condition_pixel_values)  # [B, S, D]
-        prompt_embeds = self.encode_prompt(input_ids, attention_mask, condition_embeds)  # [B, Q, caption]
+        places = (input_ids == self.config.internvl_config.image_token_id).expand(len(latents), -1)  # [B, T]
+        mask = drop_condition(corruption, attention_mask, places)
+        prompt_embeds = self.encode_prompt(input_ids, mask, condition_embeds)  # [B, Q, caption]
         return self._flow_matching(latents, prompt_embeds, corruption, condition_embeds)
 
     def _generate(

@@ -21,7 +21,6 @@ from reca_trainer.models.common.pixels import cut_to_shape, to_pixels
 from reca_trainer.models.common.texts import fits, word_ids
 from reca_trainer.models.contract import Conversation, UnifiedProcessor, conversations_of, one_per_sample
 from reca_trainer.models.openuni.configuration_openuni import OpenUniConfig
-from reca_trainer.tasks import TASKS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -119,7 +118,7 @@ class OpenUniProcessor(UnifiedProcessor):
             ValueError: an unknown task, numbers of samples that differ, a task without what it needs, or a conversation
                 that `conversation_problem` refuses.
         """
-        if task not in TASKS:
+        if task not in self.tasks:
             raise ValueError(f"OpenUni has no task {task!r}; it has reconstruct, generate and caption.")
         needs = {"reconstruct": {}, "generate": {"text": text}, "caption": {"images": images, "text": text}}[task]
         for name, value in needs.items():

@@ -27,6 +27,7 @@ from PIL import Image
 from torch import nn
 from transformers import CLIPVisionModel, DynamicCache, PhiForCausalLM
 
+from reca_trainer.models.common.condition_dropout import drop_condition
 from reca_trainer.models.common.padding import stack_padded
 from reca_trainer.models.common.pixels import to_images
 from reca_trainer.models.common.token_sampling import draw_tokens
@@ -60,6 +61,7 @@ class ShowOModel(UnifiedModel):
     image_tasks = ("generate", "reconstruct", "edit")
     no_guidance_scale = 0.0
     supports_gradient_checkpointing = True
+    supports_condition_token_dropout = True
     _supports_sdpa = True
     _no_split_modules = ("PhiDecoderLayer", "CLIPEncoderLayer", "ResnetBlock2D")
     _keep_in_fp32_modules = _keep_in_fp32_modules_strict = ("vq_model",)  # tokens are signs, which rounding flips
@@ -113,6 +115,7 @@ class ShowOModel(UnifiedModel):
         embeds = self.embed(input_ids, condition, masked)  # [B, L, D]
         if self.config.w_clip_vit:
             embeds = embeds.detach()  # as in the official run
+        attention_mask = drop_condition(corruption, attention_mask, input_ids == CONDITION_TOKEN_ID)
         hidden = self.attend(embeds, self.attention_mask("reconstruct", input_ids, attention_mask))
         hidden = hidden[:, -1 - tokens.shape[1] : -1]  # [B, n, D]: the image tokens without their markers
         return token_cross_entropy(self.language_model.lm_head, hidden, tokens, condition, supervised=mask)

@@ -32,7 +32,6 @@ from reca_trainer.models.common.pixels import to_pixels
 from reca_trainer.models.common.texts import fits, word_ids
 from reca_trainer.models.contract import IMAGE_MARK, Conversation, UnifiedProcessor, conversations_of, one_per_sample
 from reca_trainer.models.show_o.configuration_show_o import CONDITION_TOKEN_ID, SPECIAL_TOKENS, ShowOConfig
-from reca_trainer.tasks import TASKS
 
 # The sentences that precede an image during the CLIP variant's visual instruction tuning, which are LLaVA's.
 SYSTEM_PROMPT = (
@@ -168,8 +167,8 @@ class ShowOProcessor(UnifiedProcessor):
             ValueError: an unknown task, a task without what it needs, numbers of samples that differ, a `size` that is
                 not the model's, or a conversation that cannot be worded.
         """
-        if task not in TASKS:
-            raise ValueError(f"Show-o has no task {task!r}; it has {', '.join(TASKS)}.")
+        if task not in self.tasks:
+            raise ValueError(f"Show-o has no task {task!r}; it has {', '.join(self.tasks)}.")
         if size is not None and tuple(size) != self.fixed_size:
             raise ValueError(
                 f"This Show-o generates images of {self.image_size} × {self.image_size} pixels only, not "
