@@ -68,7 +68,12 @@ def test_the_snippet_is_python_whatever_the_names():
     ("name", "shown"),
     [
         ("me/model", "me/model"),
+        ("me/models/large.pth", "me/models/large.pth"),
+        ("me/models/large", "me/models/large"),
         ("/home/me/secret/model", "model"),
+        ("/secret/model", "model"),
+        ("../secret/model", "model"),
+        ("me/secret/run/model", "model"),
         ("https://me:hf_secret@host/data/train.tar?token=hf_secret#part", "train.tar"),
         (None, None),
     ],

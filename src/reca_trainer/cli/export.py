@@ -35,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "reca-trainer export", description="Write a model in another layout, dtype or quantisation."
     )
-    parser.add_argument("model", help="folder or Hub id; owner/name/file.pth of several")
+    parser.add_argument("model", help="folder or Hub id; owner/name/file.pth or owner/name/folder of several")
     parser.add_argument("output_dir")
     parser.add_argument("--quantize", choices=("nf4", "int8"), help="store the language model in 4 or 8 bits")
     parser.add_argument(

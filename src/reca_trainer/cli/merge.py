@@ -14,7 +14,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("output_dir")
     parser.add_argument(
         "--base",
-        help="folder or Hub id of the base, owner/name/file.pth of several (default: the one the adapter names)",
+        help="folder or Hub id of the base, owner/name/file.pth or owner/name/folder of several (default: the one the adapter names)",
     )
     parser.add_argument(
         "--into",

@@ -6,6 +6,7 @@ from reca_trainer.models.lance.conversion_lance import (
     is_published,
     read_published,
     read_published_processor,
+    variants,
     write_published,
 )
 from reca_trainer.models.lance.modeling_lance import LanceModel as Model
@@ -18,5 +19,6 @@ __all__ = [
     "is_published",
     "read_published",
     "read_published_processor",
+    "variants",
     "write_published",
 ]

@@ -27,6 +27,7 @@ from reca_trainer.models.lance.processing_lance import LanceProcessor
 from reca_trainer.models.weights import (
     CheckpointError,
     LazyTensor,
+    choose_variant,
     load_strict,
     main_dtype,
     open_weights,
@@ -39,34 +40,14 @@ IMAGE, VIDEO = "Lance_3B", "Lance_3B_Video"
 VISION, AUTOENCODER = "Qwen2.5-VL-ViT", "Wan2.2_VAE.pth"
 POSITION_TABLE = "latent_pos_embed.pos_embed"
 TEXT_SETTINGS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "attention_dropout",
-    "bos_token_id",
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "attention_dropout", "bos_token_id",
     "eos_token_id",
-)
+)  # fmt: skip
 VISION_SETTINGS = (
-    "depth",
-    "hidden_size",
-    "hidden_act",
-    "intermediate_size",
-    "num_heads",
-    "patch_size",
-    "spatial_merge_size",
-    "temporal_patch_size",
-    "tokens_per_second",
-    "window_size",
-    "out_hidden_size",
-    "fullatt_block_indexes",
-)
+    "depth", "hidden_size", "hidden_act", "intermediate_size", "num_heads", "patch_size", "spatial_merge_size",
+    "temporal_patch_size", "tokens_per_second", "window_size", "out_hidden_size", "fullatt_block_indexes",
+)  # fmt: skip
 TOKENS = {
     "eos_token_id": "<|im_end|>",
     "image_start_token_id": "<|vision_start|>",
@@ -79,15 +60,24 @@ def is_published(file_names: set[str], config: dict) -> bool:
     return AUTOENCODER in file_names and any(name.endswith("/llm_config.json") for name in file_names)
 
 
-def read_published(folder: Path, checkpoint: str | None = None, **kwargs: Any) -> LanceModel:
+def variants(file_names: set[str]) -> tuple[list[str], str | None]:
+    """The checkpoints among a repository's files, folders with a language model; by default the image model is read."""
+    folders = [folder for folder, _, file in (name.partition("/") for name in file_names) if file == "llm_config.json"]
+    return folders, IMAGE if IMAGE in folders else None
+
+
+def read_published(folder: Path, variant: str | None = None, **kwargs: Any) -> LanceModel:
     """Load Lance as published.
 
     Args:
         folder: where the checkpoints, the vision transformer and the autoencoder lie side by side.
-        checkpoint: name of the sub-folder to read, if there are several; by default that of the image model.
+        variant: which of several checkpoints, see `choose_variant`; by default the image model.
         kwargs: as for `PreTrainedModel.from_pretrained`.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, the choice is open, or keys are missing, unexpected or wrongly shaped.
     """
-    part = checkpoint_folder(folder, checkpoint)
+    part = checkpoint_folder(folder, variant)
     weights = open_weights(part, "model.safetensors", "ema.safetensors")
     table = weights.pop(POSITION_TABLE, None)  # fixed, recomputed
     autoencoder = rename_autoencoder(open_weights(folder, AUTOENCODER))
@@ -98,9 +88,9 @@ def read_published(folder: Path, checkpoint: str | None = None, **kwargs: Any) -
     return load_strict(LanceModel, config, state_dict, part, **kwargs)
 
 
-def read_published_processor(folder: Path, checkpoint: str | None = None, **kwargs: Any) -> LanceProcessor:
+def read_published_processor(folder: Path, variant: str | None = None, **kwargs: Any) -> LanceProcessor:
     """The processor of a published checkpoint; arguments as for `read_published`."""
-    return LanceProcessor(Qwen2TokenizerFast.from_pretrained(checkpoint_folder(folder, checkpoint)), **kwargs)
+    return LanceProcessor(Qwen2TokenizerFast.from_pretrained(checkpoint_folder(folder, variant)), **kwargs)
 
 
 def write_published(
@@ -113,24 +103,20 @@ def write_published(
         CheckpointError: the autoencoder is built otherwise than Wan's, which the layout cannot say.
     """
     folder, config = Path(folder), model.config
-    told = ("base_dim", "decoder_base_dim", "dim_mult", "num_res_blocks", "z_dim")  # by the shapes
-    changed = {name: config.vae_config.get(name) for name in WAN_AUTOENCODER.keys() - set(told)
-               if config.vae_config.get(name) != WAN_AUTOENCODER[name]}  # fmt: skip
-    if changed:
+    sizes = {"base_dim", "decoder_base_dim", "dim_mult", "num_res_blocks", "z_dim"}  # said by the shapes of weights
+    names = sorted(WAN_AUTOENCODER.keys() - sizes)
+    if differences := [name for name in names if config.vae_config.get(name) != WAN_AUTOENCODER[name]]:
         raise CheckpointError(
-            f"The autoencoder has {sorted(changed)} other than Wan2.2's, which Lance's published layout cannot say. Use "
+            f"The autoencoder has {differences} other than Wan2.2's, which Lance's published layout cannot say. Use "
             'the "transformers" layout.'
         )
     is_video = config.latent_frames > 1
     part, vision_folder = folder / (VIDEO if is_video else IMAGE), folder / VISION
-    main: dict[str, LazyTensor] = {}
-    vision: dict[str, LazyTensor] = {}
-    autoencoder: dict[str, LazyTensor] = {}
-    for name, tensor in weights_of(model).items():
-        module, _, key = name.partition(".")
-        {"vit_model": vision, "vae": autoencoder}.get(module, main)[
-            key if module in ("vit_model", "vae") else name
-        ] = tensor
+    main = weights_of(model)
+    vision, autoencoder = (
+        {name.removeprefix(prefix): main.pop(name) for name in list(main) if name.startswith(prefix)}
+        for prefix in ("vit_model.", "vae.")
+    )
     table = model.latent_pos_embed.compute(config.latent_frames).to(main_dtype(model, main))
     main[POSITION_TABLE] = LazyTensor(table)
     if is_video:
@@ -175,20 +161,10 @@ def write_published(
         path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def checkpoint_folder(folder: Path, name: str | None) -> Path:
-    """The sub-folder `name`, or the only one with a language model, or of several the image model's.
-
-    Raises:
-        CheckpointError: there is no such folder, or the choice is open.
-    """
-    parts = {path.parent.name: path.parent for path in sorted(Path(folder).glob("*/llm_config.json"))}
-    if name is None and len(parts) > 1:
-        name = IMAGE
-    part = parts.get(name) if name is not None else next(iter(parts.values()), None)
-    if part is None:
-        wanted = "no language model" if name is None else f"no checkpoint {name!r}"
-        raise CheckpointError(f"{folder} has {wanted}; there are {sorted(parts)}. Choose one with checkpoint=.")
-    return part
+def checkpoint_folder(folder: Path, variant: str | None) -> Path:
+    """The sub-folder that `variant` means, or the only one with a language model, or of several the image model's."""
+    names, default = variants({f"{path.parent.name}/{path.name}" for path in Path(folder).glob("*/llm_config.json")})
+    return Path(folder) / choose_variant(names, variant or default, folder)
 
 
 def read_config(folder: Path, part: Path, table: LazyTensor | None, autoencoder: dict[str, LazyTensor]) -> LanceConfig:

@@ -115,6 +115,8 @@ class LanceModel(LanceGeneration, MoTModel):
         else:
             super()._init_weights(module)
 
+    # --- losses ---
+
     def _reconstruct(
         self,
         corruption: dict[str, torch.Tensor],
@@ -139,13 +141,16 @@ class LanceModel(LanceGeneration, MoTModel):
             condition_embeds, condition_grid, condition_attention_mask: instead of `condition_pixel_values`, what
                 `encode_batch` gives.
         """
-        latents = self._target_latents(corruption, pixel_values, latents, posterior)
+        latents = self._target_latents(corruption, pixel_values, latents, posterior)  # [B, C, h, w]
         if condition_embeds is None:
-            condition_embeds = self.encode_condition(condition_pixel_values)
-            condition_grid = self.grids_of(condition_pixel_values)
+            condition_embeds = self.encode_condition(condition_pixel_values)  # [B, S, D]
+            condition_grid = self.grids_of(condition_pixel_values)  # [B, 2]
         before, behind, mask = around_images(input_ids, attention_mask, image_position)
         context = self.read_text(self.new_context(len(input_ids)), before)
-        context = self.read_image(context, condition_embeds, condition_grid, condition_attention_mask)
+        if condition_attention_mask is None:
+            condition_attention_mask = padding_of(condition_embeds, condition_grid)
+        kept = self._drop_condition(corruption, condition_embeds, condition_attention_mask)
+        context = self.read_image(context, condition_embeds, condition_grid, kept)
         context = self.read_text(context, behind, mask)
         return self._flow_matching(context, latents, corruption, understanding_embeds=condition_embeds)
 
@@ -158,8 +163,8 @@ class LanceModel(LanceGeneration, MoTModel):
         latents: torch.Tensor | None = None,
         posterior: torch.Tensor | None = None,
     ) -> UnifiedOutput:
-        """Text-to-image; the arguments are as in `_reconstruct`."""
-        latents = self._target_latents(corruption, pixel_values, latents, posterior)
+        """Text-to-image: read the caption, then denoise the image. The arguments are as in `_reconstruct`."""
+        latents = self._target_latents(corruption, pixel_values, latents, posterior)  # [B, C, h, w]
         context = self.read_text(self.new_context(len(latents)), input_ids, attention_mask)
         return self._flow_matching(context, latents, corruption)
 
@@ -184,16 +189,16 @@ class LanceModel(LanceGeneration, MoTModel):
                 leaves no trace.
             pixel_values, latents, posterior: as in `_reconstruct`, like the arguments of the text.
         """
-        latents, embeds = self._target_latents(corruption, pixel_values, latents, posterior), None
+        latents, embeds = self._target_latents(corruption, pixel_values, latents, posterior), None  # [B, C, h, w]
         before, behind, mask = around_images(input_ids, attention_mask, image_position)
         context = self.read_text(self.new_context(len(input_ids)), before)
         position = context.position
         is_dropped = source_mask is not None and not bool(source_mask.any())
         if condition_pixel_values is not None and not is_dropped:
-            embeds, grids = self.encode_condition(condition_pixel_values), self.grids_of(condition_pixel_values)
-            context = self.read_image(context, embeds, grids, present=source_mask)
+            embeds = self.encode_condition(condition_pixel_values)  # [B, S, D]
+            context = self.read_image(context, embeds, self.grids_of(condition_pixel_values), present=source_mask)
         if source_pixel_values is not None and not is_dropped:
-            source = self.encode_target(source_pixel_values, corruption["source_posterior_noise"])
+            source = self.encode_target(source_pixel_values, corruption["source_posterior_noise"])  # [B, C, h', w']
             context = self.read_latents(context, source, source_mask)
         if source_mask is not None:
             context = replace(context, position=torch.where(source_mask, context.position, position))
@@ -215,23 +220,23 @@ class LanceModel(LanceGeneration, MoTModel):
             condition_pixel_values: `None` where no conversation shows an image.
             image_position: `[B]` int64, how many tokens come before the image, -1 where the conversation shows none.
         """
-        text, embeds = self.embed(input_ids), None
+        text, embeds = self.embed(input_ids), None  # [B, T, D]
         if condition_pixel_values is not None:
-            embeds, grids = self.encode_condition(condition_pixel_values), self.grids_of(condition_pixel_values)
+            embeds = self.encode_condition(condition_pixel_values)  # [B, S, D]
+            grids = self.grids_of(condition_pixel_values)  # [B, 2]
             place = image_place(image_position.clamp(min=0), grids, self.config.vit_frame)
-            mask = padding_of(embeds, grids)
-            hidden = self._read_around(embeds, mask, text, attention_mask, image_position, place)
+            mask = padding_of(embeds, grids)  # [B, S]
+            hidden = self._read_around(embeds, mask, text, attention_mask, image_position, place)  # [B, T, D]
         else:
             hidden, _, _ = self._read(self.new_context(len(text)), text, causal=True, mask=attention_mask, keep=False)
         hidden = self.language_model.model.norm(hidden[:, :-1])
         return token_cross_entropy(self.output_logits, hidden, labels[:, 1:], embeds)
 
-    def output_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.language_model.lm_head(hidden)[..., : self.config.tokenizer_length]
+    # --- encodings ---
 
     def _encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         patches, grid = image_patches(pixel_values, self.config.vision_config)
-        embeds = self.vit_model(patches.to(self.vit_model.dtype), grid_thw=grid).pooler_output
+        embeds = self.vit_model(patches.to(self.vit_model.dtype), grid_thw=grid).pooler_output  # [B · S, D]
         return embeds.view(len(pixel_values), -1, embeds.shape[-1])
 
     def grids_of(self, condition_pixel_values: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
@@ -241,27 +246,16 @@ class LanceModel(LanceGeneration, MoTModel):
         return torch.tensor(sizes, device=self.device)
 
     @torch.no_grad()
-    def encode_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """See `UnifiedModel.encode_batch`: `condition_embeds` `[B, S, D]`, their `condition_grid` `[B, 2]`, and the VAE's
-        `posterior`."""
-        images = batch["condition_pixel_values"]
-        return {
-            "condition_embeds": self.encode_condition(images),
-            "condition_grid": self.grids_of(images),
-            "posterior": self.encode_posterior(batch["pixel_values"]),
-        }
-
-    @torch.no_grad()
     def encode_posterior(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Normalised mean, and standard deviation as it is, of the VAE's latents: `[B, 3, H, W]` -> `[B, 2, C, h, w]`."""
         posterior = self.vae.encode(pixel_values.to(self.vae.dtype)[:, :, None]).latent_dist
-        mean, log_variance = posterior.parameters[:, :, 0].chunk(2, dim=1)  # not clamped
+        mean, log_variance = posterior.parameters[:, :, 0].chunk(2, dim=1)  # [B, C, h, w] both; not clamped
         shift, scale = self._latent_statistics(mean)
         return torch.stack([(mean - shift) / scale, (0.5 * log_variance).exp()], dim=1)
 
     def sample_latents(self, posterior: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """A sample of `encode_posterior`'s result: `[B, C, h, w]` in the model's dtype."""
-        mean, std = posterior.unbind(1)
+        mean, std = posterior.unbind(1)  # [B, C, h, w] both
         return (mean + std * noise.to(mean)).to(self.vae2llm.weight.dtype)
 
     @torch.no_grad()
@@ -276,6 +270,22 @@ class LanceModel(LanceGeneration, MoTModel):
         names = ("latents_mean", "latents_std")
         shift, scale = (latents.new_tensor(self.config.vae_config[name])[:, None, None] for name in names)
         return shift, scale
+
+    @torch.no_grad()
+    def encode_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """See `UnifiedModel.encode_batch`: `condition_embeds` `[B, S, D]`, their `condition_grid` `[B, 2]`, and the VAE's
+        `posterior`."""
+        images = batch["condition_pixel_values"]
+        return {
+            "condition_embeds": self.encode_condition(images),
+            "condition_grid": self.grids_of(images),
+            "posterior": self.encode_posterior(batch["pixel_values"]),
+        }
+
+    # --- the language model ---
+
+    def output_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.language_model.lm_head(hidden)[..., : self.config.tokenizer_length]
 
     def new_context(self, batch_size: int) -> LanceContext:
         return LanceContext(None, torch.zeros(batch_size, dtype=torch.long, device=self.device))
@@ -297,7 +307,7 @@ class LanceModel(LanceGeneration, MoTModel):
             present: `[B]` bool, the rows that read it; by default all.
         """
         place = image_place(context.position, grids, self.config.vit_frame if in_own_frame else None)
-        mask = padding_of(embeds, grids) if mask is None else mask
+        mask = padding_of(embeds, grids) if mask is None else mask  # [B, S]
         return self._read_condition(context, embeds, mask, place, present)
 
     def read_latents(self, context: Context, latents: torch.Tensor, present: torch.Tensor | None = None) -> Context:
@@ -308,12 +318,14 @@ class LanceModel(LanceGeneration, MoTModel):
     def _latent_place(self, context: Context, grid: tuple[int, int]) -> Place:
         """See `MoTModel._latent_place`: behind a source with as many tokens, where that stands."""
         grids = torch.tensor([grid], device=self.device).expand(len(context.position), -1)
-        position_ids, following = image_place(context.position, grids)
+        position_ids, following = image_place(context.position, grids)  # [3, B, 2 + N], [B]
         source = context.source_position_ids
         if source is not None and source.shape == position_ids.shape:
             rows = context.has_source
             position_ids = source if rows is None else torch.where(rows[:, None], source, position_ids)
         return position_ids, following
+
+    # --- draws and counts ---
 
     def example_batch(
         self,
@@ -362,11 +374,11 @@ def image_place(position: torch.Tensor, grids: torch.Tensor, frame: int | None =
     Returns:
         Position ids `[3, B, 2 + S]`, and the next position `[B]`.
     """
-    start, columns = position[:, None], grids[:, 1:]
-    end = start + 1 + grids.amax(dim=1, keepdim=True)
-    order = torch.arange(int(grids.prod(dim=1).max()), device=grids.device)
+    start, columns = position[:, None], grids[:, 1:]  # [B, 1] both
+    end = start + 1 + grids.amax(dim=1, keepdim=True)  # [B, 1]
+    order = torch.arange(int(grids.prod(dim=1).max()), device=grids.device)  # [S]
     tokens = start + 1 + torch.stack([0 * order // columns, order // columns, order % columns])  # [3, B, S]
-    position_ids = torch.cat([torch.cat([start, end], dim=1).expand(3, -1, -1), tokens], dim=2)
+    position_ids = torch.cat([torch.cat([start, end], dim=1).expand(3, -1, -1), tokens], dim=2)  # [3, B, 2 + S]
     if frame is not None:
         frames = position_ids[:1] + (frame - start)
         position_ids = torch.cat([frames, position_ids[1:]])

@@ -116,6 +116,8 @@ class LanceProcessor(UnifiedProcessor):
             samples of more than 65,536 tokens out, of which the three images of an edit take 5,200; here texts are cut.
     """
 
+    tasks = ("reconstruct", "caption", "generate", "edit")
+
     def __init__(
         self,
         tokenizer=None,
