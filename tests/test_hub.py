@@ -279,7 +279,7 @@ def test_a_folder_without_weights_is_not_pushed(tmp_path):
         push(tmp_path, "me/model")
 
 
-@pytest.mark.parametrize("family", ["bagel", "harmon", "janus", "openuni", "show_o"])
+@pytest.mark.parametrize("family", ["bagel", "harmon", "janus", "lance", "openuni", "show_o"])
 @pytest.mark.parametrize("layout", ["transformers", "published"])
 def test_all_that_an_export_writes_is_uploaded(tmp_path, family, layout):
     folder = CHECKPOINT.parents[1] / family / "checkpoint"

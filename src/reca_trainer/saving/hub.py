@@ -24,8 +24,9 @@ logger = logging.get_logger(__name__)
 PARTS = (
     *("sana/transformer", "sana/scheduler", "dc-ae", "internvl3", "internvl3-hf"),  # of a published OpenUni
     *("show-o", "show-o-w-clip-vit", "magvitv2", "phi-1_5", "clip-vit-large-patch14-336"),  # of a published Show-o
+    *("Lance_3B", "Lance_3B_Video", "Qwen2.5-VL-ViT"),  # of a published Lance
 )
-WEIGHTS = r"(adapter_model|model|model_bf16|pytorch_model|diffusion_pytorch_model|ema|ae)"
+WEIGHTS = r"(adapter_model|model|model_bf16|pytorch_model|diffusion_pytorch_model|ema|ae|vit)"
 WEIGHTS += r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 CONFIGS = r"((adapter_|generation_|llm_|vit_|openuni_|quantization_|scheduler_)?config|ae_params)\.json"
 PROCESSOR = r"((preprocessor|processor|video_preprocessor|tokenizer)_config|tokenizer|vocab|special_tokens_map)\.json"
@@ -33,15 +34,15 @@ PROCESSOR += r"|added_tokens\.json|vocab\.txt|merges\.txt|(tokenizer|spiece|sent
 PROCESSOR += r"|chat_template\.(jinja|json)|additional_chat_templates/\w+\.jinja"
 DOCUMENTS = r"README\.md|score\.md|(LICENSE|NOTICE)(\.txt|\.md)?|previews/(step-\d+|before_after)\.png"
 UPLOADED = re.compile(
-    rf"(({'|'.join(map(re.escape, PARTS))})/)?({WEIGHTS}|{CONFIGS}|{PROCESSOR})|openuni[\w-]*\.pth|{DOCUMENTS}"
+    rf"(({'|'.join(map(re.escape, PARTS))})/)?({WEIGHTS}|{CONFIGS}|{PROCESSOR})|openuni[\w-]*\.pth|Wan2\.2_VAE\.pth|{DOCUMENTS}"
 )
 RETRIED, WAITS = {429, 500, 502, 503, 504}, (1, 2, 4, 8, 16)  # status codes; seconds before each further try
 
 
 def uploaded_files(folder: Path, also: Sequence[str] = ()) -> tuple[dict[str, Path], list[str]]:
-    """What of a folder goes up, by name, and the names of what does not: weights as safetensors (and OpenUni's own
-    `.pth`), configs, tokenizer, processor, card, licence, scores and previews do. Names are relative to the folder,
-    with forward slashes."""
+    """What of a folder goes up, by name, and the names of what does not: weights as safetensors (and the `.pth`
+    of OpenUni's and Lance's layouts), configs, tokenizer, processor, card, licence, scores and previews do. Names are
+    relative to the folder, with forward slashes."""
     names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     files = {name: path for name, path in names.items() if name in also or UPLOADED.fullmatch(name)}
     return files, [name for name in names if name not in files]
