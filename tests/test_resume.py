@@ -4,6 +4,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import time
@@ -360,3 +361,41 @@ def test_where_nothing_can_be_locked_there_is_a_warning(tmp_path, monkeypatch, w
     monkeypatch.setattr(run_checkpoints, "fcntl", None)
     with sole_run(tmp_path):
         assert "cannot be locked" in warnings.text
+
+
+class StopsBeforeItsFirstStep(TrainerCallback):
+    def __init__(self, run):
+        self.run = run
+
+    def on_train_begin(self, *args, **kwargs):
+        self.run.interruption.signal = signal.SIGTERM
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_resumed_run_that_is_stopped_before_its_first_step_leaves_its_checkpoint_alone(
+    tmp_path, images, processor, warnings, elsewhere
+):
+    stream, lora = images.to_iterable_dataset(num_shards=2), LoraConfig(r=4, lora_dropout=0.5)
+    make(tmp_path / "first", stream, processor, peft_config=lora).train()
+    checkpoint = tmp_path / "first" / "checkpoint-2"
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    folder = tmp_path / ("second" if elsewhere else "first")
+    run = make(folder, stream, processor, peft_config=lora)
+    run.add_callback(StopsBeforeItsFirstStep(run))
+    with pytest.raises(SystemExit) as stopped:
+        run.train(resume_from_checkpoint=str(checkpoint))
+    assert stopped.value.code == 143
+    assert f"The run ended after step 2 of {STEPS}" in warnings.text
+    assert f"with resume_from_checkpoint={str(checkpoint)!r} (on the command line" in warnings.text
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+    assert not list(tmp_path.glob("second/checkpoint-*"))
+
+
+def test_a_full_disk_has_room_for_the_lock(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        with sole_run(tmp_path), pytest.raises(BlockingIOError, match="Another run"), sole_run(tmp_path):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

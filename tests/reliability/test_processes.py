@@ -138,6 +138,15 @@ def test_a_step_that_is_not_finite_on_one_process_is_left_out_by_all(tmp_path):
         torch.testing.assert_close(second[name], weight, rtol=0, atol=TOLERANCE, msg=name)
 
 
+def test_the_best_model_is_loaded_by_all(tmp_path):
+    options = {"eval_size": 4, "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
+    options |= {"greater_is_better": True, "learning_rate": 1e-2, "max_steps": 3}  # the first, as losses fall
+    log = run(tmp_path, 2, save_strategy="steps", save_steps=1, load_best_model_at_end=True, **options)
+    state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-1")
+    assert "Could not locate the best model" not in log
+
+
 def test_another_number_of_processes_resumes_or_is_refused(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 4, "rows": 18}
     run(tmp_path / "one", **saving)

@@ -220,7 +220,7 @@ class TaskDatasets:
         )
         train.check(self._whole)
         for task in self._whole:
-            if len(rows_without_text(test.datasets[task], task, test.columns[task])) == eval_size:
+            if len(rows_without_text(cast(Dataset, test.datasets[task]), task, test.columns[task])) == eval_size:
                 del test.datasets[task], test.columns[task]  # a run is not refused for what it happens to hold out
         test.check(self._whole.keys() & test.columns.keys())
         return train, test

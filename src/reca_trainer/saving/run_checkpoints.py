@@ -143,8 +143,8 @@ def _lock(file: IO[str], output_dir: str | os.PathLike) -> None:
         return
     with contextlib.suppress(OSError):  # a full disk has room for the lock and not for its holder's name
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        # Not through the file's buffer: closing it would try again, and fail.
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
 _locked: set[IO[str]] = set()
@@ -327,6 +327,8 @@ class RunCheckpoints(Trainer if TYPE_CHECKING else object):
         self._stream: StreamingBatches | None = None
         self._stream_state: dict[str, Any] | None = None  # behind the last step, in a run that has fetched the next
         self.interruption, self._interrupted = Interruption(), False
+        # Step of the last checkpoint, and the `resume_from_checkpoint` that goes on from it.
+        self._saved: tuple[int, str | bool | None] = (0, None)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
         """As `Trainer.train`, and alone in `output_dir`. `resume_from_checkpoint=True` goes on from the newest complete
@@ -360,7 +362,7 @@ class RunCheckpoints(Trainer if TYPE_CHECKING else object):
             if self.is_world_process_zero():
                 for abandoned in Path(args.output_dir).glob(f".{PREFIX_CHECKPOINT_DIR}-*.partial"):
                     shutil.rmtree(abandoned)
-            self.resumed_from = checkpoint
+            self.resumed_from, self._saved = checkpoint, (first_step, checkpoint)
             self.interruption.signal, self._interrupted = None, False
             try:
                 result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
@@ -374,7 +376,8 @@ class RunCheckpoints(Trainer if TYPE_CHECKING else object):
         return result
 
     def _end_interrupted(self) -> NoReturn:
-        """Leave a checkpoint of the last step and how to go on from it.
+        """Leave a checkpoint of the last step and how to go on from it. Before its first step a resumed run leaves none:
+        random numbers and streams do not stand where the checkpoint it is of has them.
 
         Raises:
             KeyboardInterrupt: Ctrl-C was pressed.
@@ -383,25 +386,25 @@ class RunCheckpoints(Trainer if TYPE_CHECKING else object):
         args, step = self.args, self.state.global_step
         saves = step > 0 and args.save_strategy != SaveStrategy.NO
         self._interrupted = True
-        if saves and by_main_process(args, lambda: self._last_saved_step() != step):
+        if saves and self._saved[0] != step:
             self._save_checkpoint(self.model_wrapped, trial=None)
-        if not saves:
-            advice = "There is no checkpoint of it." if step else "Nothing was trained."
-        elif args.save_only_model:
+        saved_step, checkpoint = self._saved
+        if not step:
+            advice = "Nothing was trained."
+        elif saved_step != step:
+            advice = "There is no checkpoint of it."
+        elif args.save_only_model and checkpoint is True:
             advice = f"It was saved with save_only_model=True: you can {NEW_RUN}."
         else:
-            advice = "To go on, start it again with resume_from_checkpoint=True (on the command line: "
-            advice += "--resume_from_checkpoint true)."
+            word = "true" if checkpoint is True else checkpoint
+            advice = f"To go on, start it again with resume_from_checkpoint={checkpoint!r} (on the command line: "
+            advice += f"--resume_from_checkpoint {word})."
         cause = self.interruption.cause or "another of its processes was told to stop"
         message = f"The run ended after step {step} of {self.state.max_steps}, because {cause}. {advice}"
         logger.warning(message)
         if self.interruption.signal == signal.SIGINT:
             raise KeyboardInterrupt(message)
         raise SystemExit(128 + signal.SIGTERM)
-
-    def _last_saved_step(self) -> int | None:
-        whole, _ = checkpoints(self.args.output_dir)
-        return read_seal(whole[-1])["step"] if whole else None
 
     def _find_checkpoint(self, resume_from_checkpoint: str | os.PathLike | bool | None) -> str | None:
         if resume_from_checkpoint is True:
@@ -460,6 +463,8 @@ class RunCheckpoints(Trainer if TYPE_CHECKING else object):
         try:
             with self._aside(staging):
                 super()._save_checkpoint(model, trial)
+            if self.state.best_model_checkpoint == str(staging / final.name):  # which every process reads at the end
+                self.state.best_model_checkpoint = str(final)
             if self.weight_average is not None:
                 self.weight_average.save(staging / final.name)
             if self._stream is not None:
@@ -476,12 +481,12 @@ class RunCheckpoints(Trainer if TYPE_CHECKING else object):
                 f"output_dir; earlier checkpoints are whole, and resume_from_checkpoint=True goes on from the last one."
             ) from error
         self.accelerator.wait_for_everyone()
+        self._saved = self.state.global_step, True
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
 
     def _finish_checkpoint(self, written: Path, final: Path) -> None:
-        if self.state.best_model_checkpoint == str(written):
-            self.state.best_model_checkpoint = str(final)
+        if self.state.best_model_checkpoint == str(final):
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
         whole, _ = checkpoints(final.parent)
         seal(
