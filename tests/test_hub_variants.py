@@ -178,3 +178,13 @@ def test_a_config_that_is_no_json_stops_only_families_that_need_it(tmp_path, con
     (tmp_path / "llm_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json (is no JSON|holds a list)"):
         AutoUnifiedModel.from_pretrained(tmp_path)
+
+
+def test_a_whole_name_comes_before_the_end_of_another(tmp_path):
+    names = ["harmon_iter_5000.pth", "iter_5000.pth"]
+    assert choose_variant(names, "iter_5000", "a folder") == "iter_5000.pth"
+    assert choose_variant(names[:1], "iter_5000", "a folder") == "harmon_iter_5000.pth"
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match=r"names the checkpoint iter_5000\.pth, and variant='harmon_iter_5000'"):
+        locate(f"{tmp_path}/iter_5000.pth", "harmon_iter_5000")

@@ -48,6 +48,10 @@ def locate(name_or_path: str | Path, variant: str | None = None, **hub: Any) -> 
         CheckpointError: there is no such folder or repository, or the choice is open.
     """
     name, named = _split(str(name_or_path))
+    if named and variant not in (None, named):
+        raise CheckpointError(
+            f"{name_or_path} names the checkpoint {named}, and variant={variant!r} another: leave one out."
+        )
     variant = named or variant
     folder = Path(name).expanduser()
     if folder.is_dir():

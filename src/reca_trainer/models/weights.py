@@ -107,10 +107,10 @@ def choose_variant(names: Iterable[str], variant: str | None, source: str | Path
     choices = sorted(names)
     if variant is None and len(choices) == 1:
         return choices[0]
-    for name in choices:
-        stem = name.removesuffix(".pth")
-        if variant in (name, stem, stem.partition("_")[2]):
-            return name
+    exact = [name for name in choices if variant in (name, name.removesuffix(".pth"))]
+    shortened = [name for name in choices if variant == name.removesuffix(".pth").partition("_")[2]]
+    if variant is not None and (meant := exact or shortened):
+        return meant[0]
     asked = "none was chosen" if variant is None else f"none is {variant!r}"
     kind = ".pth file" if all(name.endswith(".pth") for name in choices) else "folder"
     raise CheckpointError(
