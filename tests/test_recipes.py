@@ -37,6 +37,7 @@ FAST += "--preview_steps 2 --preview_images 1 --use_cpu true"
         ("harmon", "model.safetensors", {"reconstruction_loss", "image_to_text_loss"}),
         ("show_o", "model.safetensors", {"reconstruction_loss", "image_to_text_loss"}),
         ("openuni", "model.safetensors", {"reconstruction_loss"}),
+        ("lance", "model.safetensors", {"reconstruction_loss"}),
         ("janus_lora", "adapter_model.safetensors", {"reconstruction_loss", "image_to_text_loss"}),
     ],
 )
