@@ -1,5 +1,7 @@
 """What is accepted changes something; what would be ignored is refused with a sentence."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -153,3 +155,19 @@ def test_tokens_are_shown_and_kept_nowhere(tmp_path):
         with pytest.raises(ValueError, match="hf auth login") as error:
             RecAConfig(output_dir=str(tmp_path), use_cpu=True, model_init_kwargs=given)
         assert "do_not_tell" not in str(error.value)
+
+
+def test_a_launchers_backend_compiles_nothing_and_says_so(tmp_path, model, dataset, processor, monkeypatch, caplog):  # noqa: F811
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    run = trainer(model, tmp_path, dataset, processor, max_steps=1)
+    run.train()
+    assert not isinstance(run.model_wrapped, torch._dynamo.eval_frame.OptimizedModule)
+    assert "ACCELERATE_DYNAMO_BACKEND=eager is not used" in caplog.text
+
+
+def test_weights_too_coarse_for_their_steps_are_named(tmp_path, model, dataset, processor, caplog):  # noqa: F811
+    trainer(model, tmp_path, dataset, processor)
+    assert "Trained weights are" not in caplog.text
+    arguments = {"args": config(tmp_path), "train_dataset": dataset, "processing_class": processor}
+    RecATrainer(copy.deepcopy(model).to(torch.bfloat16), **arguments)
+    assert "Trained weights are torch.bfloat16: most steps are smaller than they can tell apart" in caplog.text

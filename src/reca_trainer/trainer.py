@@ -274,6 +274,12 @@ class RecATrainer(RunCheckpoints, HeldOutLosses, HubUploads, Trainer):
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         arguments = super()._build_accelerator_args(**kwargs)
         # A backend from the arguments or the environment would compile the model as a whole; see `compile_layers`.
+        backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+        if backend.lower() != "no":
+            logger.warning(
+                f"ACCELERATE_DYNAMO_BACKEND={backend} is not used: it would compile the model as a whole, and batches of "
+                "every task and shape anew. Set torch_compile=True, which compiles layer by layer."
+            )
         arguments["dynamo_plugin"] = TorchDynamoPlugin(backend="NO")
         return arguments
 
