@@ -47,7 +47,7 @@ def of_its_shape(width: int, height: int) -> tuple[int, int]:
 
 def contents(rows) -> list:
     """Draws and grey values, as tests compare them."""
-    return [(row.draw, row.image.getpixel((3, 3))[0], row.skipped) for row in rows]
+    return [(row.draw, row.image.getpixel((0, 0))[0], row.skipped) for row in rows]
 
 
 def stream_of(values, shards=2, bad=(), cut=(), log=None) -> IterableDataset:
@@ -104,7 +104,11 @@ def of_processes(processes: int, stream, num_workers=0, **options) -> list[list[
             return total
 
         layout = {"num_processes": processes, "process_index": index, "num_workers": num_workers}
-        return list(batches_of(stream, count_processes=None if num_workers else count, **layout, **options))
+        try:
+            return list(batches_of(stream, count_processes=None if num_workers else count, **layout, **options))
+        except BaseException:
+            barrier.abort()
+            raise
 
     if num_workers:
         return list(map(run, range(processes)))
@@ -189,7 +193,8 @@ def test_a_process_without_rows_repeats_one_that_does_not_count():
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_rows_of_300_sizes_meet_in_micro_batches(batch_size):
+@pytest.mark.parametrize("processes", [1, 8])
+def test_rows_of_300_sizes_meet_in_micro_batches(processes, batch_size):
     sizes = official_sizes(300)
 
     def target_size(width, height):
@@ -198,17 +203,26 @@ def test_rows_of_300_sizes_meet_in_micro_batches(batch_size):
     def examples(shards):
         for shard in shards:
             for width in np.random.default_rng(shard).integers(0, 300, 100):
-                yield {"image": {"bytes": encoded(grey(0, (int(width) + 1, 8))), "path": None}}
+                yield {"image": {"bytes": encoded(grey(int(width) % 256, (int(width) + 1, 8))), "path": None}, "text": ""}
 
-    features = datasets.Features({"image": datasets.Image()})
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     stream = IterableDataset.from_generator(examples, gen_kwargs={"shards": list(range(8))}, features=features)
-    plan = SamplingPlan({"reconstruct": 1}, batch_size)
-    batches = list(StreamingBatches({"reconstruct": stream}, {"reconstruct": Columns("image")}, target_size, plan))
-    assert {len({row.draw.size for row in batch}) for batch in batches} == {1}
-    assert Counter(row.draw.row for batch in batches for row in batch) == dict.fromkeys(
-        (shard * 2**40 + row for shard in range(8) for row in range(100)), 1
-    )
-    assert batch_size == 1 or 800 / len(batches) > 0.75 * batch_size
+    widths = {
+        shard * 2**40 + row: int(width) + 1
+        for shard in range(8)
+        for row, width in enumerate(np.random.default_rng(shard).integers(0, 300, 100))
+    }
+    parts = of_processes(processes, stream, target_size=target_size, batch_size=batch_size, buffer_size=1000)
+    assert len({len(part) for part in parts}) == 1
+    batches = [batch["rows"] for part in parts for batch in part if not batch["repeated"]]
+    assert {len({draw.size for draw, _, _ in rows}) for rows in batches} == {1}
+    draws = [draw for rows in batches for draw, _, _ in rows]
+    assert Counter(draw.row for draw in draws) == dict.fromkeys(widths, 1)
+    for draw in draws:
+        (height, width), (asked_height, asked_width) = draw.size, target_size(widths[draw.row], 8)
+        area = asked_height * asked_width
+        assert abs(height * width - area) <= (0.03 if batch_size > 1 else 0.0) * area
+    assert batch_size == 1 or processes > 1 or 800 / len(batches) > 0.75 * batch_size
 
 
 def test_drop_last_gives_full_micro_batches_to_all_processes_or_none():
