@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -59,6 +60,49 @@ def spread(inputs: dict[str, Any]) -> dict[str, list[Any] | None]:
     return {
         name: value if isinstance(value, list) or value is None else [value] * count for name, value in inputs.items()
     }
+
+
+# Arguments of sampling that have an entry for each sample.
+PER_SAMPLE = ("negative_prompt", "latents", "posterior_noise")
+
+
+def differ_in_size(text: list[str] | None, images: list[Image.Image] | None) -> bool:
+    """Whether images do not form a rectangular batch."""
+    return images is not None and len({image.size for image in images}) > 1
+
+
+def singly_where(
+    condition: Callable[[list[str] | None, list[Image.Image] | None], bool],
+) -> Callable[[Callable[..., list[Any]]], Callable[..., list[Any]]]:
+    """Decorates `_generate_images` or `_generate_text`: samples go through it one by one where `condition(text, images)`
+    says that they make no batch, each with its own entry of `PER_SAMPLE` and, of several, its own generator."""
+
+    def decorate(method: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+        @functools.wraps(method)
+        def sample(
+            model: Any,
+            processor: Any,
+            text: list[str] | None,
+            images: list[Image.Image] | None,
+            *,
+            generator: Any,
+            **sampling: Any,
+        ) -> list[Any]:
+            if not condition(text, images):
+                return method(model, processor, text, images, generator=generator, **sampling)
+            rows = {name: sampling.pop(name) for name in PER_SAMPLE if sampling.get(name) is not None}
+            (rows if isinstance(generator, list) else sampling)["generator"] = generator
+            result = []
+            for index in range(len(text or images or [])):
+                entry = slice(index, index + 1)
+                inputs = (None if values is None else values[entry] for values in (text, images))
+                entries = {name: values[entry] for name, values in rows.items()}
+                result += method(model, processor, *inputs, **sampling, **entries)
+            return result
+
+        return sample
+
+    return decorate
 
 
 def check_generators(generator: Any, count: int) -> None:

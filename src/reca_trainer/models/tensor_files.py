@@ -62,11 +62,8 @@ class _Window:
     """Consecutive bytes of a file."""
 
     def __init__(self, file: IO[bytes], offset: int):
-        self.file, self.start, self.end = (
-            file,
-            offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY,
-            offset,
-        )
+        self.file, self.end = file, offset
+        self.start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         self._mapped: weakref.ref[mmap.mmap] | None = None
 
     def map(self) -> mmap.mmap:

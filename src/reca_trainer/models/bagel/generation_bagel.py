@@ -11,7 +11,8 @@ from reca_trainer.models.bagel.processing_bagel import BagelProcessor
 from reca_trainer.models.common.guidance import guided, no_longer
 from reca_trainer.models.common.latents import unpatchify
 from reca_trainer.models.common.pixels import to_images
-from reca_trainer.models.contract import Generators, one_per_sample, per_sample
+from reca_trainer.models.contract import Generators
+from reca_trainer.models.inference import differ_in_size, singly_where
 
 if TYPE_CHECKING:
     from reca_trainer.models.common.mot_model import Context
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 class BagelGeneration:
     """The part of `BagelModel` that samples."""
 
+    @singly_where(differ_in_size)
     def _generate_images(
         self,
         processor: BagelProcessor,
@@ -56,21 +58,6 @@ class BagelGeneration:
             posterior_noise: `[B, C, h, w]`, noise of the source's VAE posterior in editing, instead of drawing it.
         """
         count = len(text or images)
-        if images is not None and len({image.size for image in images}) > 1:
-            options = {
-                "task": task,
-                "height": height,
-                "width": width,
-                "num_inference_steps": num_inference_steps,
-                "guidance_scale": guidance_scale,
-                "image_guidance_scale": image_guidance_scale,
-                "guidance_interval": guidance_interval,
-                "guidance_renorm": guidance_renorm,
-                "guidance_renorm_min": guidance_renorm_min,
-                "timestep_shift": timestep_shift,
-            }
-            rows = {"negative_prompt": negative_prompt, "latents": latents, "posterior_noise": posterior_noise}
-            return self._one_by_one(processor, text, images, generator, rows, options)
 
         def read(context: Context, texts: list[str] | None) -> Context:
             if texts is None:
@@ -83,9 +70,7 @@ class BagelGeneration:
             width, height = width or resized[0].width, height or resized[0].height
             if task == "edit":
                 pixels = processor.to_pixels(resized, processor.generation_size).to(self.device)
-                if posterior_noise is None:
-                    posterior_noise = self.sample_corruption({"pixel_values": pixels}, generator)["posterior_noise"]
-                pictures = self.read_latents(pictures, self.encode_target(pixels, posterior_noise))
+                pictures = self._read_source(pictures, pixels, posterior_noise, generator)
             rule = processor.understanding_size if task == "edit" else processor.condition_size
             pixels = processor.to_pixels(resized, rule).to(self.device)
             pictures = self.read_image(pictures, self.encode_condition(pixels), pixels.shape[-2:])
@@ -96,13 +81,10 @@ class BagelGeneration:
         stride = self.config.latent_token_stride
         height, width = (side or processor.generation_size[0] for side in (height, width))
         grid = (height // stride, width // stride)
-        if latents is None:
-            shape = (grid[0] * grid[1], self.config.latent_token_dim)
-            latents = per_sample(lambda g: torch.randn(shape, generator=g), count, generator)
         scales = (guidance_scale, image_guidance_scale, guidance_renorm, guidance_renorm_min)
         x = self._denoise(
             contexts,
-            latents,
+            self._initial_noise(count, grid, generator) if latents is None else latents,
             grid,
             num_inference_steps,
             timestep_shift,
@@ -111,6 +93,7 @@ class BagelGeneration:
         )
         return to_images(self.decode_target(unpatchify(x, grid, self.config.latent_patch_size)), rounding="down")
 
+    @singly_where(differ_in_size)
     def _generate_text(
         self,
         processor: BagelProcessor,
@@ -122,13 +105,6 @@ class BagelGeneration:
         temperature: float = 0.0,
     ) -> list[str]:
         """See `UnifiedModel.generate_text`. Greedy at `temperature` 0, else sampled; the original's limit is 500."""
-        if images is not None and len({image.size for image in images}) > 1:
-            options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-            samples = zip(text, images, one_per_sample(generator, len(text)), strict=True)
-            return [
-                self._generate_text(processor, [question], [image], generator=sample_generator, **options)[0]
-                for question, image, sample_generator in samples
-            ]
         context = self.new_context(len(text))
         if images is not None:
             resized = [processor.resize(image, processor.generation_size) for image in images]

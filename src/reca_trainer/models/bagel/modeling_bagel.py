@@ -15,42 +15,27 @@ from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from reca_trainer.models.bagel.configuration_bagel import BagelConfig
 from reca_trainer.models.bagel.generation_bagel import BagelGeneration
-from reca_trainer.models.bagel.processing_bagel import resized_size
+from reca_trainer.models.bagel.processing_bagel import bounded_rule, resized_size
 from reca_trainer.models.common.latents import patchify
 from reca_trainer.models.common.mot_decoder import MoTLanguageModel
-from reca_trainer.models.common.mot_model import Context, MoTModel, TimestepEmbedder, sincos
+from reca_trainer.models.common.mot_model import Context, MoTModel, PositionTable, TimestepEmbedder, sincos
 from reca_trainer.models.contract import UnifiedOutput, token_cross_entropy
 
 
-class SinCosPositions(nn.Module):
+class SinCosPositions(PositionTable):
     """Fixed 2-D sine-cosine table; the first half of the channels encodes the column, the second the row."""
-
-    def __init__(self, side: int, dim: int):
-        super().__init__()
-        self.side, self.dim = side, dim
-        self.table = nn.Buffer(self.compute(), persistent=False)  # [side², D]
 
     def compute(self) -> torch.Tensor:
         one_axis = sincos(self.side, self.dim // 2)  # [side, D/2]
         columns = one_axis[None, :].expand(self.side, -1, -1)
         rows = one_axis[:, None].expand(-1, self.side, -1)
         return torch.cat([columns, rows], dim=-1).reshape(self.side**2, self.dim).float()
-
-    def forward(self, height: int, width: int) -> torch.Tensor:
-        """Rows of the table for a `height × width` grid in its top-left corner: `[height · width, D]`."""
-        if max(height, width) > self.side:
-            raise ValueError(
-                f"A grid of {height} × {width} tokens exceeds the position table of side {self.side}; "
-                "use a smaller image."
-            )
-        return self.table.view(self.side, self.side, self.dim)[:height, :width].reshape(height * width, self.dim)
 
 
 class BagelVisionEmbeddings(nn.Module):
@@ -126,12 +111,6 @@ class BagelModel(BagelGeneration, MoTModel):
         self.latent_pos_embed = SinCosPositions(config.max_latent_size, hidden_size)
         self.vae = build_autoencoder(config.vae_config)
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, SinCosPositions):
-            init.copy_(module.table, module.compute())
-        else:
-            super()._init_weights(module)
 
     # --- losses ---
 
@@ -328,13 +307,7 @@ class BagelModel(BagelGeneration, MoTModel):
         """See `UnifiedModel.example_batch`; the condition is of 224 pixels."""
         stride, understanding = self.config.latent_token_stride, self.config.vision_config
         longest = self.config.max_latent_size * stride if max_image_size is None else max_image_size
-        shortest = min(512, longest) if min_image_size is None else min_image_size
-        if not stride <= shortest <= longest:
-            raise ValueError(
-                f"The sides of a target are at least {stride} pixels and the minimum is not above the maximum, got "
-                f"min_image_size {shortest} and max_image_size {longest}."
-            )
-        width, height = resized_size(longest, longest, longest, shortest, stride)
+        width, height = resized_size(longest, longest, *bounded_rule((longest, 512, stride), longest, min_image_size))
         condition = min(224, understanding.image_size // understanding.patch_size * understanding.patch_size)
         return {
             "task": "reconstruct",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from reca_trainer.models.common.padding import pad_rows, padding_mask
+from reca_trainer.models.common.padding import padded_batch
 from reca_trainer.models.common.pixels import to_pixels
 from reca_trainer.models.common.texts import fits
 from reca_trainer.models.contract import (
@@ -42,6 +42,27 @@ def resized_size(
     if max(size) > max_size:
         size = snap(size, max_size / max(size))
     return size
+
+
+def bounded_rule(
+    rule: tuple[int, int, int], max_image_size: int | None, min_image_size: int | None
+) -> tuple[int, int, int]:
+    """A rule `(max, min, stride)` of `resized_size` within bounds in pixels; a maximum below its minimum lowers that too.
+
+    Raises:
+        ValueError: a bound below the stride, or a minimum above the maximum.
+    """
+    max_size, min_size, stride = rule
+    if max_image_size is not None:
+        max_size, min_size = max_image_size, min(min_size, max_image_size)
+    if min_image_size is not None:
+        min_size = min_image_size
+    if not stride <= min_size <= max_size:
+        raise ValueError(
+            f"The sides of a target are at least {stride} pixels and the minimum is not above the maximum, got "
+            f"min_image_size {min_size} and max_image_size {max_size}."
+        )
+    return max_size, min_size, stride
 
 
 # Longest side in pixels of an edit's source for the understanding encoder, in BAGEL's configuration of training.
@@ -101,8 +122,8 @@ class BagelProcessor(UnifiedProcessor):
         Returns:
             Besides the keys of every family: `image_position` `[B]` int64 of captions, the number of tokens before the
             image, -1 for rows that show none; absent where all images come first. `source_mask` and `condition_mask` `[B]`
-            bool of edits, false where the latents or the embeddings of the source are dropped; absent where none is. `attention_mask` is absent where
-            nothing is padded, `condition_pixel_values` where no row shows an image.
+            bool of edits, false where the latents or the embeddings of the source are dropped; absent where none is.
+            `attention_mask` is absent where nothing is padded, `condition_pixel_values` where no row shows an image.
 
         Raises:
             ValueError: the targets of one batch do not come out at one size, a text is dropped that is to be learned, a
@@ -145,17 +166,8 @@ class BagelProcessor(UnifiedProcessor):
         Raises:
             ValueError: a bound below the stride, or a minimum above the maximum.
         """
-        max_size, min_size, stride = self.generation_size
-        if max_image_size is not None:
-            max_size, min_size = max_image_size, min(min_size, max_image_size)
-        if min_image_size is not None:
-            min_size = min_image_size
-        if not stride <= min_size <= max_size:
-            raise ValueError(
-                f"The sides of a target are at least {stride} pixels and the minimum is not above the maximum, got "
-                f"min_image_size {min_size} and max_image_size {max_size}."
-            )
-        return resized_size(width, height, max_size, min_size, stride)[::-1]
+        rule = bounded_rule(self.generation_size, max_image_size, min_image_size)
+        return resized_size(width, height, *rule)[::-1]
 
     def conversation_problem(self, conversation: Conversation) -> str | None:
         """See `UnifiedProcessor.conversation_problem`: no words to learn, none among the tokens that are kept, or two
@@ -226,12 +238,7 @@ class BagelProcessor(UnifiedProcessor):
 
     def _pad(self, rows: list[list[int]], labels: list[list[int]] | None = None) -> dict[str, torch.Tensor]:
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eos_token_id
-        batch = {"input_ids": pad_rows(rows, pad)}
-        if len(set(map(len, rows))) > 1:
-            batch["attention_mask"] = padding_mask(rows)
-        if labels is not None:
-            batch["labels"] = pad_rows(labels, -100)
-        return batch
+        return padded_batch(rows, pad, labels)
 
     def _text(self, text: str) -> list[int]:
         """The split of a sample's only text."""
@@ -256,12 +263,6 @@ class BagelProcessor(UnifiedProcessor):
             images = [image.resize(size[::-1], Image.Resampling.BICUBIC) for image in images]
         else:
             images = [self.resize(image, rule) for image in images]
-        sizes = sorted({image.size for image in images})
-        if len(sizes) > 1:
-            raise ValueError(
-                f"The images of one batch come out at different sizes (width, height): {sizes}. "
-                "Batch images of one aspect ratio, or pass `size`."
-            )
         return to_pixels(images)
 
     def to_conditions(

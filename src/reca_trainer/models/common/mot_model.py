@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import initialization as init
 
 from reca_trainer.models.common.condition_dropout import drop_condition
 from reca_trainer.models.common.flow_matching import flow_loss, interpolate, shift_timesteps
@@ -34,6 +34,38 @@ def sincos(count: int, dim: int) -> torch.Tensor:
     frequencies = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
     angles = torch.arange(count, dtype=torch.float64)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class PositionTable(nn.Module):
+    """Fixed encodings of the places in a square grid; a family computes them.
+
+    Args:
+        side: of the grid, in tokens.
+        dim: channels of an encoding.
+    """
+
+    def __init__(self, side: int, dim: int):
+        super().__init__()
+        self.side, self.dim = side, dim
+        self.table = nn.Buffer(self.compute(), persistent=False)  # [side², D]
+
+    def compute(self) -> torch.Tensor:
+        """The table `[side², D]` float32, row by row."""
+        raise NotImplementedError
+
+    def holds(self, height: int, width: int) -> bool:
+        """Whether there is an encoding for every place of a `height × width` grid."""
+        return max(height, width) <= self.side
+
+    def forward(self, height: int, width: int) -> torch.Tensor:
+        """Encodings of a `height × width` grid in the table's top-left corner: `[height · width, D]`."""
+        if not self.holds(height, width):
+            raise ValueError(
+                f"A grid of {height} × {width} tokens exceeds the position table of side {self.side}; "
+                "use a smaller image."
+            )
+        rows, columns = (torch.arange(size, device=self.table.device) for size in (height, width))
+        return self.table[(rows[:, None] * self.side + columns).flatten()]
 
 
 class TimestepEmbedder(nn.Module):
@@ -104,6 +136,12 @@ class MoTModel(UnifiedModel):
     supports_timesteps_per_image = True
     supports_condition_token_dropout = True
     image_encoders: tuple[str, ...] = ("vit_model",)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, PositionTable):
+            init.copy_(module.table, module.compute())
+        else:
+            super()._init_weights(module)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.model.embed_tokens
@@ -442,6 +480,19 @@ class MoTModel(UnifiedModel):
 
     # --- sampling ---
 
+    def _read_source(
+        self, context: Context, pixel_values: torch.Tensor, noise: torch.Tensor | None, generator: Generators
+    ) -> Context:
+        """Read the image that an edit starts from, by `noise`, or noise that is drawn, a sample of the VAE's posterior."""
+        if noise is None:
+            noise = self.sample_corruption({"pixel_values": pixel_values}, generator)["posterior_noise"]
+        return self.read_latents(context, self.encode_target(pixel_values, noise))
+
+    def _initial_noise(self, count: int, grid: tuple[int, int], generator: Generators) -> torch.Tensor:
+        """Noise in token order, `[B, N, p²C]`."""
+        shape = (grid[0] * grid[1], self.config.latent_token_dim)
+        return per_sample(lambda g: torch.randn(shape, generator=g), count, generator)
+
     def _denoise(
         self,
         contexts: dict[str, Context],
@@ -472,30 +523,6 @@ class MoTModel(UnifiedModel):
             v = guide(velocities) if is_guided else velocities["full"]
             x = x - v * (now - following)
         return x
-
-    def _one_by_one(
-        self,
-        processor: Any,
-        text: list[str] | None,
-        images: list[Image.Image],
-        generator: Generators,
-        rows: dict[str, Any],
-        sampling: dict[str, Any],
-    ) -> list[Image.Image]:
-        """`_generate_images` where the images differ in size and do not form a rectangular batch; of `rows` each gets
-        its own."""
-        result = []
-        for index, image in enumerate(images):
-            sample = slice(index, index + 1)
-            result += self._generate_images(
-                processor,
-                None if text is None else text[sample],
-                [image],
-                generator=generator[sample] if isinstance(generator, list) else generator,
-                **{name: None if values is None else values[sample] for name, values in rows.items()},
-                **sampling,
-            )
-        return result
 
     def _answer(
         self,

@@ -24,6 +24,19 @@ def padding_mask(rows: Sequence[list[int]], side: Side = "right", length: int | 
     return pad_rows([[1] * len(row) for row in rows], 0, side, length)
 
 
+def padded_batch(
+    rows: Sequence[list[int]], value: int, labels: Sequence[list[int]] | None = None
+) -> dict[str, torch.Tensor]:
+    """Rows of ids as `input_ids` `[B, T]`, filled on the right with `value`; `attention_mask` only where something is
+    filled; and their `labels`, filled with -100, if there are any."""
+    batch = {"input_ids": pad_rows(rows, value)}
+    if len(set(map(len, rows))) > 1:
+        batch["attention_mask"] = padding_mask(rows)
+    if labels is not None:
+        batch["labels"] = pad_rows(labels, -100)
+    return batch
+
+
 def stack_padded(parts: Sequence[torch.Tensor], value: float = 0, side: Side = "right") -> torch.Tensor:
     """Batches `[B, T, ...]` of different T, one behind the other, filled with `value` on one side to the longest T."""
     longest = max(part.shape[1] for part in parts)

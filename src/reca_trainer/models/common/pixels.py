@@ -11,7 +11,17 @@ from PIL import Image
 
 
 def to_pixels(images: Sequence[Image.Image]) -> torch.Tensor:
-    """Images of one size -> `[B, 3, H, W]` float32 in [-1, 1]."""
+    """Images of one size -> `[B, 3, H, W]` float32 in [-1, 1].
+
+    Raises:
+        ValueError: they have several.
+    """
+    sizes = sorted({image.size for image in images})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"The images of one batch come out at different sizes (width, height): {sizes}. "
+            "Batch images of one aspect ratio, or pass `size`."
+        )
     arrays = [np.asarray(image if image.mode == "RGB" else image.convert("RGB")) for image in images]
     pixels = np.stack(arrays).astype(np.float32) / 255.0
     return torch.from_numpy((pixels - 0.5) / 0.5).permute(0, 3, 1, 2).contiguous()

@@ -11,7 +11,8 @@ from PIL import Image
 from reca_trainer.models.common.guidance import guided, no_longer
 from reca_trainer.models.common.latents import unpatchify
 from reca_trainer.models.common.pixels import to_images
-from reca_trainer.models.contract import Generators, one_per_sample, per_sample
+from reca_trainer.models.contract import Generators
+from reca_trainer.models.inference import differ_in_size, singly_where
 from reca_trainer.models.lance.processing_lance import LanceProcessor
 
 if TYPE_CHECKING:
@@ -20,9 +21,15 @@ if TYPE_CHECKING:
 RENORM_DIMENSIONS = {"global": (-2, -1), "channel": (-1,)}
 
 
+def differ_in_use(text: list[str], images: list[Image.Image] | None) -> bool:
+    """Whether some texts ask a question and others leave it to the system prompt."""
+    return len({not question for question in text}) > 1
+
+
 class LanceGeneration:
     """The part of `LanceModel` that samples."""
 
+    @singly_where(differ_in_size)
     def _generate_images(
         self,
         processor: LanceProcessor,
@@ -61,22 +68,6 @@ class LanceGeneration:
         if guidance_renorm not in (*RENORM_DIMENSIONS, "none"):
             raise ValueError(f"guidance_renorm is 'global', 'channel' or 'none', not {guidance_renorm!r}.")
         count = len(text or images)
-        if images is not None and len({image.size for image in images}) > 1:
-            options = {
-                "task": task,
-                "height": height,
-                "width": width,
-                "num_inference_steps": num_inference_steps,
-                "guidance_scale": guidance_scale,
-                "guidance_interval": guidance_interval,
-                "guidance_renorm": guidance_renorm,
-                "guidance_renorm_min": guidance_renorm_min,
-                "use_kv_cache": use_kv_cache,
-                "timestep_shift": timestep_shift,
-            }
-            rows = {"negative_prompt": negative_prompt, "latents": latents, "posterior_noise": posterior_noise}
-            return self._one_by_one(processor, text, images, generator, rows, options)
-
         default_size = processor.target_size(*(images[0].size if images else (1, 1)))
         stride = self.config.latent_token_stride
         sides = zip((height, width), default_size, strict=True)
@@ -88,9 +79,7 @@ class LanceGeneration:
             start = self._read_pictures(start, processor.to_conditions(images, task))
         if task == "edit":
             pixels = processor.to_pixels(images).to(self.device)
-            if posterior_noise is None:
-                posterior_noise = self.sample_corruption({"pixel_values": pixels}, generator)["posterior_noise"]
-            start = self.read_latents(start, self.encode_target(pixels, posterior_noise))
+            start = self._read_source(start, pixels, posterior_noise, generator)
         contexts = {"full": self.read_text(start, **rest)}
         if guidance_scale > 1:
             _, other = self._begin(processor.prompt(use, negative_prompt or [""] * count), read=False)
@@ -100,12 +89,9 @@ class LanceGeneration:
                 moved = replace(start, position=start.position + contexts["full"].position - position)
                 contexts["no_text"] = replace(self.read_text(moved, **other), position=position)
 
-        if latents is None:
-            shape = (grid[0] * grid[1], self.config.latent_token_dim)
-            latents = per_sample(lambda g: torch.randn(shape, generator=g), count, generator)
         x = self._denoise(
             contexts,
-            latents,
+            self._initial_noise(count, grid, generator) if latents is None else latents,
             grid,
             num_inference_steps,
             timestep_shift,
@@ -114,6 +100,7 @@ class LanceGeneration:
         )
         return to_images(self.decode_target(unpatchify(x, grid, self.config.latent_patch_size)))
 
+    @singly_where(differ_in_use)
     def _generate_text(
         self,
         processor: LanceProcessor,
@@ -126,14 +113,6 @@ class LanceGeneration:
     ) -> list[str]:
         """See `UnifiedModel.generate_text`. Greedy at `temperature` 0, else sampled; the original's limit is 256. Without a
         question the system prompt asks for a description."""
-        if len({not question for question in text}) > 1:
-            pictures = images or [None] * len(text)
-            samples = zip(text, pictures, one_per_sample(generator, len(text)), strict=True)
-            options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-            return [
-                self._generate_text(processor, [question], image and [image], generator=sample_generator, **options)[0]
-                for question, image, sample_generator in samples
-            ]
         start, rest = self._begin(processor.prompt("question" if text[0] else "caption", text))
         if images is not None:
             start = self._read_pictures(start, processor.to_conditions(images, "answer"), in_own_frame=False)

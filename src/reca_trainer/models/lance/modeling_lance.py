@@ -18,27 +18,22 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan
 from torch import nn
-from transformers import initialization as init
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
     Qwen2_5_VLRotaryEmbedding,
 )
 
 from reca_trainer.models.common.mot_decoder import MoTLanguageModel
-from reca_trainer.models.common.mot_model import Context, MoTModel, Place, TimestepEmbedder, sincos
+from reca_trainer.models.common.mot_model import Context, MoTModel, Place, PositionTable, TimestepEmbedder, sincos
 from reca_trainer.models.contract import UnifiedOutput, token_cross_entropy
 from reca_trainer.models.lance.configuration_lance import LanceConfig
 from reca_trainer.models.lance.generation_lance import LanceGeneration
 from reca_trainer.models.lance.processing_lance import CONDITION_RESOLUTION, RESOLUTION, bounded_size, bucket_size
 
 
-class LatentPositions(nn.Module):
-    """Fixed 3-D sine-cosine table of the first frame: a third of the channels each for frame, row and column."""
-
-    def __init__(self, side: int, dim: int):
-        super().__init__()
-        self.side, self.dim = side, dim
-        self.table = nn.Buffer(self.compute(), persistent=False)  # [side², D]
+class LatentPositions(PositionTable):
+    """Fixed 3-D sine-cosine table of the first frame: a third of the channels each for frame, row and column. As in the
+    original, columns beyond the side have the encodings of further rows."""
 
     def compute(self, frames: int = 1) -> torch.Tensor:
         """The table of `frames`: `[frames · side², D]` float32."""
@@ -51,16 +46,8 @@ class LatentPositions(nn.Module):
         ]
         return torch.cat(parts, dim=-1).flatten(0, 2).float()
 
-    def forward(self, height: int, width: int) -> torch.Tensor:
-        """Encodings of a `height × width` grid, `[height · width, D]`: entry `row · side + column`. So, as in the original,
-        columns beyond the side have the encodings of further rows."""
-        if (height - 1) * self.side + width > self.side**2:
-            raise ValueError(
-                f"A grid of {height} × {width} tokens exceeds the position table of side {self.side}; "
-                "use a smaller image."
-            )
-        rows, columns = (torch.arange(size, device=self.table.device) for size in (height, width))
-        return self.table[(rows[:, None] * self.side + columns).flatten()]
+    def holds(self, height: int, width: int) -> bool:
+        return (height - 1) * self.side + width <= self.side**2
 
 
 @dataclass
@@ -108,12 +95,6 @@ class LanceModel(LanceGeneration, MoTModel):
         self.latent_pos_embed = LatentPositions(config.max_latent_size, hidden_size)
         self.vae = AutoencoderKLWan(**config.vae_config)
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, LatentPositions):
-            init.copy_(module.table, module.compute())
-        else:
-            super()._init_weights(module)
 
     # --- losses ---
 

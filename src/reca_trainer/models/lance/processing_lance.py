@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from reca_trainer.models.common.conversations import exchange_problem, without_mark
-from reca_trainer.models.common.padding import pad_rows, padding_mask
+from reca_trainer.models.common.padding import padded_batch
 from reca_trainer.models.common.pixels import to_pixels
 from reca_trainer.models.common.texts import fits
 from reca_trainer.models.contract import (
@@ -308,22 +308,11 @@ class LanceProcessor(UnifiedProcessor):
         return ids, labels[: len(ids)], position if position <= len(ids) else -1
 
     def _pad(self, rows: list[list[int]], labels: list[list[int]] | None = None) -> dict[str, torch.Tensor]:
-        batch = {"input_ids": pad_rows(rows, self.tokenizer.pad_token_id)}
-        if len(set(map(len, rows))) > 1:
-            batch["attention_mask"] = padding_mask(rows)
-        if labels is not None:
-            batch["labels"] = pad_rows(labels, -100)
-        return batch
+        return padded_batch(rows, self.tokenizer.pad_token_id, labels)
 
     def to_pixels(self, images: Sequence[Image.Image], size: tuple[int, int] | None = None) -> torch.Tensor:
         """`[B, 3, H, W]` float32 in [-1, 1], at `size` `(height, width)` or each in its own bucket."""
         images = [fill(image, size or self.target_size(*image.size)) for image in images]
-        sizes = sorted({image.size for image in images})
-        if len(sizes) > 1:
-            raise ValueError(
-                f"The images of one batch come out at different sizes (width, height): {sizes}. "
-                "Batch images of one aspect ratio, or pass `size`."
-            )
         return to_pixels(images)
 
     def to_conditions(self, images: Sequence[Image.Image | None], use: str) -> torch.Tensor | list[torch.Tensor]:
