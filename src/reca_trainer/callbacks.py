@@ -25,6 +25,7 @@ from reca_trainer.data import Row, RowDataset, SamplingPlan, StreamingBatches, T
 from reca_trainer.data.collator import NOTES
 from reca_trainer.data.task_datasets import TaskDatasets, target_rule
 from reca_trainer.files import replacing
+from reca_trainer.held_out_losses import sets_of
 from reca_trainer.images import ImageError, decode_image
 
 logger = logging.get_logger(__name__)
@@ -411,9 +412,8 @@ class UnderstandingAccuracy(TrainerCallback):
 
 def fixed_rows(trainer: Any, task: str, count: int) -> list[Row]:
     """The first rows for a task of the first evaluation set that has some, else of the training set, decoded."""
-    held_out = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
-    sets = (*held_out.values(), trainer.images)
-    images = next((images for images in sets if images is not None and images.serves(task)), None)
+    sets = (*sets_of(trainer.eval_dataset), trainer.images)
+    images = next((images for images in sets if images.serves(task)), None)
     return [] if images is None else first_rows(trainer, images, task, count)
 
 

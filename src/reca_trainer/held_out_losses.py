@@ -24,6 +24,13 @@ def open_eval_sets(source: Any, args: RecAConfig) -> TaskDatasets | dict[str, Ta
     return TaskDatasets.open(source, args, training=False)
 
 
+def sets_of(held_out: TaskDatasets | dict[str, TaskDatasets] | None) -> list[TaskDatasets]:
+    """What `open_eval_sets` gave, one set or several, as a list; none of `None`."""
+    if isinstance(held_out, dict):
+        return list(held_out.values())
+    return [] if held_out is None else [held_out]
+
+
 def check_metric(args: RecAConfig) -> None:
     """Raises `ValueError` if the best model is to be chosen by a score that is not computed."""
     metric = args.metric_for_best_model or ""

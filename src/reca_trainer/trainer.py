@@ -37,7 +37,7 @@ from reca_trainer.data.rows import RowDataset
 from reca_trainer.data.sampling import SamplingPlan, TaskBatchSampler
 from reca_trainer.data.streaming import StreamingBatches
 from reca_trainer.data.task_datasets import Images, TaskDatasets, target_rule
-from reca_trainer.held_out_losses import HeldOutLosses, check_metric, open_eval_sets
+from reca_trainer.held_out_losses import HeldOutLosses, check_metric, open_eval_sets, sets_of
 from reca_trainer.images import ImageError, list_problems
 from reca_trainer.inherited_options import refuse_arguments
 from reca_trainer.interruption import Interrupted, ignore_interrupts
@@ -126,7 +126,7 @@ class RecATrainer(RunCheckpoints, HeldOutLosses, HubUploads, Trainer):
                 processing_class = AutoUnifiedProcessor.from_pretrained(model)
             # What is wrong with the images need not wait for the model.
             self.images.check_batches(processing_class, args)
-            for images in eval_images.values() if isinstance(eval_images, dict) else [eval_images] if eval_images else []:
+            for images in sets_of(eval_images):
                 images.check_sizes(processing_class, args)
             init = dict(args.model_init_kwargs or {})
             init.setdefault("dtype", adapters.default_dtype(args.bf16, peft_config is not None))

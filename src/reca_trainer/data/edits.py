@@ -73,9 +73,8 @@ def edit_of(draw: Draw, record: dict[str, Any], columns: Columns, source: str) -
     if mixed_hash(draw.seed, 8) % 2:
         start += mixed_hash(draw.seed, 9) % 2
         return Edit(images[start], images[start + 1], words(start))
-    end = (
-        start + length - (start + length == count - 1)
-    )  # as the original, whose joined steps never reach the last image
+    # As in the original, joined steps never reach the last image.
+    end = start + length - (start + length == count - 1)
     parts = [words(step) for step in range(start, end)]
     joined = None if None in parts else " ".join(f"{part}." for part in parts)
     return Edit(images[start], images[end], joined)
