@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from transformers.integrations import TensorBoardCallback
 
 from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor, RecAConfig, RecATrainer
 from reca_trainer.callbacks import EVENTS
+from reca_trainer.contact_sheets import MARGIN, MARKS, TITLE, sheet_row
 from reca_trainer.images import ImageError
 from reca_trainer.saving.card import base_license, escaped, folder_card, model_card, public_name, save_card
 
@@ -129,13 +131,14 @@ def make_run(tmp_path):
         "preview_generation_kwargs": {"num_inference_steps": 1},
     }
 
-    def make(**options):
+    def make(judge=None, **options):
         return RecATrainer(
             AutoUnifiedModel.from_pretrained(CHECKPOINT),
             RecAConfig(**{**defaults, **options}),
             train_dataset=Dataset.from_dict({"image": [Image.fromarray(image) for image in images]}),
             processing_class=AutoUnifiedProcessor.from_pretrained(CHECKPOINT, **sizes),
             peft_config=LoraConfig(r=2),
+            judge=judge,
         )
 
     return make
@@ -182,6 +185,54 @@ def test_a_tracker_does_not_end_the_run(run, warnings, reachable):
     assert previews(run) == ["before_after.png", "step-000000.png", "step-000001.png", "step-000002.png"]
     problem = "Tracker did not take the preview of step {}: TimeoutError"
     assert [problem.format(step) in warnings.text for step in (0, 1, 2)] == [not reachable, not reachable, False]
+
+
+def green_or_red(path):
+    """Left edges of the framed pictures of a sheet by the colour of their frames."""
+    pixels = np.asarray(Image.open(path)).astype(int)
+    frames = {True: (pixels == MARKS[True][1]).all(-1), False: (pixels == MARKS[False][1]).all(-1)}
+    edges = {mark: np.flatnonzero(frame.sum(0) >= 144) for mark, frame in frames.items()}
+    return {mark: sorted({left for left in lefts if left - 1 not in lefts}) for mark, lefts in edges.items()}
+
+
+def test_a_judge_marks_what_was_made_of_prompts(make_run):
+    def judge(prompts, images):
+        seen.append((prompts, [image.size for image in images]))
+        return [True, False, None]
+
+    seen, prompts = [], ["boat", "a boat at sea", "boats, " * 40 + "ships"]
+    run = make_run(judge=judge, preview_prompts=prompts)
+    run.train()
+    assert seen == [(prompts, [(64, 64)] * 3)] * 3
+    left = TITLE + 144 + MARGIN
+    assert green_or_red(Path(run.args.output_dir) / "previews" / "before_after.png") == {
+        True: [TITLE, TITLE + 144 - 3],
+        False: [left, left + 144 - 3],
+    }
+    with pytest.raises(ValueError, match="A judge marks previews, and there are none: set preview_steps"):
+        make_run(judge=judge, preview_steps=0)
+
+
+def test_before_and_after_lie_under_each_other_also_after_a_resume(make_run, tmp_path):
+    options = {"preview_prompts": ["boat", "boats, " * 20 + "ships"], "save_strategy": "steps", "save_steps": 1}
+    run = make_run(**options)
+    run.train()
+    folder = Path(run.args.output_dir) / "previews"
+    before, after, both = (
+        np.asarray(Image.open(folder / f"{name}.png")) for name in ("step-000000", "step-000002", "before_after")
+    )
+    texts = sheet_row("prompt", run.args.preview_prompts).height
+    picture = 144 + MARGIN
+    rows = [texts, picture, picture, picture]
+    assert before.shape == after.shape == (sum(rows), TITLE + 2 * picture, 3)
+    parts = [np.split(sheet, np.cumsum(rows)[:-1]) for sheet in (before, after)]
+    (prompt, drawn_before, image, made_before), (_, drawn_after, _, made_after) = parts
+    expected = [prompt, drawn_before, drawn_after, image, made_before, made_after]
+    assert np.array_equal(both, np.concatenate(expected))
+    (folder / "before_after.png").unlink()
+    shutil.rmtree(Path(run.args.output_dir) / "checkpoint-2")
+    make_run(**options).train(resume_from_checkpoint=True)
+    assert np.array_equal(np.asarray(Image.open(folder / "before_after.png")), both)
 
 
 class Damage(TrainerCallback):

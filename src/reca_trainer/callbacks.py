@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from reca_trainer import adapters
 from reca_trainer.config import PREVIEW_PROMPTS
+from reca_trainer.contact_sheets import contact_sheet, sheet_row
 from reca_trainer.data import Row, RowDataset, SamplingPlan, StreamingBatches, TaskBatchSampler
 from reca_trainer.data.collator import NOTES
 from reca_trainer.data.task_datasets import TaskDatasets, target_rule
@@ -140,9 +141,10 @@ class WeightAverage(TrainerCallback):
 class PreviewCallback(TrainerCallback):
     """Draws what the model makes of a few fixed images and prompts, with fixed noise, as training goes on.
 
-    Each picture (`output_dir/previews/step-NNNNNN.png`, and the tracker) has one column per image: the input above its
-    reconstruction from the model's own understanding embeddings; and one per prompt: its text-to-image. After training
-    `before_after.png` shows the first above the last. Trackio, which closes its run before that, has all but the last.
+    Each picture (`output_dir/previews/step-NNNNNN.png`, and the tracker) has rows of prompts, of their text-to-image, of
+    input images and of their reconstructions from the model's own understanding embeddings. After training
+    `before_after.png` shows what was made before and after under each other. Trackio, which closes its run before that, has
+    all but the last.
 
     A picture that does not fit into the device's memory, or cannot be written or tracked, is warned of, and the run
     goes on. So it does after any other error, unless a new run begins, which has nothing to lose, or processes that hold
@@ -150,12 +152,12 @@ class PreviewCallback(TrainerCallback):
 
     Args:
         trainer: a `RecATrainer`; images come from its first evaluation set that has some to reconstruct, else from the
-            training set. Without any there, only prompts are drawn.
+            training set. Without any there, only prompts are drawn. Its `judge`, if it has one, marks text-to-image.
     """
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
-        self.prompts = trainer.args.preview_prompts or PREVIEW_PROMPTS
+        self.prompts = list(trainer.args.preview_prompts or PREVIEW_PROMPTS)
         self.rows: list[Row] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -169,40 +171,47 @@ class PreviewCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         after = self.draw()
-        before = after and after.with_name("step-000000.png")
-        if before is None or not before.is_file():
+        if after is None:
             return
+        folder = Path(args.output_dir) / "previews"
         try:
-            sheets = [decode_image(before), decode_image(after)]
-        except ImageError as error:
+            before = decode_image(folder / "step-000000.png")
+        except (ImageError, FileNotFoundError) as error:
             logger.warning(f"There is no before_after.png: {error}")
             return
-        both = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
-        both.paste(sheets[0], (0, 0))
-        both.paste(sheets[1], (0, sheets[0].height))
-        self._save(both, after.with_name("before_after.png"))
+        if before.size != contact_sheet(after).size:
+            logger.warning("There is no before_after.png: step-000000.png was drawn of other prompts or images.")
+            return
+        rows, top = [], 0
+        for index, row in enumerate(after):
+            if index % 2:  # made, and not given
+                rows.append(before.crop((0, top, row.width, top + row.height)))
+            rows.append(row)
+            top += row.height
+        self._save(contact_sheet(rows), folder / "before_after.png")
 
-    def draw(self) -> Path | None:
-        """Generate, save and track the picture of the current step, and return its path; `None` if it was not saved.
+    def draw(self) -> list[Image.Image] | None:
+        """Generate, save and track the picture of the current step, and return its rows; `None` if it was not saved.
         All processes generate, since all may hold a part of the model; the first saves."""
         trainer, step = self.trainer, self.trainer.state.global_step
         try:
             with trainer.averaged_weights():
-                picture = self._picture()
+                rows = self._rows()
         except Exception as error:
             is_new = step == 0 and not isinstance(error, torch.OutOfMemoryError)
             if is_new or any(isinstance(module, FSDPModule) for module in trainer.model.modules()):
                 raise
             logger.warning(f"There is no preview of step {step}: {error!r}")
             return None
-        if picture is None:
+        if rows is None:
             return None
+        picture = contact_sheet(rows)
         self._track(picture)
         path = Path(trainer.args.output_dir) / "previews" / f"step-{step:06d}.png"
-        return path if self._save(picture, path) else None
+        return rows if self._save(picture, path) else None
 
-    def _picture(self) -> Image.Image | None:
-        """The picture of the current step; `None` in all processes but the first."""
+    def _rows(self) -> list[Image.Image] | None:
+        """What is given and what is made of it in turns; `None` in all processes but the first."""
         trainer = self.trainer
         if self.rows is None:
             self.rows = fixed_rows(trainer, "reconstruct", trainer.args.preview_images)
@@ -229,15 +238,20 @@ class PreviewCallback(TrainerCallback):
         square = processor.fixed_size or target_rule(processor, trainer.args)(4096, 4096)
         drawn = model.generate_images(
             processor,
-            text=list(self.prompts),
+            text=self.prompts,
             generator=generators(range(len(self.prompts))),
             **{"height": square[0], "width": square[1], **options},
         )
         if not trainer.is_world_process_zero():
             return None
-        columns = [("input | reconstruction", (image, reconstructions[index])) for index, image in enumerate(inputs)]
-        columns += [(prompt, (None, image)) for prompt, image in zip(self.prompts, drawn, strict=True)]
-        return contact_sheet(columns)
+        step, last = trainer.state.global_step, trainer.state.max_steps
+        title = {0: "before", last: "after"}.get(step, f"step {step}")
+        marks = trainer.judge(self.prompts, drawn) if trainer.judge else None
+        rows = [sheet_row("prompt", self.prompts), sheet_row(title, drawn, marks=marks)]
+        if inputs:
+            made = [reconstructions[index] for index in range(len(inputs))]
+            rows += [sheet_row("input", inputs), sheet_row(title, made)]
+        return rows
 
     def _save(self, picture: Image.Image, path: Path) -> bool:
         """Whether the picture was written."""
@@ -429,24 +443,3 @@ def first_rows(trainer: Any, images: TaskDatasets, task: str, count: int) -> lis
     sampler = TaskBatchSampler({task: images.targets(task, processor, args)}, plan)
     rows = RowDataset(*sources, **reading)
     return [rows[draw] for [draw] in islice(sampler, count)]
-
-
-def contact_sheet(columns: Sequence[tuple[str, Sequence[Image.Image | None]]], cell: int = 192) -> Image.Image:
-    """Columns of images under their titles, each image fitted into a square of `cell` pixels."""
-    margin, title = 6, 30
-    rows = max(len(images) for _, images in columns)
-    sheet = Image.new("RGB", (len(columns) * (cell + margin) + margin, title + rows * (cell + margin)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for index, (name, images) in enumerate(columns):
-        left = margin + index * (cell + margin)
-        half = cell // 6  # characters that fit in one line of the default font
-        pen.text((left, 2), name[:half], fill="black")
-        pen.text((left, 14), name[half : 2 * half], fill="black")
-        for row, image in enumerate(images):
-            if image is None:
-                continue
-            scale = cell / max(image.size)
-            size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-            resample = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
-            sheet.paste(image.resize(size, resample), (left, title + row * (cell + margin)))
-    return sheet

@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import TorchDynamoPlugin, broadcast_object_list
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
+from PIL import Image
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import BitsAndBytesConfig, Trainer, trainer
@@ -70,6 +71,8 @@ class RecATrainer(RunCheckpoints, HeldOutLosses, HubUploads, Trainer):
         quantization_config: for a model given by name; quantises it while loading, and needs a `peft_config`.
         compute_metrics: called after every evaluation with an `EvalPrediction` whose `predictions` are the losses of all
             samples, float32 arrays by the name of their term; what it returns is logged.
+        judge: called with prompts and the images made from them, says which follow: `True`, `False`, or `None` where it
+            cannot tell. Previews show it.
 
     Raises:
         ValueError: the data does not fit the loss weights, or the wrong weights would be trained.
@@ -91,6 +94,7 @@ class RecATrainer(RunCheckpoints, HeldOutLosses, HubUploads, Trainer):
         peft_config: PeftConfig | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        judge: Callable[[Sequence[str], Sequence[Image.Image]], list[bool | None]] | None = None,
         **others: Any,
     ):
         refuse_arguments(others)
@@ -116,6 +120,9 @@ class RecATrainer(RunCheckpoints, HeldOutLosses, HubUploads, Trainer):
                 f"eval_strategy={args.eval_strategy.value!r} needs images: pass an eval_dataset, or set eval_size to hold some out."
             )
         check_metric(args)
+        if judge is not None and not args.preview_steps:
+            raise ValueError("A judge marks previews, and there are none: set preview_steps, or leave it out.")
+        self.judge = judge
         if self.images.is_streaming and args.max_steps <= 0:
             raise ValueError("A stream does not say how long it is: set max_steps.")
 

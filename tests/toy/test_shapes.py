@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from reca_trainer import toy
 from reca_trainer.toy.detector import Detector
 from reca_trainer.toy.score import CATEGORIES, compare_images, judge_dense, judge_short, score, short_prompts
 from reca_trainer.toy.tokenizer import UNKNOWN, make_tokenizer
@@ -34,8 +35,8 @@ def scene_for(world, facts, rng):
 def test_detector_finds_every_fact_of_rendered_scenes(world, sd):
     rng = np.random.default_rng(0)
     scenes = scenes_of(world, 300)
-    found = Detector(world)([noisy(world.render(scene), rng, sd) for scene in scenes])
-    assert judge_dense(found, [world.facts(scene) for scene in scenes])["strict"]["mean"] >= 0.995
+    objects = Detector(world)([noisy(world.render(scene), rng, sd) for scene in scenes])
+    assert judge_dense(objects, [world.facts(scene) for scene in scenes])["strict"]["mean"] >= 0.995
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
@@ -43,20 +44,20 @@ def test_detector_accepts_rendered_truth_and_rejects_mismatches_in_every_categor
     world, rng = World(), np.random.default_rng(1)
     facts = [stated for _, stated in short_prompts(world, 200)[category]]
     scenes = [scene_for(world, stated, rng) for stated in facts]
-    found = Detector(world)([noisy(world.render(scene), rng) for scene in scenes])
-    assert judge_short(found, facts)["mean"] >= 0.995
+    objects = Detector(world)([noisy(world.render(scene), rng) for scene in scenes])
+    assert judge_short(objects, facts)["mean"] >= 0.995
     chance = judge_short(scenes[1:] + scenes[:1], facts)["mean"]
-    assert judge_short(found[1:] + found[:1], facts)["mean"] <= chance + 0.02
+    assert judge_short(objects[1:] + objects[:1], facts)["mean"] <= chance + 0.02
 
 
 def test_detector_scores_mismatched_descriptions_at_chance():
     world, rng = World(), np.random.default_rng(2)
     scenes = scenes_of(world, 400)
-    found = Detector(world)([noisy(world.render(scene), rng) for scene in scenes])
+    objects = Detector(world)([noisy(world.render(scene), rng) for scene in scenes])
     facts = [world.facts(scene) for scene in scenes[1:] + scenes[:1]]
-    chance, got = judge_dense(scenes, facts), judge_dense(found, facts)
-    assert got["soft"]["mean"] <= chance["soft"]["mean"] + 0.02
-    assert got["strict"]["mean"] <= chance["strict"]["mean"] + 0.02
+    chance, scores = judge_dense(scenes, facts), judge_dense(objects, facts)
+    assert scores["soft"]["mean"] <= chance["soft"]["mean"] + 0.02
+    assert scores["strict"]["mean"] <= chance["strict"]["mean"] + 0.02
 
 
 def test_detector_sees_no_objects_in_noise_gradients_and_plain_pictures():
@@ -80,8 +81,8 @@ def test_held_out_combinations_never_occur_in_training():
             assert any((o.shape, o.colour, o.cell) in world.combinations[split] for o in scene.objects)
     sets = list(world.combinations.values())
     for i, j, pairs in ((0, 1, 24), (0, 2, 16), (1, 2, 24)):
-        assert len({(one[i], one[j]) for one in world.combinations["train"]}) == pairs
-    assert sum(len(one) for one in sets) == len(frozenset.union(*sets)) == 4 * 6 * 4
+        assert len({(parts[i], parts[j]) for parts in world.combinations["train"]}) == pairs
+    assert sum(map(len, sets)) == len(frozenset.union(*sets)) == 4 * 6 * 4
 
 
 def test_dataset_rows_depend_on_their_seed_and_index_only():
@@ -100,8 +101,8 @@ def test_captions_name_what_the_density_says():
     captions = " ".join(world.caption(s, rng, {**dict.fromkeys(SPARSE, 0.0), "colour": 1.0}) for s in scenes)
     assert "red" in captions and not {"circle", "large", "top", "background"} & set(captions.split())
     full = world.describe(scenes[0])
-    for one in scenes[0].objects:
-        assert f"{one.size} {one.colour} {one.shape} at the {world.places[one.cell]}" in full
+    for item in scenes[0].objects:
+        assert f"{item.size} {item.colour} {item.shape} at the {world.places[item.cell]}" in full
 
 
 @pytest.mark.parametrize("kind", QUESTION_KINDS)
@@ -179,3 +180,40 @@ def test_judges_give_the_mean_and_its_standard_error():
 def test_comparing_images_measures_psnr():
     black, gray = Image.new("RGB", (32, 32)), Image.new("RGB", (32, 32), (51, 51, 51))
     assert compare_images([gray], [black])["psnr"]["mean"] == pytest.approx(20 * np.log10(5))
+
+
+@pytest.mark.parametrize("world", WORLDS, ids=str)
+def test_what_a_prompt_states_is_read_off_its_words(world):
+    for category, prompts in short_prompts(world, 50).items():
+        for text, facts in prompts:
+            assert [judged(fact) for fact in world.stated_facts(text)] == [judged(fact) for fact in facts], category
+    for index in range(300):
+        rng = np.random.default_rng(index)
+        scene = world.sample(rng)
+        caption, description = world.caption(scene, rng, SPARSE), world.describe(scene)
+        assert all(fact.holds(scene) for text in (caption, description) for fact in world.stated_facts(text)), caption
+        other = world.sample(np.random.default_rng([index, 1]))
+        if world.describe(other) != description:
+            holds = all(fact.holds(other) for fact in world.stated_facts(description))
+            assert not holds or len(other.objects) > len(scene.objects), (description, world.describe(other))
+
+
+def judged(fact):
+    return sorted(fact.attributes), fact.at_least, fact.at_most, fact.background
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a boat", "a circle and a boat", "a red", "ten circles", "a circle on a sea", "a circle at the zoo"]
+)
+def test_other_sentences_state_nothing_that_can_be_judged(text):
+    assert World().stated_facts(text) is None
+
+
+def test_a_picture_of_its_scene_follows_and_one_of_another_does_not():
+    texts = toy.prompts(12, seed=3)
+    assert texts == toy.prompts(14, seed=3)[:12] != toy.prompts(12, seed=4) and len(set(texts)) == 12
+    world, rng = World(), np.random.default_rng(0)
+    right = [world.render(scene_for(world, world.stated_facts(text), rng)) for text in texts[:3]]
+    assert toy.judge([*texts[:3], "a boat"], [*right, right[0]]) == [True, True, True, None]
+    empty = Image.new("RGB", right[0].size)
+    assert toy.judge(texts, [empty] * 12) == [False] * 12

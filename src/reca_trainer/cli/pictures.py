@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from reca_trainer import toy
-from reca_trainer.callbacks import contact_sheet
+from reca_trainer.contact_sheets import contact_sheet, sheet_row
 from reca_trainer.evaluation.arguments import parse_sampling
 from reca_trainer.evaluation.generation import load_model, processes
 from reca_trainer.files import replacing, written_whole
@@ -128,14 +128,16 @@ def write(args: argparse.Namespace, task: str, requests: list[tuple[str, str, Im
                 )
                 made.update(zip(batch, pictures, strict=True))
                 progress.update(len(batch))
-        columns = []
-        for index, (title, _, source) in enumerate(requests):
-            column = [made[index, sample] for sample in range(args.samples)]
-            for sample, picture in enumerate(column):
-                picture.save(folder / f"{index:04d}-{sample}.png")
-            columns.append((title, [source, *column] if source is not None else column))
+        for (index, sample), picture in made.items():
+            picture.save(folder / f"{index:04d}-{sample}.png")
+        rows = [sheet_row("" if task == "reconstruct" else "prompt", [title for title, _, _ in requests])]
+        if task != "generate":
+            rows.append(sheet_row("input", [source for _, _, source in requests]))
+        for sample in range(args.samples):
+            pictures = [made[index, sample] for index in range(len(requests))]
+            rows.append(sheet_row(f"seed {args.seed + sample}", pictures))
         with replacing(folder / "grid.png") as file:
-            contact_sheet(columns).save(file, format="png")
+            contact_sheet(rows).save(file, format="png")
         settings = {
             "task": task,
             "model": args.model or "embedded",

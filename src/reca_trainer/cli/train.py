@@ -112,6 +112,10 @@ def run(
         init = {name: value for name, value in init.items() if value is not None}
         args.model_init_kwargs = {"revision": model_args.model_revision, **init, **(args.model_init_kwargs or {})}
 
+    judge = None
+    if eval_dataset is not None and args.preview_steps:
+        args.preview_prompts = args.preview_prompts or toy.prompts()
+        judge = toy.judge
     trainer = RecATrainer(
         model,
         args,
@@ -120,6 +124,7 @@ def run(
         processing_class=processor,
         peft_config=get_peft_config(model_args),
         quantization_config=quantization,
+        judge=judge,
     )
     resume = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)

@@ -288,6 +288,38 @@ class World:
             facts += [Fact((place, (name, getattr(item, name)))) for name in ("shape", "colour", "size")]
         return facts
 
+    def stated_facts(self, text: str) -> list[Fact] | None:
+        """What must hold in a picture that follows a caption or a short prompt of the world; `None` for other sentences.
+
+        A number stated alone is exact, as in "two red circles"; among other phrases, which may be of the same shape, it is
+        what is there at least.
+        """
+        body, _, background = text.strip().rstrip(".").partition(" on a ")
+        if background and background.removesuffix(" background") not in BACKGROUNDS:
+            return None
+        phrases = re.split(r", | and ", body)
+        facts = [Fact(background=background.removesuffix(" background"))] if background else []
+        for phrase in phrases:
+            match = self._phrase.fullmatch(phrase)
+            if match is None:
+                return None
+            number, size, colour, noun, place = match.groups()
+            count = NUMBERS.index(number) if number in NUMBERS else 1
+            shape = next((shape for shape in SHAPES if noun in (shape, _PLURAL.get(shape, f"{shape}s"))), None)
+            cell = None if place is None else self.places.index(place)
+            named = {"size": size, "colour": colour, "shape": shape, "cell": cell}
+            exact = count if count > 1 and len(phrases) == 1 else None
+            facts.append(Fact(tuple((name, value) for name, value in named.items() if value is not None), count, exact))
+        return facts
+
+    @cached_property
+    def _phrase(self) -> re.Pattern[str]:
+        nouns = [*SHAPES, *(_PLURAL.get(shape, f"{shape}s") for shape in SHAPES), "object", "objects"]
+        return re.compile(
+            rf"(a|an|{'|'.join(NUMBERS)})(?: ({'|'.join(SIZES)}))?(?: ({'|'.join(COLOURS)}))? ({'|'.join(nouns)})"
+            rf"(?: at the ({'|'.join(self.places)}))?"
+        )
+
     def question(self, scene: Scene, rng: np.random.Generator, kind: str | None = None) -> Question:
         """Ask something that has one right answer.
 
