@@ -133,11 +133,11 @@ def test_a_mask_becomes_the_box_and_score_of_its_class(detector_folder):
 
 
 def test_another_set_of_classes_is_refused(detector_folder, tmp_path):
-    from transformers import AutoImageProcessor, Mask2FormerConfig, Mask2FormerForUniversalSegmentation
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessorPil
 
     config = Mask2FormerConfig.from_pretrained(detector_folder, num_labels=133)
     Mask2FormerForUniversalSegmentation(config).save_pretrained(tmp_path)
-    AutoImageProcessor.from_pretrained(detector_folder).save_pretrained(tmp_path)
+    Mask2FormerImageProcessorPil.from_pretrained(detector_folder).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="knows 133 classes"):
         Detector(str(tmp_path))
 

@@ -18,6 +18,7 @@ from reca_trainer.models.show_o import Processor, read_published, read_published
 from reca_trainer.models.show_o.modeling_show_o import mask_ratio, mask_tokens
 from reca_trainer.models.show_o.processing_show_o import SYSTEM_PROMPT
 from tests.conftest import Golden
+from tests.golden_pictures import RESIZES_AS_RECORDED
 
 golden = Golden("show_o")
 DIMS = golden.info.get("dims", {})
@@ -212,6 +213,8 @@ def recon_step(case, tensors, model, processor):
     images, choices = pil(tensors["raw.recon"]), case["random_choices"]
     choices = choices * len(images) if len(choices) == 1 else choices
     batch = processor(images, instruction=choices, task="reconstruct", padding="max_length")
+    if not RESIZES_AS_RECORDED:
+        pytest.xfail("before Pillow 13 pictures that are higher than wide are resized otherwise")
     close(batch["pixel_values"], tensors["recon.pixel_values"])
     if model.config.w_clip_vit:
         close(batch["condition_pixel_values"], tensors["recon.clip_pixel_values"])

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import (
-    AutoImageProcessor,
     AutoTokenizer,
+    CLIPImageProcessorPil,
     CLIPModel,
     Mask2FormerForUniversalSegmentation,
+    Mask2FormerImageProcessorPil,
     PreTrainedModel,
 )
 
@@ -314,7 +315,7 @@ class Detector:
         max_detections: int = 100,
     ):
         revision = revision or REVISIONS.get(name)
-        self.processor = AutoImageProcessor.from_pretrained(name, revision=revision)
+        self.processor = Mask2FormerImageProcessorPil.from_pretrained(name, revision=revision)
         self.model = Mask2FormerForUniversalSegmentation.from_pretrained(name, revision=revision).to(device).eval()
         self.source, self.max_detections = _source(name, revision, self.model), max_detections
         labels = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
@@ -388,7 +389,7 @@ class ColorClassifier:
 
     def __init__(self, name: str = COLOR_CLASSIFIER, revision: str | None = None, device: str | torch.device = "cpu"):
         revision = revision or REVISIONS.get(name)
-        self.processor = AutoImageProcessor.from_pretrained(name, revision=revision)
+        self.processor = CLIPImageProcessorPil.from_pretrained(name, revision=revision)
         self.tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         self.model = CLIPModel.from_pretrained(name, revision=revision).to(device).eval()
         self.source = _source(name, revision, self.model)

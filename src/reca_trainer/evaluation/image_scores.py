@@ -8,7 +8,7 @@ from types import ModuleType
 import numpy as np
 import torch
 from PIL import Image
-from transformers import CLIPModel, CLIPProcessor
+from transformers import CLIPImageProcessorPil, CLIPModel
 
 from reca_trainer.images import decode_image
 
@@ -100,7 +100,7 @@ class ClipSimilarity:
     """
 
     def __init__(self, name: str, revision: str | None = None, device: str | torch.device = "cpu"):
-        self.processor = CLIPProcessor.from_pretrained(name, revision=revision)
+        self.processor = CLIPImageProcessorPil.from_pretrained(name, revision=revision)
         self.model = CLIPModel.from_pretrained(name, revision=revision).to(device).eval()
 
     @torch.inference_mode()
