@@ -25,10 +25,24 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 
 from reca_trainer.models.common.mot_decoder import MoTLanguageModel
 from reca_trainer.models.common.mot_model import Context, MoTModel, Place, PositionTable, TimestepEmbedder, sincos
+from reca_trainer.models.common.vision_patches import image_patches
 from reca_trainer.models.contract import UnifiedOutput, token_cross_entropy
 from reca_trainer.models.lance.configuration_lance import LanceConfig
 from reca_trainer.models.lance.generation_lance import LanceGeneration
 from reca_trainer.models.lance.processing_lance import CONDITION_RESOLUTION, RESOLUTION, bounded_size, bucket_size
+
+
+class LanceRotaryEmbedding(Qwen2_5_VLRotaryEmbedding):
+    """Rotary embeddings of three positions, each of which turns its own sections of the features (Qwen2-VL, section 2.1)."""
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions `[3, B, T]`, or `[B, T]` where all three are the same, to cosine and sine `[B, T, D]` in the dtype of `x`.
+        The forward of transformers takes and gives other shapes before release 5.19."""
+        sections = self.config.rope_parameters["mrope_section"]
+        angles = position_ids.expand(3, -1, -1)[..., None].float() * self.inv_freq.float()  # [3, B, T, D / 2]
+        angles = torch.cat([part[index % 3] for index, part in enumerate(angles.split(sections, dim=-1))], dim=-1)
+        angles = torch.cat([angles, angles], dim=-1)  # [B, T, D]
+        return tuple((wave * self.attention_scaling).to(x.dtype) for wave in (angles.cos(), angles.sin()))
 
 
 class LatentPositions(PositionTable):
@@ -88,7 +102,7 @@ class LanceModel(LanceGeneration, MoTModel):
         super().__init__(config)
         hidden_size = config.text_config.hidden_size
         self.vit_model = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config)
-        self.language_model = MoTLanguageModel(config.text_config, Qwen2_5_VLRotaryEmbedding(config.text_config))
+        self.language_model = MoTLanguageModel(config.text_config, LanceRotaryEmbedding(config.text_config))
         self.time_embedder = TimestepEmbedder(hidden_size)
         self.vae2llm = nn.Linear(config.latent_token_dim, hidden_size)
         self.llm2vae = nn.Linear(hidden_size, config.latent_token_dim)
@@ -370,19 +384,3 @@ def padding_of(embeds: torch.Tensor, grids: torch.Tensor) -> torch.Tensor | None
     """Which embeddings `[B, S, D]` belong to images of `grids` `[B, 2]`: `[B, S]` bool, `None` where all do."""
     mask = torch.arange(embeds.shape[1], device=grids.device) < grids.prod(dim=1)[:, None]
     return None if bool(mask.all()) else mask
-
-
-def image_patches(pixel_values: torch.Tensor, config: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images `[B, 3, h, w]` as Qwen2.5-VL's vision transformer takes them, each as the frames of a short film.
-
-    Returns:
-        Patches `[B · N, 3 · frames · p²]`, those that are merged in a row, and grids (frames, rows, columns) `[B, 3]`.
-    """
-    batch_size, channels, height, width = pixel_values.shape
-    patch, merge, frames = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
-    rows, columns = height // patch, width // patch
-    parts = pixel_values.view(
-        batch_size, channels, rows // merge, merge, patch, columns // merge, merge, patch
-    ).permute(0, 2, 5, 3, 6, 1, 4, 7)  # [B, row, column, row in merge, column in merge, C, p, p]
-    patches = parts.reshape(-1, channels, 1, patch, patch).expand(-1, -1, frames, -1, -1).flatten(1)
-    return patches, torch.tensor([[1, rows, columns]] * batch_size, device=pixel_values.device)

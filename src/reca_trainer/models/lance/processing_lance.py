@@ -132,7 +132,7 @@ class LanceProcessor(UnifiedProcessor):
         self.resolution, self.stride, self.understanding_stride = resolution, stride, understanding_stride
         sizes = {"reconstruct": CONDITION_RESOLUTION, "edit": 672, "caption": 616, "answer": 672}
         self.understanding_resolutions = {**sizes, **(understanding_resolutions or {})}
-        # Of the four that the original draws from, always the first.
+        # The first of four that the original draws from.
         prompts = {**SYSTEM_PROMPTS, "caption": SYSTEM_PROMPTS["caption"][0], "reconstruct": SYSTEM_PROMPTS["edit"]}
         self.system_prompts = {**prompts, **(system_prompts or {})}
         self.max_text_length = max_text_length
