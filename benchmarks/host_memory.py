@@ -6,7 +6,8 @@ accelerate's efficient loading and without.
 Makes a random BAGEL in bfloat16 and trains it for one step on 1, 2 and 4 processes over gloo, on the CPU, where the
 shards lie in main memory too. Of each process it samples the anonymous memory, which the kernel cannot drop, less that
 of a process that imports the same and does nothing; `copies` is the sum over the processes, in copies of the weights as
-training keeps them (float32; the shards are one). Prints one JSON line.
+training keeps them (bfloat16 where frozen, else float32). The shards are one of them, which on GPUs does not lie in main
+memory. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -51,13 +52,14 @@ class Sampler(threading.Thread):
 
 
 def work(model_folder: str, output: str, efficient: bool) -> None:
-    """One process of a run: load, shard, one step of SGD without an autocast."""
+    """One process of a run: load, shard, one step of SGD."""
     import torch
     import torch.distributed as dist
     from accelerate.utils import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
     from reca_trainer import AutoUnifiedModel
+    from reca_trainer.models.precision import autocast_frozen, default_precision
 
     if model_folder == "nothing":
         Path(output).write_text(json.dumps({"imports": anonymous()}))
@@ -66,7 +68,8 @@ def work(model_folder: str, output: str, efficient: bool) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     options = {"device_map": "meta"} if efficient and rank else {}
-    model = AutoUnifiedModel.from_pretrained(model_folder, dtype=torch.float32, **options)
+    precision = default_precision(bf16=True, has_adapter=False)
+    model = AutoUnifiedModel.from_pretrained(model_folder, **precision, **options)
     copy = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     model.freeze_understanding()
     batch = model.example_batch(1, 64, 64)
@@ -84,7 +87,9 @@ def work(model_folder: str, output: str, efficient: bool) -> None:
     model = fsdp2_prepare_model(accelerator, model)
     optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=1e-5)
     peaks = {"before_step": sampler.look()}
-    model(corruption=draws, **batch).loss.backward()
+    with autocast_frozen(model):
+        loss = model(corruption=draws, **batch).loss
+    loss.backward()
     optimizer.step()
     peaks["first_step"] = sampler.look()
     Path(f"{output}.{rank}").write_text(json.dumps({**peaks, "copy": copy}))

@@ -5,11 +5,10 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
-from trl import TrlParser
 
 from reca_trainer import RecAConfig, RecATrainer
 from reca_trainer.adapters import name_in_base
-from reca_trainer.cli.train import ModelArguments
+from reca_trainer.cli.train import ModelArguments, RecipeParser
 from reca_trainer.recipes import recipe_file
 from tests.models.test_contract import fresh
 
@@ -85,7 +84,7 @@ def test_the_card_says_what_was_not_trained(tmp_path):
 
 
 def test_the_recipe_with_sana_frozen_has_the_official_values():
-    parser = TrlParser((RecAConfig, ModelArguments))
+    parser = RecipeParser((RecAConfig, ModelArguments))
     argv = ["--config", str(recipe_file("openuni_3_6b_sft")), "--use_cpu", "true", "--bf16", "false"]
     args, _ = parser.parse_args_and_config(argv)
     assert args.freeze_modules == ["transformer"] and (args.reca_weight, args.text_to_image_weight) == (0, 1)

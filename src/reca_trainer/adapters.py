@@ -178,6 +178,13 @@ def attach(model: UnifiedModel, peft_config: PeftConfig) -> PeftModel:
         raise ValueError(
             f"{type(config).__name__} is not supported with these options: {CHANGES_BASE} ({_some(changed)})."
         )
+    biases = [
+        name for name, p in peft_model.named_parameters() if p.requires_grad and name.endswith(".base_layer.bias")
+    ]
+    if biases and set(biases) - get_peft_model_state_dict(peft_model, save_embedding_layers=False).keys():
+        raise ValueError(
+            f"This release of PEFT trains biases ({_some(biases)}) and does not save them: upgrade PEFT to 0.21."
+        )
     targets = peft_model.targeted_module_names + peft_model.base_model.targeted_parameter_names
     for name in PATTERNS:
         for pattern in getattr(config, name, None) or ():
@@ -313,7 +320,7 @@ def _in_float32(model: PeftModel) -> PeftModel:
 
 
 def prepare(model: PeftModel) -> PeftModel:
-    """Make an adapted model save, and train with checkpointed activations, as a run needs it. Twice is as good as once.
+    """Make an adapted model save, and train with checkpointed activations, as a run needs it. A second call changes nothing.
 
     `save_pretrained` then writes the active adapter to the folder itself, whatever its name, with how its base is
     quantised; `selected_adapters` chooses others, which PEFT puts in folders of their names.
@@ -353,7 +360,7 @@ def prepare(model: PeftModel) -> PeftModel:
 
     vars(model).update(
         save_pretrained=save_pretrained,
-        create_or_update_model_card=lambda output_dir: None,  # PEFT's shows the base's path; `hub.model_card` is ours
+        create_or_update_model_card=lambda output_dir: None,  # PEFT's card shows the base's path
         activation_checkpointing_enable=activation_checkpointing_enable,
         gradient_checkpointing_enable=gradient_checkpointing_enable,
     )
@@ -361,9 +368,9 @@ def prepare(model: PeftModel) -> PeftModel:
 
 
 def _anchored(checkpoint: Callable[..., Any], layer: Callable[..., Any], *inputs: Any) -> Any:
-    """A reentrant checkpoint has gradients only where one of its inputs and its outputs do, and the layers of a generator
-    read what frozen weights have written. So it is given an input that does, and adds it, which is 0, to all outputs. Of
-    its other inputs it knows those that are tensors themselves, and in no tuple or keyword."""
+    """Call a reentrant `checkpoint` with a further input, a 0 that requires a gradient and is added to all outputs. Such a
+    checkpoint passes gradients on only where one of its inputs requires one, and the inputs of a generator's layers come
+    from frozen weights. It finds tensors among its arguments, but not in tuples or keywords; so those are flattened."""
     call = functools.partial(layer, *inputs)
     leaves, structure = tree_flatten((call.args, call.keywords))
 
@@ -401,14 +408,14 @@ def unwrap(model: nn.Module) -> UnifiedModel:
 
 
 def freeze(model: nn.Module, names: Sequence[str]) -> None:
-    """Keep parts of what a run would train as they are.
+    """Freeze parts of what a run would train.
 
     Args:
-        names: of modules or parameters of the model without an adapter, whole or up to a dot: `transformer` is all that is in
-            it, and the adapters of its layers.
+        names: names of modules or parameters of the model without an adapter, whole or up to a dot. `transformer` stands for
+            all weights in it and the adapters of its layers.
 
     Raises:
-        ValueError: a name is none of anything that would be trained, or nothing is left to train.
+        ValueError: no weight that would be trained has such a name, or nothing is left to train.
     """
     trained = {name_in_base(name): p for name, p in model.named_parameters() if p.requires_grad}
     for entry in names:
@@ -458,11 +465,6 @@ def check_trainable(model: nn.Module) -> tuple[int, int]:
             f"Use target_modules={base.lora_target_modules!r}."
         )
     return sum(p.numel() for _, p in trainable), sum(p.numel() for p in model.parameters())
-
-
-def default_dtype(bf16: bool, has_adapter: bool) -> torch.dtype:
-    """Of a model given by name: what is trained needs float32 masters, a frozen base does not."""
-    return torch.bfloat16 if bf16 and has_adapter else torch.float32
 
 
 def read_quantization(adapter: Path) -> tuple[BitsAndBytesConfig | None, torch.dtype | None]:

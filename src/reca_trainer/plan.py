@@ -2,7 +2,7 @@
 
 A training step is carried out on numbers without contents (`FakeTensorMode`), so nothing is loaded and no accelerator is
 needed, while every tensor that lives at the same time is counted, and so is every matrix product. Only token ids and
-masks are what they would be, because shapes depend on them. Of a stack of equal layers three are carried out: the first,
+masks are what they would be, because shapes depend on them. Three layers of a stack of equal ones are carried out: the first,
 one that counts for all in the middle, and the last. What remains to be assumed stands in the constants below.
 """
 
@@ -25,12 +25,13 @@ from torch.utils.flop_counter import flop_registry
 from reca_trainer import adapters
 from reca_trainer.models.auto import open_lazily
 from reca_trainer.models.contract import UnifiedModel
+from reca_trainer.models.precision import weights_cast_by_autocast
 from reca_trainer.models.registry import families, family
 
 MODES = ("full", "lora", "qlora")
 LAUNCHES = ("ddp", "fsdp2", "zero2", "zero3")  # the launch files in recipes/accelerate
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight with its doubly quantised scale (QLoRA, section 3)
-# Of an optimiser's state, by its name in `--optim`: bytes a trained weight. States of 8 bits have a scale every 256.
+# Bytes of an optimiser's state per trained weight, by its name in `--optim`. States of 8 bits have a scale every 256.
 OPTIMIZER_BYTES = {
     **dict.fromkeys(("adamw_torch_fused", "adamw_torch", "paged_adamw_32bit", "stable_adamw"), 8.0),
     **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit"), 2 * (1 + 4 / 256)),
@@ -82,7 +83,8 @@ class Cost:
         flops: floating-point operations of its matrix products, recomputed ones included.
         parameters, trained_parameters: their numbers.
         unsharded: bytes of `weights` that every process keeps whatever the launch: packed in 4 bits.
-        gathered: bytes of the largest layer, which sharded processes put together to compute with it.
+        gathered: bytes that sharded processes put together to compute with them: two layers, as the next arrives while one
+            computes, and all that is in no layer.
         has_adapter: whether an adapter is trained.
     """
 
@@ -120,7 +122,7 @@ class Cost:
         else:
             masters = 4 * self.trained_parameters if launch == "zero3" else 0  # beside the bfloat16 weights
             sharded = (self.weights - self.unsharded + self.optimizer + self.gradients + masters) / processes
-            peak = self.unsharded + sharded + self.activations + 2 * self.gathered  # one computes, the next arrives
+            peak = self.unsharded + sharded + self.activations + self.gathered
         return peak * FRAGMENTATION[device] + PROCESS_BYTES[device]
 
 
@@ -252,12 +254,15 @@ def shorten(model: nn.Module) -> dict[nn.Module, int]:
     """Cut every stack of more than three equal layers down to three.
 
     Returns:
-        Of each stack the layer in the middle, and for how many it stands.
+        The middle layer of each stack, and how many layers it stands for.
     """
     middles = {}
     for stack in list(model.modules()):
         if isinstance(stack, nn.ModuleList) and len(stack) > KEPT:
-            kinds = {(type(layer), *(tuple(weight.shape) for weight in layer.parameters())) for layer in stack}
+            kinds = {
+                (type(layer), *((tuple(weight.shape), weight.requires_grad) for weight in layer.parameters()))
+                for layer in stack
+            }
             if len(kinds) == 1:
                 middles[stack[1]] = len(stack) - KEPT + 1
                 del stack[KEPT:]
@@ -332,6 +337,8 @@ def step_costs(
     device: str = "cpu",
     corruption: dict[str, torch.Tensor] | None = None,
     skipped: Sequence[str] = (),
+    freeze_modules: Sequence[str] = (),
+    cast_weights: bool = False,
     whole: bool = False,
 ) -> list[Cost]:
     """Carry out a step without contents for each of several batches, and add up what it takes.
@@ -340,37 +347,50 @@ def step_costs(
         model: on any device, "meta" for choice; it is left shortened and without contents.
         batches: of `model.forward`, task included; numbers in them may be any, ids and masks must be valid.
         mode: `full` (the whole generator), `lora`, or `qlora` (LoRA on a base in NF4).
-        dtype, masters: of weights that are frozen, and of those that are trained.
+        dtype, masters: of weights that are frozen (in `full` mode those of `models.precision`), and of those that are
+            trained.
         autocast: whether matrix products are in bfloat16 whatever the weights are in, as with `--bf16`.
         optim: a name of `OPTIMIZER_BYTES`; foreach implementations need temporary copies besides.
         corruption: the draws of the loss, from `model.sample_corruption`; by default each sample has the same.
         skipped: `llm_int8_skip_modules`, layers that `qlora` leaves in `dtype`.
+        freeze_modules: parts of the generator that are not trained, as in `adapters.freeze`.
+        cast_weights: whether weights are bfloat16 while they are computed with, as FSDP2 gathers them.
         whole: carry out every layer.
     """
     drawn = [_draws(model, batch) if corruption is None else corruption for batch in batches]
     quantized = quantized_weights(model, skipped) if mode == "qlora" else []
     largest = max(quantized, default=0) * dtype.itemsize  # one layer at a time is dequantised
     blocks = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
-    gathered = max((sum(p.numel() for p in block.parameters()) * 2 for block in blocks), default=0)
-    middles = {} if whole else shorten(model)
+    layers = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    in_no_layer = sum(p.numel() for p in model.parameters() if id(p) not in inside)
+    gathered = 2 * (in_no_layer + 2 * max(layers, default=0))  # bytes, in bfloat16
+    trained: nn.Module = model
+    middles: dict[nn.Module, int] = {}
     if mode == "full":
         model.freeze_understanding()
-        trained = model
+        adapters.freeze(model, freeze_modules)
+        middles = {} if whole else shorten(model)
     else:
+        middles = {} if whole or freeze_modules else shorten(model)
         trained = adapters.attach(model, LoraConfig(r=lora_r, lora_alpha=lora_r))
+        adapters.freeze(trained, freeze_modules)
     counts = _counts(model, middles)
     meter = Meter()
     with FakeTensorMode() as fake, KnownIntegers(fake) as integers:
-        empty(model, dtype, device, masters)
+        stored = precisions(model, mode, dtype, masters)
+        held = sum(
+            tensor.numel() * stored[id(tensor)].itemsize * counts[name] for name, tensor in _named_tensors(model)
+        )
+        computing = precisions(model, mode, torch.bfloat16, torch.bfloat16) if cast_weights else stored
+        empty(model, computing, device)
         if checkpointing:
             model.activation_checkpointing_enable()
         model.train()
-        weights = {id(tensor): (tensor, counts[name]) for name, tensor in _named_tensors(model)}
-        meter.ignore(tensor for tensor, _ in weights.values())
+        meter.ignore(tensor for _, tensor in _named_tensors(model))
         meter.watch_gradients(model)
         for layer, count in middles.items():
             meter.stand_for(layer, count)
-        held = sum(tensor.untyped_storage().nbytes() * count for tensor, count in weights.values())
         packed = sum(quantized) * NF4_BYTES
         numbers = {id(p): (p, counts[name]) for name, p in model.named_parameters()}.values()
         trained_numbers = [(p, count) for p, count in numbers if p.requires_grad]
@@ -389,7 +409,7 @@ def step_costs(
             cost = Cost(
                 weights=held - sum(quantized) * dtype.itemsize + packed,
                 optimizer=trained_parameters * OPTIMIZER_BYTES[optim],
-                gradients=sum(p.numel() * p.element_size() * count for p, count in trained_numbers),
+                gradients=trained_parameters * masters.itemsize,
                 activations=meter.activations + largest,
                 step=meter.peak + largest,
                 flops=meter.flops,
@@ -414,7 +434,7 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _counts(model: nn.Module, middles: dict[nn.Module, int]) -> dict[str, int]:
-    """For how many each tensor of a shortened model stands, by its name."""
+    """How many tensors of the whole model each tensor of a shortened one stands for, by its name."""
     counts = {name: 1 for name, _ in _named_tensors(model)}
     for prefix, module in model.named_modules():
         if module in middles:
@@ -424,20 +444,32 @@ def _counts(model: nn.Module, middles: dict[nn.Module, int]) -> dict[str, int]:
     return counts
 
 
-def empty(model: UnifiedModel, dtype: torch.dtype, device: str, masters: torch.dtype) -> None:
-    """Replace all of `model`'s tensors by ones without contents, on `device`, in the precision they are loaded in:
-    `masters` what is trained, float32 what the family keeps so, `dtype` the rest."""
+def precisions(model: UnifiedModel, mode: str, dtype: torch.dtype, masters: torch.dtype) -> dict[int, torch.dtype]:
+    """The precision that each of `model`'s tensors, by its id, is loaded in: `masters` what is trained, float32 what the
+    family keeps so, `dtype` what is frozen, and without an adapter only the part of it that `models.precision` names."""
     keep = [name for name in model._keep_in_fp32_modules_strict or () if not name.startswith("(")]
+    narrow = set(weights_cast_by_autocast(model)) if mode == "full" else None
+    result: dict[int, torch.dtype] = {}
+    for name, tensor in _named_tensors(model):
+        if not tensor.is_floating_point() or any(part in name for part in keep):
+            result[id(tensor)] = tensor.dtype
+        elif tensor.requires_grad or (narrow is not None and name not in narrow):
+            result[id(tensor)] = masters
+        else:
+            result[id(tensor)] = dtype
+    return result
+
+
+def empty(model: UnifiedModel, precision: dict[int, torch.dtype], device: str) -> None:
+    """Replace all of `model`'s tensors by ones without contents, on `device`, in the `precisions` given."""
     emptied: dict[int, torch.Tensor] = {}  # tied weights stay one tensor
-    for prefix, module in model.named_modules():
+    for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is None:
                     continue
-                exact = any(part in f"{prefix}.{name}" for part in keep) or not tensor.is_floating_point()
-                precision = tensor.dtype if exact else masters if tensor.requires_grad else dtype
                 if id(tensor) not in emptied:
-                    new = torch.empty(tensor.shape, dtype=precision, device=device)
+                    new = torch.empty(tensor.shape, dtype=precision[id(tensor)], device=device)
                     parameter = isinstance(tensor, nn.Parameter)
                     emptied[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if parameter else new
                 tensors[name] = emptied[id(tensor)]
@@ -454,7 +486,7 @@ def quantized_weights(model: UnifiedModel, skipped: Sequence[str] = ()) -> list[
 
 
 def open_model(name: str) -> UnifiedModel:
-    """A model without contents: of a folder or Hub id, or of a family's name, which stands for the checkpoint of
+    """A model without contents, by its folder or Hub id, or by a family's name, which stands for the checkpoint of
     `UnifiedModel.published_config`."""
     if name not in families():
         return open_lazily(name)

@@ -5,23 +5,23 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
-import yaml
 
-from reca_trainer import adapters, plan
+from reca_trainer import plan
+from reca_trainer.models.precision import default_precision
 from reca_trainer.models.registry import families
 from reca_trainer.models.tensor_files import size_of
 from reca_trainer.plan import LAUNCHES, MODES, OPTIMIZER_BYTES, Cost, measured_rate, open_model, step_costs
-from reca_trainer.recipes import recipe_file
+from reca_trainer.recipes import read_recipe
 
-# What of a recipe decides what a run needs; everything else in it is none of this command's business.
+# The options of a recipe that decide what a run needs; this command reads no others.
 FROM_RECIPE = (
     "model_name_or_path", "dtype", "bf16", "use_peft", "load_in_4bit", "lora_r", "optim", "ema_decay", "max_image_size",
     "min_image_size", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "save_total_limit",
     "activation_checkpointing", "gradient_checkpointing", "dataloader_num_workers", "llm_int8_skip_modules",
+    "freeze_modules",
 )  # fmt: skip
 
 
@@ -41,29 +41,36 @@ def make_parser() -> argparse.ArgumentParser:
         dest="model_name_or_path",
         help=f"folder, Hub id, or a family: {', '.join(families())}",
     )
-    parser.add_argument("--mode", choices=MODES, help="default: what the recipe says, or lora")
+    parser.add_argument("--mode", choices=MODES, help="what is trained (default: as the recipe says, or lora)")
     parser.add_argument(
         "--max_image_size",
         "--resolution",
         type=int,
         help="longest side of the target images in pixels, assumed square; by default the family's",
     )
-    parser.add_argument("--min_image_size", type=int, help="shortest side, likewise")
+    parser.add_argument("--min_image_size", type=int, help="shortest side of the target images in pixels")
     parser.add_argument("--text_length", type=int, default=32, help="tokens of an instruction (default 32)")
     parser.add_argument(
         "--gpu", type=gigabytes, required=True, metavar="MEMORY", help="memory of one GPU, such as 24GB"
     )
     parser.add_argument("--num_processes", type=int, default=1, help="GPUs, on one machine (default 1)")
     parser.add_argument("--launch", choices=LAUNCHES, default="ddp", help="launch file of several GPUs (default ddp)")
-    parser.add_argument("--lora_r", "--lora_rank", type=int, help="default: 64, as in the recipes")
-    parser.add_argument("--optim", "--optimizer", choices=list(OPTIMIZER_BYTES), help="default: adamw_torch_fused")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights, as for train")
+    parser.add_argument(
+        "--lora_r", "--lora_rank", type=int, help="rank of the adapter (default: 64, as in the recipes)"
+    )
+    parser.add_argument(
+        "--optim", "--optimizer", choices=list(OPTIMIZER_BYTES), help="optimiser (default: adamw_torch_fused)"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the weights, as for train")
     parser.add_argument(
         "--llm_int8_skip_modules", nargs="+", help="layers that qlora leaves unquantised, as for train"
     )
+    parser.add_argument("--freeze_modules", nargs="+", help="parts that are not trained, as for train")
     parser.add_argument("--no_checkpointing", action="store_true", help="keep activations instead of recomputing them")
-    parser.add_argument("--max_steps", "--steps", type=int, help="default: 1000")
-    parser.add_argument("--images_per_step", type=int, help="of all GPUs; default: the recipe's, or what fits at once")
+    parser.add_argument("--max_steps", "--steps", type=int, help="steps of the run (default: 1000)")
+    parser.add_argument(
+        "--images_per_step", type=int, help="by all GPUs (default: the recipe's, or what fits at once)"
+    )
     parser.add_argument(
         "--tflops", type=float, help="measured bfloat16 matmul rate of the GPU; measured here if one is present"
     )
@@ -76,7 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
 def read_arguments(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """The command line, its gaps filled from the recipe, and those that remain from what training assumes."""
     args = parser.parse_args(argv)
-    recipe: dict[str, Any] = {} if args.config is None else yaml.safe_load(recipe_file(args.config).read_text())
+    recipe: dict[str, Any] = {} if args.config is None else read_recipe(args.config)
     defaults: dict[str, Any] = {"lora_r": 64, "optim": "adamw_torch_fused", "max_steps": 1000, "ema_decay": 0.0}
     if args.config is None:  # as most recipes
         defaults |= {"bf16": True, "use_peft": True, "activation_checkpointing": True}
@@ -101,13 +108,10 @@ def read_arguments(parser: argparse.ArgumentParser, argv: list[str] | None) -> a
 
 def main(argv: list[str] | None = None) -> None:
     """`reca-trainer plan`: print what a step takes, the largest batch that fits, what lies on disk, and the time."""
-    parser = make_parser()
-    args = read_arguments(parser, argv)
-    try:
-        cost, cost_of_eight = plan_costs(args, (1, 8))
-    except ValueError as error:
-        parser.error(str(error))
+    args = read_arguments(make_parser(), argv)
+    cost, cost_of_eight = plan_costs(args, (1, 8))
     averaged = cost.trained_parameters * 4 if args.ema_decay else 0.0
+    averaged /= args.num_processes if args.launch == "fsdp2" else 1
     layout = {"launch": args.launch, "processes": args.num_processes}
     needed = cost.process(**layout) + averaged
     # Not from one to two: the gradients of a full model may outweigh the activations of the first few images.
@@ -149,10 +153,13 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def dtypes(args: argparse.Namespace) -> tuple[torch.dtype, torch.dtype]:
-    """Of frozen and of trained weights, as training loads them."""
+    """The dtypes of frozen and of trained weights, as training loads them."""
     adapted = args.mode != "full"
-    frozen = getattr(torch, args.dtype) if args.dtype else adapters.default_dtype(bool(args.bf16), adapted)
-    return frozen, torch.float32 if adapted else frozen
+    if args.dtype:
+        frozen = getattr(torch, args.dtype)
+        return frozen, torch.float32 if adapted else frozen
+    precision = default_precision(bool(args.bf16), adapted)
+    return precision.get("frozen_dtype", precision["dtype"]), torch.float32
 
 
 def plan_costs(args: argparse.Namespace, batch_sizes: Sequence[int]) -> list[Cost]:
@@ -166,19 +173,18 @@ def plan_costs(args: argparse.Namespace, batch_sizes: Sequence[int]) -> list[Cos
     sizes = (args.max_image_size, args.min_image_size, args.text_length)
     batches = [model.example_batch(batch_size, *sizes) for batch_size in batch_sizes]
     frozen, masters = dtypes(args)
-    # Sharded weights are cast while they are gathered, and DeepSpeed's are bfloat16 all the time; only a process with
-    # whole float32 weights keeps bfloat16 copies of them for the length of a forward pass.
-    is_cast = bool(args.bf16) and args.num_processes > 1 and args.launch != "ddp"
-    options = {"checkpointing": args.checkpointing, "lora_r": args.lora_r, "optim": args.optim}
+    options: dict[str, Any] = {name: getattr(args, name) for name in ("checkpointing", "lora_r", "optim")}
     options["skipped"] = args.llm_int8_skip_modules or ()
-    if not is_cast:
-        return step_costs(model, batches, args.mode, frozen, masters, bool(args.bf16), **options)
-    costs = step_costs(model, batches, args.mode, torch.bfloat16, torch.bfloat16, **options)
-    if args.launch != "fsdp2":
-        return costs
-    wider = costs[0].trained_parameters * (masters.itemsize - 2)
-    kept = (costs[0].parameters - costs[0].trained_parameters) * (frozen.itemsize - 2)
-    return [replace(cost, weights=cost.weights + wider + kept, gradients=cost.gradients + wider) for cost in costs]
+    options["freeze_modules"] = args.freeze_modules or ()
+    # Only a process with whole float32 weights keeps bfloat16 copies of them for the length of a forward pass: FSDP2
+    # casts its shards while it gathers them, and DeepSpeed's weights are bfloat16 all the time.
+    if not args.bf16 or args.num_processes == 1 or args.launch == "ddp":
+        options["autocast"] = bool(args.bf16)
+    elif args.launch == "fsdp2":
+        options["cast_weights"] = True
+    else:
+        frozen = masters = torch.bfloat16
+    return step_costs(model, batches, args.mode, frozen, masters, **options)
 
 
 def host_bytes(cost: Cost, args: argparse.Namespace) -> float:

@@ -65,7 +65,7 @@ def load_model(
         load_in_4bit: NF4 weights as in a training with `--load_in_4bit`. The base of an adapter that was trained on a
             quantised base is quantised as it was there in any case.
     """
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"device_map": processes().device}  # tensor by tensor, and not by way of a whole copy
     if load_in_4bit and read_quantization(resolve(adapter or model))[0] is None:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
@@ -76,8 +76,8 @@ def load_model(
     else:
         unified = unwrap(AutoUnifiedModel.from_pretrained(adapter, base_model=model, dtype=dtype, **options))
         processor = AutoUnifiedProcessor.from_pretrained(adapter, base_model=model)
-    if not getattr(unified, "is_quantized", False):  # the loader has placed quantised weights
-        unified.to(processes().device)
+    if not getattr(unified, "is_quantized", False):
+        unified.to(processes().device)  # what an adapter adds; all else is there
     return unified.eval(), processor
 
 

@@ -88,7 +88,7 @@ def _cached(name: str, **hub: Any) -> Path | None:
 
 
 def _split(name: str) -> tuple[str, str | None]:
-    """A checkpoint's name without and with the one of several that is meant by what stands behind the last slash."""
+    """A name without the checkpoint that it chooses among several, and what stands behind its last slash if that is one."""
     source, _, last = name.rpartition("/")
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -204,8 +204,8 @@ class AutoUnifiedModel:
             kwargs: `revision`, `token`, `cache_dir`, `local_files_only` for the Hub; `variant`, which of several checkpoints
                 a folder or repository has (of a repository no other is downloaded); `dtype` (default: float32 for a
                 published layout, as stored for our own), `device_map`, `quantization_config`, … as for
-                `PreTrainedModel.from_pretrained`. For an adapter also `base_model`, to use in place of the base it
-                names, and `is_trainable`.
+                `PreTrainedModel.from_pretrained`; `frozen_dtype`, see `models.precision`. For an adapter also
+                `base_model`, to use in place of the base it names, and `is_trainable`.
 
         Returns:
             The model; for an adapter, the `PeftModel` around its base, at the revision the adapter was trained on, and
@@ -256,6 +256,6 @@ class AutoUnifiedProcessor:
         package, published = detect(folder)
         if published:
             return package.read_published_processor(folder, **_choice(variant), **kwargs)
-        # Of a folder alone the tokenizer reads a config of a type that it does not know, and warns.
+        # Without a config the tokenizer reads the folder's, whose type it does not know, and warns.
         kwargs.setdefault("config", package.Config.from_pretrained(folder))
         return package.Processor.from_pretrained(folder, **kwargs)

@@ -21,7 +21,7 @@ import copy
 import functools
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
@@ -42,6 +42,7 @@ from reca_trainer.models.inference import (
     spread,
     warning_of_cut_texts,
 )
+from reca_trainer.models.precision import apply_frozen_dtype, autocast_frozen, loading_frozen_in
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -60,7 +61,7 @@ def evaluating(method: Callable[Parameters, Result]) -> Callable[Parameters, Res
         training = model.training
         model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), autocast_frozen(model):
                 return method(*args, **kwargs)
         finally:
             model.train(training)
@@ -105,6 +106,7 @@ class UnifiedModel(PreTrainedModel):
         image_sides: in pixels, what `generate_images` can make a side of; `None` where that is the processor's `fixed_size`.
         no_guidance_scale: the `guidance_scale` of `generate_images` that turns classifier-free guidance off. Scales are
             the original's numbers, so that published values stay valid.
+        sampling_defaults: by task, where the original samples it otherwise than the defaults of `_generate_images` say.
         frozen_encoders: names of the submodules that `encode_batch` computes with; none where a family has no such
             method.
         supports_timesteps_per_image: whether `sample_corruption` takes a batch with a further entry `timesteps_per_image`,
@@ -112,6 +114,7 @@ class UnifiedModel(PreTrainedModel):
             number in these draws and does not take the entry.
         supports_condition_token_dropout: whether `_reconstruct` reads no more of the condition than the mask of
             `models.common.condition_dropout.drop_condition` says.
+        condition_token_dropout: share of the condition's embeddings that is dropped unless a run says otherwise.
         license_note: what a model card says of the licence beside its name, in Markdown.
     """
 
@@ -121,10 +124,13 @@ class UnifiedModel(PreTrainedModel):
     quantized_modules: str = ""
     image_tasks: tuple[str, ...] = ("generate", "reconstruct")
     no_guidance_scale: float = 1.0
+    sampling_defaults: Mapping[str, Mapping[str, Any]] = {}
     frozen_encoders: tuple[str, ...] = ()
     supports_timesteps_per_image: bool = False
     supports_condition_token_dropout: bool = False
+    condition_token_dropout: float = 0.0
     license_note: str = ""
+    frozen_dtype: torch.dtype | None = None
     config_class: type[PreTrainedConfig]  # a family always has one
     main_input_name = "pixel_values"
 
@@ -148,6 +154,12 @@ class UnifiedModel(PreTrainedModel):
         super().post_init()
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = {name for name in self._no_split_modules or () if name in present}
+        apply_frozen_dtype(self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As in `PreTrainedModel`; that of trained weights where frozen ones have another."""
+        return super().dtype if self.frozen_dtype is None else torch.float32
 
     @property
     def image_sides(self) -> range | None:
@@ -289,7 +301,8 @@ class UnifiedModel(PreTrainedModel):
             height, width: of the output in pixels; by default what the processor makes.
             negative_prompt: what classifier-free guidance leads away from, in place of the family's unconditional prompt:
                 one per image, or one for all.
-            sampling: `num_inference_steps`, `guidance_scale` and what else `_generate_images` of the family takes.
+            sampling: `num_inference_steps`, `guidance_scale` and what else `_generate_images` of the family takes; what is
+                left out is as its defaults and, for the task, `sampling_defaults` say.
 
         Returns:
             A list of RGB images, also for a single prompt.
@@ -314,6 +327,7 @@ class UnifiedModel(PreTrainedModel):
             }
         )
         check_generators(generator, len(inputs["images"] or inputs["text"] or []))
+        sampling = {**self.sampling_defaults.get(task, {}), **sampling}
         self._check_size(processor, height, width)
         if sampling.get("num_inference_steps") is not None and sampling["num_inference_steps"] < 1:
             raise ValueError(f"num_inference_steps is at least 1, got {sampling['num_inference_steps']}.")
@@ -420,9 +434,12 @@ class UnifiedModel(PreTrainedModel):
     # --- loading, saving and training ---
 
     @classmethod
-    def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> UnifiedModel:
-        """As `PreTrainedModel.from_pretrained`; of a `BitsAndBytesConfig`, `llm_int8_skip_modules` are layers that stay as
-        they are beside all that are none of `quantized_modules`.
+    def from_pretrained(
+        cls, *args: Any, quantization_config: Any = None, frozen_dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> UnifiedModel:
+        """As `PreTrainedModel.from_pretrained`. `llm_int8_skip_modules` of a `BitsAndBytesConfig` names layers that are not
+        quantised, beside those that are none of `quantized_modules`. With `dtype` float32, `frozen_dtype` is that of the
+        weights that `models.precision` names; the model then computes under an autocast to it.
 
         Raises:
             ValueError: an entry of `llm_int8_skip_modules` is none of `quantized_modules`.
@@ -434,7 +451,8 @@ class UnifiedModel(PreTrainedModel):
             skip = rf"(?!(?:{cls.quantized_modules or cls.lora_target_modules})$).*"
             chosen = [entry for entry in quantization_config.llm_int8_skip_modules or () if entry != skip]
             quantization_config.llm_int8_skip_modules = [skip, *chosen]
-        loaded = super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
+        with loading_frozen_in(frozen_dtype):
+            loaded = super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
         for module in model.modules():
             # In eval mode on some CPUs bitsandbytes repacks 4-bit weights for bfloat16 inference, for good: training
@@ -578,6 +596,17 @@ class UnifiedProcessor(ProcessorMixin):
         if not any(message["role"] == "assistant" for message in conversation):
             return "no answer"
         return None
+
+    def with_arguments(self, **arguments: Any) -> UnifiedProcessor:
+        """A processor of the same class with these arguments of it, and otherwise with those of this one.
+
+        Raises:
+            ValueError: it has no such argument.
+        """
+        known = [name for name in inspect.signature(type(self)).parameters if hasattr(self, name)]
+        if unknown := sorted(set(arguments) - set(known)):
+            raise ValueError(f"{type(self).__name__} has no {', '.join(unknown)}; it has {', '.join(known)}.")
+        return type(self)(**{name: getattr(self, name) for name in known} | arguments)
 
     def shorten(self, ids: list[int], length: int) -> list[int]:
         """The first `length` ids of a text or conversation; `texts_cut` counts it if it has more."""

@@ -98,8 +98,8 @@ def _open(path: Path) -> dict[str, LazyTensor]:
 
 
 def choose_variant(names: Iterable[str], variant: str | None, source: str | Path) -> str:
-    """The one of several checkpoints, `.pth` files or folders, that `variant` means: its name, with or without `.pth` and
-    the family's name in front (`1.5b` is `harmon_1.5b.pth`). The only one needs no choice.
+    """The checkpoint (a `.pth` file or a folder) that `variant` means among several: `variant` is its name, with or without
+    `.pth` and the family's name in front (`1.5b` is `harmon_1.5b.pth`). A single checkpoint needs no choice.
 
     Raises:
         CheckpointError: it means none of them, or there are several and no `variant`.
@@ -159,10 +159,11 @@ def _is_kept(model: UnifiedModel, name: str) -> bool:
 
 
 def main_dtype(model: UnifiedModel, weights: dict[str, LazyTensor]) -> torch.dtype:
-    """The dtype of most of a model's values, those that the family keeps in float32 left out."""
+    """The dtype of most of a generator's values; what is frozen may have fewer bits."""
+    generator = tuple(f"{name}." for name in model.generation_modules)
     counts: dict[torch.dtype, int] = {}
     for name, tensor in weights.items():
-        if not _is_kept(model, name):
+        if f"{name}.".startswith(generator):
             counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.shape.numel()
     return max(counts, key=lambda dtype: counts[dtype])
 
@@ -197,11 +198,11 @@ def load_strict(
             model = model_class(config)
         model.lazy_weights = dequantized(state_dict)
         expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        found = {name: tensor.shape for name, tensor in model.lazy_weights.items()}
+        shapes = {name: tensor.shape for name, tensor in model.lazy_weights.items()}
         ignore_missing |= set(model.all_tied_weights_keys)
-        missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
-        mismatched = [(name, found[name], expected[name]) for name in found.keys() & expected.keys()
-                      if found[name] != expected[name]]  # fmt: skip
+        missing, unexpected = expected.keys() - shapes.keys(), shapes.keys() - expected.keys()
+        mismatched = [(name, shapes[name], expected[name]) for name in shapes.keys() & expected.keys()
+                      if shapes[name] != expected[name]]  # fmt: skip
     else:
         if kwargs.get("dtype") is None:
             kwargs["dtype"] = torch.float32
@@ -229,8 +230,8 @@ def check_fit(
     problems = {
         "missing": sorted(missing),
         "unexpected": sorted(unexpected),
-        "wrongly shaped": sorted(f"{key}: {tuple(got)} in the file, {tuple(want)} in the model"
-                                 for key, got, want in mismatched),
+        "wrongly shaped": sorted(f"{key}: {tuple(shape)} in the file, {tuple(expected)} in the model"
+                                 for key, shape, expected in mismatched),
     }  # fmt: skip
     if any(problems.values()):
         lines = [f"  {kind} ({len(keys)}): {', '.join(keys[:20])}{' …' if len(keys) > 20 else ''}"
@@ -347,8 +348,8 @@ def autoencoder_to_ldm(weights: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
 
 def _rename_layers(keys: Iterable[str], names: Iterable[tuple[str, str]]) -> dict[str, str]:
     """From key to renamed key. The decoder's levels count from the output in one layout, towards it in the other."""
-    found = (re.search(r"\.up(?:_blocks)?\.(\d+)\.", key) for key in keys)
-    levels = 1 + max((int(match[1]) for match in found if match), default=0)
+    matches = (re.search(r"\.up(?:_blocks)?\.(\d+)\.", key) for key in keys)
+    levels = 1 + max((int(match[1]) for match in matches if match), default=0)
 
     def rename(key: str, source: str, target: str) -> str:
         pattern = re.escape(source).replace(r"\{i\}", r"(\d+)")
