@@ -9,10 +9,11 @@ from PIL import Image
 
 from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor, RecATrainer
 from reca_trainer.data import Columns, Draw, RowDataset
-from reca_trainer.data.collator import UnifiedCollator
+from reca_trainer.data.collator import UnifiedCollator, pad_encoded
 from reca_trainer.data.latent_cache import EncodedRows, check_encoders, encode_images, encoded_images
 from tests import test_trainer
 from tests.conftest import Golden
+from tests.models.test_contract import PICTURES, TEXTS, build, fresh
 from tests.test_trainer import CHECKPOINT, StopAt, config, losses, trained, trainer
 
 dataset, processor = test_trainer.dataset, test_trainer.processor
@@ -47,6 +48,21 @@ def test_losses_are_those_without_a_cache_and_resume_is_bit_exact(tmp_path, data
     assert losses(second) == losses(cached)
     for name, weight in trained(cached).items():
         assert torch.equal(trained(second)[name], weight), name
+
+
+@pytest.mark.parametrize("family", ["bagel", "harmon", "janus", "lance", "openuni", "show_o", "show_o_plain"])
+def test_the_loss_from_encoded_images_is_that_from_pixels_to_the_bit(family):
+    model, processor = build(family)
+    for picture, text, dropped in [(PICTURES[0], TEXTS[0], False), (PICTURES[2], TEXTS[1], True)]:
+        options = {"instruction": [text], "dropped": [dropped], "size": processor.target_size(48, 36)}
+        batch = processor(images=[picture], task="reconstruct", **options)
+        encoded = {name: tensor[0] for name, tensor in model.encode_batch(batch).items()}
+        cached = {**processor(task="reconstruct", **options), **pad_encoded([encoded])}
+        assert not {name for name in cached if "pixel" in name}
+        draws = [model.sample_corruption(each, [torch.Generator().manual_seed(3)]) for each in (batch, cached)]
+        assert model.count_supervised(batch, draws[0]) == model.count_supervised(cached, draws[1])
+        plain, kept = (model(**each, corruption=draw) for each, draw in zip((batch, cached), draws, strict=True))
+        assert torch.equal(kept.loss, plain.loss) and torch.equal(kept.prediction, plain.prediction)
 
 
 def test_openuni_trains_on_encoded_images_too(tmp_path, dataset):
@@ -98,10 +114,8 @@ def test_whatever_changes_the_tensors_makes_another_file(tmp_path, processor, ca
     changed = AutoUnifiedModel.from_pretrained(CHECKPOINT)
     changed.connector.fc1.bias.data[0] += 1e-3
     assert files(changed) == 2
-    larger = type(processor)(processor.tokenizer, (96, 32, 16), processor.condition_size, processor.understanding_size)
-    assert files(processor=larger) == 3
-    sharper = type(processor)(processor.tokenizer, processor.generation_size, (56, 56, 14))
-    assert files(processor=sharper) == 4
+    assert files(processor=processor.with_arguments(generation_size=(96, 32, 16))) == 3
+    assert files(processor=processor.with_arguments(condition_size=(56, 56, 14))) == 4
     assert files(images=images.select([0, 1])) == 5
     assert files(bf16=True) == 6
     Image.new("RGB", (64, 48), (0, 0, 200)).save(paths[0])
@@ -128,21 +142,18 @@ def test_a_bad_image_is_replaced_as_without_a_cache(tmp_path, processor):
 
 def test_refusals(tmp_path, dataset, processor):
     model = AutoUnifiedModel.from_pretrained(CHECKPOINT)
-    with pytest.raises(ValueError, match="a stream has none"):
-        run(tmp_path, dataset.to_iterable_dataset(), processor, cache_latents=True)
+    with pytest.raises(ValueError, match=r"cannot keep the images of a stream.*precompute"):
+        run(tmp_path, dataset.to_iterable_dataset(), processor, cache_latents=True).get_train_dataloader()
     options = config(tmp_path, cache_latents=True)
     with pytest.raises(ValueError, match="data_collator of your own"):
         RecATrainer(model, options, UnifiedCollator(processor), dataset, processing_class=processor)
     model.requires_grad_(True)
     with pytest.raises(ValueError, match=r"weights of the encoders are trained \(vit_model"):
         check_encoders(model)
-    other = AutoUnifiedModel.from_pretrained(Golden("show_o").checkpoint / "show-o")
-    for name, options in {
-        "cannot train on encoded images": {"cache_latents": True},
-        "draws one corruption an image": {"timesteps_per_image": 2},
-    }.items():
-        with pytest.raises(ValueError, match=f"Show.*{name}"):
-            trainer(other, tmp_path, dataset, processor, lora=False, **options)
+    with pytest.raises(ValueError, match="Model cannot train on encoded images"):
+        check_encoders(build("sketch")[0])
+    with pytest.raises(ValueError, match=r"Show.*draws one corruption an image"):
+        trainer(fresh("show_o")[0], tmp_path, dataset, processor, lora=False, timesteps_per_image=2)
     with pytest.raises(ValueError, match="timesteps_per_image is 1 or more"):
         config(tmp_path, timesteps_per_image=0)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,11 +78,29 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that takes `path`'s place when all went well, so that `path` is never half written."""
+    """A temporary file that takes `path`'s place when all went well, so that `path` is never half written. Those that killed
+    processes of this machine have left are removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    prefix = f".{path.name}.{socket.gethostname()}-"
+    for rest in path.parent.glob(f"{glob.escape(prefix)}*.part"):
+        writer = rest.name[len(prefix) : -len(".part")]
+        if writer.isdecimal() and not _is_running(int(writer)):
+            rest.unlink(missing_ok=True)
+    temporary = path.with_name(f"{prefix}{os.getpid()}.part")
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    if os.name != "posix":  # there, a signal of 0 is no question
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -43,6 +43,7 @@ class Columns(NamedTuple):
         image: what is learned to be made or described: of edits the target, or the chain.
         instruction: that of an edit, in one or several wordings; of a chain, those of each step.
         source: what an edit starts from; `image` itself where that holds chains.
+        encoded: tensors that stand for the images of reconstructions, see `encoded_shards`.
     """
 
     image: str
@@ -50,6 +51,7 @@ class Columns(NamedTuple):
     conversation: str | None = None
     instruction: str | None = None
     source: str | None = None
+    encoded: str | None = None
 
     @property
     def images(self) -> list[str]:

@@ -5,7 +5,7 @@ not what trained layers make of them. A step has the same loss with the cache as
 one exception: where a family takes a random square of a picture, the cache has the square in its centre.
 
 The folder's name is a digest of everything that its contents depend on (see `cache_folder`). Where any of that changes,
-another folder is written beside it.
+another folder is written beside it. What `encoded_shards` writes are the same tensors, as a data set of their own.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from reca_trainer.files import replacing
 from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
 
 logger = logging.get_logger(__name__)
+
+Encode = Callable[[dict[str, Any]], dict[str, torch.Tensor]]  # `UnifiedModel.encode_batch`, in the run's precision
 
 ROW = Features({"tensors": Value("binary"), "source": Value("string"), "skipped": List(Value("string"))})
 
@@ -93,27 +95,37 @@ def cache_folder(
     """
     digest = hashlib.sha256()
     dataset, column = rows.datasets["reconstruct"], rows.columns["reconstruct"].image
-    settings: list[Any] = [reca_trainer.__version__, dataset._fingerprint, column, rows.on_bad_image, precision]
-    settings += [f"{type(processor).__module__}.{type(processor).__qualname__}", processor.to_dict(), list(sizes)]
-    digest.update(json.dumps(settings, default=str, sort_keys=True).encode())
+    settings = [dataset._fingerprint, column, rows.on_bad_image, list(sizes), encoders_digest(model, precision)]
+    digest.update(json.dumps([*settings, processor_settings(processor)], default=str).encode())
     for path in dataset.flatten()[f"{column}.path"]:
         if path and os.path.isfile(path):
             stat = os.stat(path)
             digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}".encode())
+    return Path(datasets.config.HF_DATASETS_CACHE) / "reca_trainer" / f"encoded-{digest.hexdigest()[:32]}"
+
+
+def encoders_digest(model: UnifiedModel, precision: str) -> str:
+    digest = hashlib.sha256(precision.encode())
     for encoder in model.frozen_encoders:
         module = model.get_submodule(encoder)
         digest.update(f"{encoder} {module}".encode())
         for name, tensor in module.state_dict().items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    return Path(datasets.config.HF_DATASETS_CACHE) / "reca_trainer" / f"encoded-{digest.hexdigest()[:32]}"
+    return digest.hexdigest()
+
+
+def processor_settings(processor: UnifiedProcessor) -> str:
+    """What decides how a processor frames images, this library's version included."""
+    name = f"{type(processor).__module__}.{type(processor).__qualname__}"
+    return json.dumps([reca_trainer.__version__, name, processor.to_dict()], default=str, sort_keys=True)
 
 
 def encode_images(
     rows: RowDataset,
     sizes: Sequence[tuple[int, int]],
     processor: UnifiedProcessor,
-    encode: Callable[[dict[str, Any]], dict[str, torch.Tensor]],
+    encode: Encode,
     folder: Path,
     process_index: int = 0,
     num_processes: int = 1,
@@ -132,12 +144,16 @@ def encode_images(
         with replacing(file) as temporary, ArrowWriter(path=str(temporary), features=ROW) as writer:
             for row in files[file]:
                 decoded = rows[Draw("reconstruct", row, sizes[row], seed=row, instruction="")]
-                images = [cast(Image, decoded.image)]
-                encoded = encode(processor(images=images, instruction="", task="reconstruct", size=sizes[row]))
-                tensors = {name: tensor[0].cpu().contiguous() for name, tensor in encoded.items()}
-                source, skipped = decoded.source, list(decoded.skipped)
-                writer.write({"tensors": save(tensors), "source": source, "skipped": skipped})
+                tensors = encoded_row(decoded, processor, encode)
+                writer.write({"tensors": tensors, "source": decoded.source, "skipped": list(decoded.skipped)})
             writer.finalize()
+
+
+def encoded_row(row: Row, processor: UnifiedProcessor, encode: Encode) -> bytes:
+    """What `encode` makes of a row's image at its target size, as safetensors."""
+    images = [cast(Image, row.image)]
+    encoded = encode(processor(images=images, instruction="", task="reconstruct", size=row.draw.size))
+    return save({name: tensor[0].cpu().contiguous() for name, tensor in encoded.items()})
 
 
 def encoded_images(folder: Path, rows: int) -> Dataset:

@@ -11,6 +11,7 @@ import fsspec
 import torch
 from datasets import Dataset
 from PIL import Image
+from safetensors.torch import load
 
 from reca_trainer.data.columns import Columns, check_columns, first_image, needed_columns, undecoded
 from reca_trainer.data.edits import edit_of
@@ -36,7 +37,7 @@ class Row:
         image: whole and upright, RGB; `None` where `tensors` stand for it.
         text: a caption, the messages of a conversation, or `None`.
         source_images: the pictures that an edit starts from, whole and upright, RGB; none for the other tasks.
-        tensors: what the frozen encoders make of the image, where that is kept on disk (see `latent_cache`).
+        tensors: what the frozen encoders make of the image, where that is kept on disk (see `latent_cache` and `encoded_shards`).
         skipped: what was wrong with the rows that this one stands in for.
     """
 
@@ -140,6 +141,8 @@ def read_row(
     """
     if draw.task == "edit":
         return _read_edit(draw, record, columns, source, skipped)
+    if draw.task == "reconstruct" and columns.encoded:
+        return Row(draw, source, tensors=load(record[columns.encoded]), skipped=tuple(skipped))
     text = text_of(draw, record, columns, source)
     if isinstance(text, list):
         problem = "no image" if has_no_image(record[columns.image]) else None
@@ -151,9 +154,7 @@ def read_row(
     return Row(draw, source, image, text, skipped=tuple(skipped))
 
 
-def _read_edit(
-    draw: Draw, record: dict[str, Any], columns: Columns, source: str, skipped: Sequence[str] = ()
-) -> Row:
+def _read_edit(draw: Draw, record: dict[str, Any], columns: Columns, source: str, skipped: Sequence[str] = ()) -> Row:
     edit = edit_of(draw, record, columns, source)
     before, after = (
         decode_image(read_source(cell, f"{source}, {role}"), f"{source}, {role}")
@@ -163,7 +164,9 @@ def _read_edit(
     first = image_size(read_source(record[columns.image], source), source) if columns.has_chains else after.size
     for size in (before.size, after.size):
         if abs(size[0] * first[1] - size[1] * first[0]) > SHAPE_TOLERANCE * size[1] * first[0]:
-            shapes = ", ".join(f"{width} x {height}" for width, height in dict.fromkeys((first, before.size, after.size)))
+            shapes = ", ".join(
+                f"{width} x {height}" for width, height in dict.fromkeys((first, before.size, after.size))
+            )
             raise ImageError(f"{source}: the images of an edit have one shape, and these are of {shapes} pixels.")
     return Row(draw, source, after, edit.instruction, source_images=(before,), skipped=tuple(skipped))
 

@@ -108,7 +108,14 @@ class StreamReader(torch.utils.data.IterableDataset[Reading]):
         if self.plan.shuffle:
             seed = mixed_hash(self.plan.seed, 4, TASKS[self.task].index, epoch, number)
             order = np.random.default_rng(seed).permutation(order)
-        yield from _Pass(self, shards_of(reader, readers, order.tolist()), worker, mixed_hash(epoch, number), state)
+        yield from Pass(self, shards_of(reader, readers, order.tolist()), worker, mixed_hash(epoch, number), state)
+
+    def read_shard(self, shard: int, start: int = 0) -> Pass:
+        """The rows of one shard from its number `start` on: `candidates` of what this returns, whose `problems` grow by
+        what is left out meanwhile."""
+        reading = Pass(self, [Share(shard)], 0, 0, None)
+        reading.candidates = reading._candidates({"read": 0, "place": 0, "number": start, "dataset": None}, set())
+        return reading
 
 
 class Share(NamedTuple):
@@ -127,7 +134,7 @@ def shards_of(reader: int, readers: int, order: Sequence[int]) -> list[Share]:
     return [Share(shard, reader // len(order), len(range(place, readers, len(order)))) for shard in order[place:][:1]]
 
 
-class _Pass:
+class Pass:
     """One pass of one reader over its share. Rows are counted in the order of reading, those left out included."""
 
     def __init__(self, reader: StreamReader, shares: list[Share], worker: int, key: int, state: State | None):

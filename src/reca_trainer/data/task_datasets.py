@@ -19,6 +19,7 @@ from reca_trainer.data.columns import (
     under_root,
     with_images,
 )
+from reca_trainer.data.encoded_shards import encoded_column
 from reca_trainer.data.sampling import SamplingPlan, Size, TaskBatchSampler
 from reca_trainer.data.sizes import row_sizes
 from reca_trainer.data.sources import load_image_dataset
@@ -148,7 +149,8 @@ class TaskDatasets:
                 continue
             self._checked.add(task)
             dataset, columns = self.datasets[task], self.columns[task]
-            if TASKS[task].columns and dataset.info.description == SOME_CAPTIONS:
+            some_captions = dataset.info.description == SOME_CAPTIONS or encoded_column(dataset)
+            if TASKS[task].columns and some_captions:
                 self.datasets[task] = self._with_texts(task, columns)
             elif isinstance(dataset, Dataset):
                 check_texts(dataset, task, columns)

@@ -31,7 +31,9 @@ def text_of(draw: Draw, record: dict[str, Any], columns: Columns, source: str) -
     captions = _captions(record[columns.caption]) if columns.caption else []
     for caption in captions:
         if not isinstance(caption, str):
-            raise ValueError(f"{source}: a caption in column {columns.caption!r} is {type(caption).__name__}, not text.")
+            raise ValueError(
+                f"{source}: a caption in column {columns.caption!r} is {type(caption).__name__}, not text."
+            )
     captions = [caption for caption in captions if caption.strip()]
     return captions[draw.seed % len(captions)] if captions else None
 
@@ -59,7 +61,9 @@ def check_texts(dataset: Dataset, task: str, columns: Columns) -> None:
     """Raises `ValueError` naming the rows that have no caption, answer or instruction for `task` to learn from."""
     missing = [f"row {row}" for row in rows_without_text(dataset, task, columns)]
     if missing:
-        lacking = "instruction for every step" if columns.has_chains else "instruction" if task == "edit" else "caption"
+        lacking = (
+            "instruction for every step" if columns.has_chains else "instruction" if task == "edit" else "caption"
+        )
         headline = (
             f"{len(missing)} of {len(dataset)} rows have no {lacking}, which the task {task!r} learns from; fill in or drop "
             "such rows, name another column, or give this task the weight 0"

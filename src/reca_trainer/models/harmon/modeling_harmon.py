@@ -59,6 +59,7 @@ class HarmonModel(UnifiedModel):
         r"|mar\.diffloss\.net\..*(mlp\.[02]|cond_embed|input_proj|linear|adaLN_modulation\.1)"
         r"|proj_(in|out)\.[02]"
     )
+    frozen_encoders = ("vae",)
     supports_gradient_checkpointing = True
     supports_condition_token_dropout = True
     _keep_in_fp32_modules = ("vae", "mar.diffloss")  # never float16, never quantised
@@ -122,17 +123,18 @@ class HarmonModel(UnifiedModel):
     def _reconstruct(
         self,
         corruption: dict[str, Tensor],
-        pixel_values: Tensor,
         input_ids: Tensor,
+        pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         condition_pixel_values: Tensor | None = None,
+        latents: Tensor | None = None,
     ) -> UnifiedOutput:
         """RecA: read the image's own embeddings and the instruction, then predict the image's hidden tokens.
 
         The embeddings enter each row of `input_ids` at its one `config.image_token_id`. Without `condition_pixel_values` the
-        condition is the target image.
+        condition is the target image. `latents`, what `encode_batch` gives, stand for `pixel_values`.
         """
-        latents = self.encode_target(pixel_values)  # [B, h, w, C]
+        latents = self.encode_target(pixel_values) if latents is None else latents  # [B, h, w, C]
         if condition_pixel_values is None:
             understanding = self.understand(latents)  # [B, L + K, H]
         else:
@@ -218,6 +220,10 @@ class HarmonModel(UnifiedModel):
         latents = target.permute(0, 3, 1, 2) / self.vae.config.scaling_factor  # [B, C, h, w]
         return self.vae.decode(latents.to(self.vae.dtype)).sample.float()
 
+    def encode_batch(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """See `UnifiedModel.encode_batch`: `latents` `[B, h, w, C]`. What MAR's encoder makes of them is trained."""
+        return {"latents": self.encode_target(batch["pixel_values"])}
+
     def understand(self, latents: Tensor) -> Tensor:
         """Understanding embeddings `[B, L + K, H]` of latents `[B, h, w, C]`: image tokens first, buffers last."""
         return self.proj_in(self.mar.encode(latents)).roll(-self.mar.buffer_size, dims=1)
@@ -284,13 +290,10 @@ class HarmonModel(UnifiedModel):
             valid[:, :-buffers] = visible.valid
         mask = torch.cat([context_mask, valid], dim=1)  # [B, T + V + K]
         inputs = tokens if context is None else torch.cat([context, tokens.to(context.dtype)], dim=1)
-        hidden = self.llm.model(
-            inputs_embeds=inputs,
-            attention_mask=mask,
-            position_ids=positions(mask)[:, -inputs.shape[1] :],
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state[:, -tokens.shape[1] :]  # [B, V + K, H]
+        position_ids = positions(mask)[:, -inputs.shape[1] :]
+        # By position: releases of transformers differ in the name of the cache.
+        output = self.llm.model(None, mask, position_ids, cache, inputs, use_cache=cache is not None)
+        hidden = output.last_hidden_state[:, -tokens.shape[1] :]  # [B, V + K, H]
         return encoded + self.proj_out(hidden.roll(buffers, dims=1))
 
     # --- draws and counts ---
@@ -302,11 +305,15 @@ class HarmonModel(UnifiedModel):
         `caption`. Each sample has its own mask rate, where the original draws one per batch: a sample's draws then do
         not depend on its batch.
         """
-        if "pixel_values" not in batch:
-            return {}
         config = self.config.mar_config
-        batch_size, _, height, width = batch["pixel_values"].shape
-        length = (height // config.vae_stride) * (width // config.vae_stride)
+        if "latents" in batch:
+            batch_size, height, width, _ = batch["latents"].shape
+        elif "pixel_values" in batch:
+            batch_size = len(batch["pixel_values"])
+            height, width = (side // config.vae_stride for side in batch["pixel_values"].shape[2:])
+        else:
+            return {}
+        length = height * width
         shape = (config.diffusion_batch_mul, length)
 
         def draw_mask(generator: torch.Generator | None) -> Tensor:
@@ -443,13 +450,7 @@ class HarmonModel(UnifiedModel):
         batch_size, length = order.shape
         copies = len(context) // batch_size
         cache = DynamicCache(config=self.config.text_config)
-        self.llm.model(
-            inputs_embeds=context,
-            attention_mask=context_mask,
-            position_ids=positions(context_mask),
-            past_key_values=cache,
-            use_cache=True,
-        )
+        self.llm.model(None, context_mask, positions(context_mask), cache, context, use_cache=True)
 
         tokens = noise.new_zeros(batch_size, length, noise.shape[-1])  # [B, L, C]
         hidden = length

@@ -102,8 +102,8 @@ class HarmonProcessor(UnifiedProcessor):
         """Build one task's batch, see `UnifiedProcessor`.
 
         `reconstruct` squeezes the whole picture and has no `condition_pixel_values`: the condition is the target image,
-        which the model encodes once. `generate` cuts a box out of the picture, `caption` pads the picture with grey and
-        works without images. A dropped text, or an empty instruction, gives the prompt "Generate an image.".
+        which the model encodes once; without images it is the prompts alone. `generate` cuts a box out of the picture,
+        `caption` pads the picture with grey and works without images. A dropped text, or an empty instruction, gives the prompt "Generate an image.".
 
         Raises:
             ValueError: an unknown task, images or texts that are missing or differ in number, or a conversation that
@@ -111,20 +111,24 @@ class HarmonProcessor(UnifiedProcessor):
         """
         if task not in self.tasks:
             raise ValueError(f"task is {task!r}; expected one of {', '.join(self.tasks)}.")
-        if images is None and task != "caption":
+        if images is None and not (task == "caption" or (task == "reconstruct" and instruction)):
             raise ValueError(f"A {task!r} batch needs images.")
         if text is None and task != "reconstruct":
             raise ValueError(f"A {task!r} batch needs text: one string per sample.")
         if images is not None and text is not None and len(images) != len(text):
             raise ValueError(f"Got {len(images)} images and {len(text)} texts; pass one of each per sample.")
 
-        count = len(text if images is None else images)
+        samples = images or text or instruction
+        count = 1 if isinstance(samples, str) else len(samples)
         instructions = one_per_sample(instruction, count, "")
         if task == "caption":
             return {"task": task, **self._captions(images, conversations_of(text, instructions, images is not None))}
 
         prompts = self.prompt_ids(instructions if task == "reconstruct" else text, task, dropped)
         input_ids, attention_mask = self.pad(prompts)
+        batch = {"task": task, "input_ids": input_ids, "attention_mask": attention_mask}
+        if images is None:
+            return batch
         size = size or self.fixed_size
         if task == "reconstruct":
             pictures = [self.squeeze(image.convert("RGB"), size) for image in images]
@@ -132,12 +136,7 @@ class HarmonProcessor(UnifiedProcessor):
             places = one_per_sample(crop, count)
             cuts = zip(images, places, strict=True)
             pictures = [self.cut(image.convert("RGB"), size, place) for image, place in cuts]
-        return {
-            "task": task,
-            "pixel_values": to_pixels(pictures),
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-        }
+        return {**batch, "pixel_values": to_pixels(pictures)}
 
     def conversation_problem(self, conversation: Conversation) -> str | None:
         """See `UnifiedProcessor.conversation_problem`: what cannot be worded, an image that is not where the model was

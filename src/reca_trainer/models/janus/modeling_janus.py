@@ -52,6 +52,7 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
     config_class = JanusConfig
     shares_weights = True
     lora_target_modules = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+    frozen_encoders = ("model.vision_model", "model.aligner", "model.vqmodel")
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     supports_condition_token_dropout = True
@@ -118,17 +119,24 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
         self,
         corruption: dict[str, torch.Tensor],
         input_ids: torch.Tensor,
-        condition_pixel_values: torch.Tensor,
-        pixel_values: torch.Tensor,
+        condition_pixel_values: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        condition_embeds: torch.Tensor | None = None,
+        tokens: torch.Tensor | None = None,
     ) -> UnifiedOutput:
-        """RecA: read the image's own embeddings and the instruction, then predict the image's tokens one after the other."""
-        tokens = self.encode_target(pixel_values)  # [B, N]
-        understanding_embeds = self.encode_condition(condition_pixel_values)  # [B, S, D]
+        """RecA: read the image's own embeddings and the instruction, then predict the image's tokens one after the other.
+
+        Args:
+            condition_embeds, tokens: instead of `condition_pixel_values` and `pixel_values`, what `encode_batch` gives.
+        """
+        tokens = self.encode_target(pixel_values) if tokens is None else tokens  # [B, N]
+        if condition_embeds is None:
+            condition_embeds = self.encode_condition(condition_pixel_values)  # [B, S, D]
         places = input_ids == self.config.image_token_id  # [B, T]: none where the prompt is dropped
-        prompt = self.embed_prompt(input_ids, understanding_embeds[places.any(dim=1)])  # [B, T, D]
+        prompt = self.embed_prompt(input_ids, condition_embeds[places.any(dim=1)])  # [B, T, D]
         mask = drop_condition(corruption, attention_mask, places)
-        return self._image_loss(prompt, tokens, mask, understanding_embeds)
+        return self._image_loss(prompt, tokens, mask, condition_embeds)
 
     def _generate(
         self,
@@ -209,6 +217,14 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
             return (directions @ codebook.T).argmax(dim=-1)
 
     @torch.no_grad()
+    def encode_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """See `UnifiedModel.encode_batch`: `condition_embeds` `[B, S, D]` and `tokens` `[B, N]`."""
+        return {
+            "condition_embeds": self.encode_condition(batch["condition_pixel_values"]),
+            "tokens": self.encode_target(batch["pixel_values"]),
+        }
+
+    @torch.no_grad()
     def decode_target(self, target: torch.Tensor) -> torch.Tensor:
         """VQ tokens `[B, N]` -> images `[B, 3, H, W]`, about [-1, 1]."""
         return self.model.vqmodel.decode(target)
@@ -231,13 +247,11 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
         positions = None
         if attention_mask is not None:
             positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
-        return self.model.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
+        # By position: releases of transformers differ in the name of the cache.
+        output = self.model.language_model(
+            None, attention_mask, positions, cache, inputs_embeds, use_cache=cache is not None
+        )
+        return output.last_hidden_state
 
     # --- draws and counts ---
 
@@ -248,7 +262,7 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
     def count_supervised(self, batch: dict[str, Any], corruption: dict[str, torch.Tensor]) -> int:
         if "labels" in batch:
             return count_answer_tokens(batch["labels"])
-        return len(batch["pixel_values"]) * self.config.vq_config.num_patches**2
+        return len(batch["tokens" if "tokens" in batch else "pixel_values"]) * self.config.vq_config.num_patches**2
 
     def example_batch(
         self,

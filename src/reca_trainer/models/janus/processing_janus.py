@@ -129,6 +129,7 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
         if size is not None and tuple(size) != self.fixed_size:
             raise ValueError(f"Janus generates {self.fixed_size} images (height, width) only, got size={size}.")
         needs = {"reconstruct": ("images",), "generate": ("text",), "caption": ("images", "text")}[task]
+        needs = () if task == "reconstruct" and instruction else needs
         for name, value in {"images": images, "text": text}.items():
             if name in needs and not value:
                 raise ValueError(f"task {task!r} needs {name}, one per sample.")
@@ -145,9 +146,11 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
             images = self.squares(images, crop)
             batch["pixel_values"] = to_pixels(images)
         if task == "reconstruct":
-            requests = one_per_sample(instruction, len(images), "")
-            inputs = self.prompts([request or "" for request in requests], images, generation_mode="image")
-            batch["condition_pixel_values"] = inputs["pixel_values"]
+            samples = images or instruction
+            requests = one_per_sample(instruction, 1 if isinstance(samples, str) else len(samples), "")
+            inputs = self.prompts([request or "" for request in requests], images, "image", with_image=True)
+            if images:
+                batch["condition_pixel_values"] = inputs["pixel_values"]
         else:
             inputs = self.prompts(text, generation_mode="image")
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -164,10 +167,14 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
         return super().conversation_problem(conversation) or exchange_problem(conversation)
 
     def prompts(
-        self, text: list[str], images: list[Image.Image] | None = None, generation_mode: str = "text"
+        self,
+        text: list[str],
+        images: list[Image.Image] | None = None,
+        generation_mode: str = "text",
+        with_image: bool = False,
     ) -> BatchFeature:
         """Tokenise one user turn per sample, up to where the answer starts (`"text"`) or the image tokens start
-        (`"image"`).
+        (`"image"`). Turns have an image's placeholders where there are `images`, or `with_image`.
 
         Returns:
             `input_ids` and `attention_mask` `[B, T]` int64, padded on the left, and with `images` also `pixel_values`
@@ -178,7 +185,7 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
         begin = self.tokenizer("")["input_ids"]  # bos
         rows = []
         for request in text:
-            message = _message("user", self._mask(self._shorten_text(request)), with_image=bool(images))
+            message = _message("user", self._mask(self._shorten_text(request)), with_image=with_image or bool(images))
             wording = self.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
             rows.append([*begin, *self._encode(f"{opening}{wording}{closing}")])
         inputs = {

@@ -69,6 +69,7 @@ class ShowOModel(UnifiedModel):
 
     def __init__(self, config: ShowOConfig):
         super().__init__(config)
+        self.frozen_encoders = ("vision_tower", "vq_model") if config.w_clip_vit else ("vq_model",)
         self.language_model = PhiForCausalLM(config.text_config)
         self.vq_model = MagvitV2(**config.vq_config)
         if config.w_clip_vit:
@@ -102,14 +103,22 @@ class ShowOModel(UnifiedModel):
     def _reconstruct(
         self,
         corruption: dict[str, torch.Tensor],
-        condition_pixel_values: torch.Tensor,
-        pixel_values: torch.Tensor,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
+        condition_pixel_values: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        condition_features: torch.Tensor | None = None,
+        tokens: torch.Tensor | None = None,
     ) -> UnifiedOutput:
-        """RecA: read the image's own embeddings and the instruction, then predict the image's masked tokens."""
-        tokens = self.encode_target(pixel_values)  # [B, n]
-        condition = self.encode_condition(condition_pixel_values)  # [B, P, D]
+        """RecA: read the image's own embeddings and the instruction, then predict the image's masked tokens.
+
+        Args:
+            condition_features, tokens: instead of `condition_pixel_values` and `pixel_values`, what `encode_batch` gives.
+        """
+        tokens = self.encode_target(pixel_values) if tokens is None else tokens  # [B, n]
+        if condition_features is None:
+            condition_features = self.condition_features(condition_pixel_values)
+        condition = self._project(condition_features)  # [B, P, D]
         mask = corruption["mask"].to(tokens.device)  # [B, n]
         masked = tokens.masked_fill(mask, self.config.mask_token_id)
         embeds = self.embed(input_ids, condition, masked)  # [B, L, D]
@@ -159,13 +168,20 @@ class ShowOModel(UnifiedModel):
     def encode_condition(self, condition_pixel_values: torch.Tensor) -> torch.Tensor:
         """See `UnifiedModel.encode_condition`, `[B, P, D]`: what the projector makes of CLIP's embeddings, or in the plain
         variant the embeddings of the image's tokens."""
-        table = self.language_model.model.embed_tokens
+        return self._project(self.condition_features(condition_pixel_values))
+
+    @torch.no_grad()
+    def condition_features(self, condition_pixel_values: torch.Tensor) -> torch.Tensor:
+        """What is frozen in `encode_condition`: CLIP's embeddings `[B, P, D_clip]`, or in the plain variant the image's
+        tokens `[B, P]`."""
         if not self.config.w_clip_vit:
-            return table(self.encode_target(condition_pixel_values))
-        with torch.no_grad():
-            tower = self.vision_tower(condition_pixel_values.to(self.vision_tower.dtype), output_hidden_states=True)
-        features = tower.hidden_states[-2][:, 1:]  # [B, P, D_clip], without the class token
-        return self.mm_projector(features.to(table.weight.dtype))
+            return self.encode_target(condition_pixel_values)
+        tower = self.vision_tower(condition_pixel_values.to(self.vision_tower.dtype), output_hidden_states=True)
+        return tower.hidden_states[-2][:, 1:]  # without the class token
+
+    def _project(self, features: torch.Tensor) -> torch.Tensor:
+        table = self.language_model.model.embed_tokens
+        return self.mm_projector(features.to(table.weight.dtype)) if self.config.w_clip_vit else table(features)
 
     @torch.no_grad()
     def encode_target(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -173,6 +189,14 @@ class ShowOModel(UnifiedModel):
         with torch.autocast(pixel_values.device.type, enabled=False):
             dtype = self.vq_model.decoder.conv_in.weight.dtype
             return self.vq_model.encode(pixel_values.to(dtype)) + self.config.image_token_offset
+
+    def encode_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """See `UnifiedModel.encode_batch`: `condition_features`, before the projector, which is trained, and `tokens`
+        `[B, n]`."""
+        return {
+            "condition_features": self.condition_features(batch["condition_pixel_values"]),
+            "tokens": self.encode_target(batch["pixel_values"]),
+        }
 
     @torch.no_grad()
     def decode_target(self, target: torch.Tensor) -> torch.Tensor:
@@ -251,9 +275,8 @@ class ShowOModel(UnifiedModel):
         if mask is not None:
             blocked = torch.finfo(embeds.dtype).min
             mask = torch.zeros(mask.shape, dtype=embeds.dtype, device=mask.device).masked_fill(~mask, blocked)
-        output = self.language_model.model(
-            inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, use_cache=cache is not None
-        )
+        # By position: releases of transformers differ in the name of the cache.
+        output = self.language_model.model(None, mask, None, cache, embeds, use_cache=cache is not None)
         return output.last_hidden_state
 
     def drop_text(
@@ -288,22 +311,26 @@ class ShowOModel(UnifiedModel):
         """Draws per image which of its tokens are masked, `mask` `[B, n]` bool."""
         if batch.get("task") == "caption" or "labels" in batch:
             return {}
-        pixels = batch["pixel_values"]
-        count = (pixels.shape[-2] // self.config.vq_scale_factor) * (pixels.shape[-1] // self.config.vq_scale_factor)
+        if "tokens" in batch:
+            batch_size, count = batch["tokens"].shape
+        else:
+            batch_size, _, *sides = batch["pixel_values"].shape
+            count = math.prod(side // self.config.vq_scale_factor for side in sides)
 
         def draw(sample_generator: torch.Generator | None) -> torch.Tensor:
             time = torch.rand(1, generator=sample_generator)
             noise = torch.rand(1, count, generator=sample_generator)
             return mask_tokens(time, noise)[0]
 
-        return {"mask": per_sample(draw, len(pixels), generator)}
+        return {"mask": per_sample(draw, batch_size, generator)}
 
     def count_supervised(self, batch: dict[str, Any], corruption: dict[str, torch.Tensor]) -> int:
         """The answers' tokens, or the masked image tokens, in `generate` with the two markers around them."""
         if "labels" in batch:
             return count_answer_tokens(batch["labels"])
-        count = int(corruption["mask"].sum())
-        return count if "condition_pixel_values" in batch else count + 2 * len(corruption["mask"])
+        mask = corruption["mask"]
+        has_condition = bool({"condition_pixel_values", "condition_features"} & batch.keys())
+        return int(mask.sum()) + (0 if has_condition else 2 * len(mask))
 
     def decays(self, name: str, shape: torch.Size) -> bool:
         return not name.endswith("bias")  # norms decay, too

@@ -174,17 +174,19 @@ class ShowOProcessor(UnifiedProcessor):
                 f"This Show-o generates images of {self.image_size} × {self.image_size} pixels only, not "
                 f"{size[0]} × {size[1]}."
             )
-        name, samples = ("images", images) if task == "reconstruct" else ("text", text)
+        name, samples = ("images", images or instruction) if task == "reconstruct" else ("text", text)
         if not samples:
             raise ValueError(f"The task {task!r} needs {name}, one per sample.")
-        if images is not None and len(images) != len(samples):
-            raise ValueError(f"A batch takes as many texts as images, but here are {len(samples)} and {len(images)}.")
-        dropped = one_per_sample(dropped, len(samples), False)
+        count = 1 if isinstance(samples, str) else len(samples)
+        if images is not None and len(images) != count:
+            raise ValueError(f"A batch takes as many texts as images, but here are {count} and {len(images)}.")
+        dropped = one_per_sample(dropped, count, False)
         batch: dict[str, Any] = {"task": task}
         if task == "reconstruct":
-            instructions = one_per_sample(instruction, len(samples))
-            batch["pixel_values"] = self.squeeze(images)
-            batch["condition_pixel_values"] = self.shrink(batch["pixel_values"])
+            instructions = one_per_sample(instruction, count)
+            if images:
+                batch["pixel_values"] = self.squeeze(images)
+                batch["condition_pixel_values"] = self.shrink(batch["pixel_values"])
             batch.update(self.reconstruction_prompts(without_dropped(instructions, dropped), padding))
         elif task == "caption":
             if any(dropped):
