@@ -46,8 +46,9 @@ def test_every_embedding_is_dropped_as_often_as_any_other():
     assert together.abs().max() < 4 * (0.25 / 4000) ** 0.5
 
 
+# Qwen-Image drops behind its language model, which is what it keeps of a picture on disk: see `test_qwen_image.py`.
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen_image"])
 def test_what_is_dropped_is_not_read_and_what_is_kept_is(family, monkeypatch):
     model, processor = build(family)
     batch = make_batch(processor, "reconstruct", samples=(1,))

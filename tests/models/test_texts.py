@@ -22,6 +22,7 @@ AS_ORIGINAL = {
     "harmon": ("reconstruct", "caption", "generate"),
     "lance": ("reconstruct", "caption", "generate", "edit"),
     "openuni": ("generate",),
+    "qwen_image": ("generate",),
 }
 LONG = "a, red, " * 2_500  # 5,000 words, and as many commas
 ANSWERING = [family for family, tasks in TASKS.items() if "caption" in tasks]

@@ -13,7 +13,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_form(parser: argparse.ArgumentParser, layout: str) -> None:
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as stored)")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as stored)")
     parser.add_argument(
         "--layout",
         choices=("transformers", "published"),
@@ -23,7 +23,7 @@ def add_form(parser: argparse.ArgumentParser, layout: str) -> None:
     parser.add_argument(
         "--max_shard_size",
         metavar="SIZE",
-        help="of a file, such as 2GB (default: 5GB; in a published layout what that has)",
+        help="largest size of a file, such as 2GB (default: 5GB; in a published layout, as published)",
     )
 
 
@@ -33,7 +33,8 @@ def torch_dtype(name: str | None) -> torch.dtype | None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "reca-trainer export", description="Write a model in another layout, dtype or quantisation."
+        "reca-trainer export",
+        description="Write a model in another layout, dtype or quantisation, or an adapter for the family's other tools.",
     )
     parser.add_argument("model", help="folder or Hub id; owner/name/file.pth or owner/name/folder of several")
     parser.add_argument("output_dir")

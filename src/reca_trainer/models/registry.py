@@ -23,7 +23,8 @@ def register_family(name: str, package: str) -> None:
             with a published layout of its own also `is_published(file_names, config)`, `read_published(folder,
             **kwargs)`, `read_published_processor(folder, **kwargs)` and `write_published(model, processor, folder)`; one
             whose training code writes `.pth` files of any name also `TRAINING_KEYS`, which all of them hold; one whose
-            layout has several checkpoints side by side, each in a folder, also `variants(file_names)`.
+            layout has several checkpoints side by side, each in a folder, also `variants(file_names)`; one whose other tools
+            load adapters, `write_published_adapter(adapter, folder)`.
 
     Raises:
         ValueError: another package has that name.
@@ -34,6 +35,7 @@ def register_family(name: str, package: str) -> None:
 
 for _name in ("bagel", "janus", "openuni", "harmon", "show_o", "lance"):
     register_family(_name, f"reca_trainer.models.{_name}")
+register_family("qwen-image-edit", "reca_trainer.models.qwen_image")
 
 
 def families() -> tuple[str, ...]:

@@ -9,9 +9,9 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from reca_trainer.files import written_whole
-from reca_trainer.models.auto import AutoUnifiedProcessor, open_lazily
+from reca_trainer.models.auto import AutoUnifiedProcessor, adapter_base, open_lazily, resolve
 from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
-from reca_trainer.models.registry import family_of
+from reca_trainer.models.registry import detect, family_of, is_adapter
 from reca_trainer.models.tensor_files import size_of
 from reca_trainer.models.weights import cast, load_strict, write_weights
 
@@ -26,14 +26,28 @@ def export(
     max_shard_size: int | str | None = None,
 ) -> Path:
     """Write a model in another form, one tensor at a time; arguments as for `merge_adapter`. Nothing that is not cast
-    or quantised changes by a bit.
+    or quantised changes by a bit. An adapter is written in the form that its family's other tools load.
 
     Args:
-        processor: of a model that was not loaded from anywhere.
+        processor: for a model that was not loaded from anywhere.
     """
+    if not isinstance(model_or_path, UnifiedModel) and is_adapter(folder := resolve(model_or_path)):
+        if layout != "published" or any(choice is not None for choice in (dtype, quantization_config, max_shard_size)):
+            raise ValueError(f"{model_or_path} is an adapter: layout, dtype and sizes of files are not for choice.")
+        return _export_adapter(folder, Path(output_dir))
     model = open_lazily(model_or_path)
     processor = processor or AutoUnifiedProcessor.from_pretrained(model.name_or_path)
     return write_model(model, processor, output_dir, dtype, layout, quantization_config, max_shard_size)
+
+
+def _export_adapter(adapter: Path, output_dir: Path) -> Path:
+    base, hub = adapter_base(adapter, None, {})
+    package, _ = detect(resolve(base, **hub))
+    if not hasattr(package, "write_published_adapter"):
+        raise ValueError(f"No other tool loads adapters of {base}: merge {adapter} into it, see `reca-trainer merge`.")
+    with written_whole(output_dir) as folder:
+        package.write_published_adapter(adapter, folder)
+    return output_dir
 
 
 def write_model(
