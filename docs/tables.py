@@ -45,7 +45,7 @@ def options() -> str:
     from reca_trainer import RecAConfig
 
     inherited = {option.name: option.default for option in fields(TrainingArguments)}
-    own = [option for option in fields(RecAConfig) if option.name not in inherited]
+    added = [option for option in fields(RecAConfig) if option.name not in inherited]
     changed = [o for o in fields(RecAConfig) if o.name in inherited and o.default != inherited[o.name]]
     rows = [
         [
@@ -53,23 +53,37 @@ def options() -> str:
             "" if option.default is None else f"`{option.default}`",
             " ".join(option.metadata["help"].split()),
         ]
-        for option in [*own, *changed]
+        for option in [*added, *changed]
     ]
     return table(["option", "default", "meaning"], rows)
 
 
 def recipes() -> str:
-    from reca_trainer.cli.recipes import summary
-    from reca_trainer.recipes import FOLDER
+    from reca_trainer.cli.recipes import GPUS, summary
+    from reca_trainer.recipes import RECIPES, read_recipe
 
     rows = []
-    for path in sorted(FOLDER.glob("*.yaml")):
-        values = yaml.safe_load(path.read_text())
+    for path in RECIPES.values():
+        values = read_recipe(path.stem)
         images = values["per_device_train_batch_size"] * values.get("gradient_accumulation_steps", 1)
         trained = f"LoRA, rank {values['lora_r']}" if values.get("use_peft") else "the whole generator"
         rate = f"{values['learning_rate']:.1e}".replace(".0e-0", "e-").replace("e-0", "e-")
-        rows.append([f"`{path.stem}`", summary(path), trained, str(images), f"{values['max_steps']:,}", rate])
-    return table(["recipe", "what it is", "trains", "samples a step and process", "steps", "learning rate"], rows)
+        numbers = [GPUS.get(path.stem, ""), str(images), f"{values['max_steps']:,}", rate]
+        rows.append([f"`{path.stem}`", summary(path), trained, *numbers])
+    header = ["recipe", "what it is", "trains", "smallest GPU", "samples a step and process", "steps", "learning rate"]
+    return table(header, rows)
+
+
+def experiments() -> str:
+    """The controls and ablations, and what they set."""
+    from reca_trainer.recipes import EXPERIMENTS
+
+    rows = []
+    for name, path in EXPERIMENTS.items():
+        values = yaml.safe_load(path.read_text())
+        changed = [f"`{option}: {value}`" for option, value in values.items() if option not in ("base", "output_dir")]
+        rows.append([f"`{name}`", f"`{values['base']}`", ", ".join(changed)])
+    return table(["recipe", "base", "what it changes"], rows)
 
 
 @cache
@@ -164,7 +178,7 @@ def tables() -> dict[str, Callable[[], str]]:
         for family in families()
     }
     by_name = {"commands": commands, "options": options, "recipes": recipes, "protocols": protocols}
-    return {**by_name, "memory": all_memory, **by_family}
+    return {**by_name, "experiments": experiments, "memory": all_memory, **by_family}
 
 
 def written(name: str) -> dict[Path, str]:

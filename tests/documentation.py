@@ -28,7 +28,7 @@ from unittest import mock
 import yaml
 
 from reca_trainer.cli import COMMANDS, with_underscores
-from reca_trainer.recipes import FOLDER
+from reca_trainer.recipes import EXPERIMENTS, RECIPES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -59,15 +59,15 @@ class Block:
 
 def blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
-    found = []
+    fenced = []
     for match in FENCE.finditer(text):
         before = text[: match.start()].rstrip().rpartition("\n")[2].strip()
         mark = MARK.search(before)
         indent = len(match[1])
         body = "".join(line[indent:] if line.strip() else "\n" for line in match[3].splitlines(keepends=True))
         line = text.count("\n", 0, match.start()) + 1
-        found.append(Block(page, line, match[2], body, mark and (mark[1] or mark[2])))
-    return found
+        fenced.append(Block(page, line, match[2], body, mark and (mark[1] or mark[2])))
+    return fenced
 
 
 def links(page: Path) -> Iterator[tuple[str, str]]:
@@ -183,7 +183,7 @@ def check_arguments(argv: list[str], place: str) -> None:
     arguments = with_underscores(argv[1:])
     if argv[0] == "train" and "--config" in arguments:
         value = arguments.index("--config") + 1
-        if Path(arguments[value]).stem not in {path.stem for path in FOLDER.glob("*.yaml")}:
+        if Path(arguments[value]).stem not in RECIPES | EXPERIMENTS:
             del arguments[value - 1 : value + 1]  # a file that an earlier block of the page writes
         else:
             arguments[value] = Path(arguments[value]).stem

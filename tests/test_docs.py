@@ -65,7 +65,7 @@ def stale(table):
     return f"Tables have changed: python docs/tables.py {table!r}"
 
 
-@pytest.mark.parametrize("table", ["commands", "options", "protocols", "recipes"])
+@pytest.mark.parametrize("table", ["commands", "experiments", "options", "protocols", "recipes"])
 def test_tables_are_what_the_code_says(table):
     pages = TABLES.written(table)
     assert pages, f"no page has the table {table}"

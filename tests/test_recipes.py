@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from reca_trainer import RecAConfig, toy
-from reca_trainer.cli.train import run
-from reca_trainer.recipes import FOLDER, recipe_file
+from reca_trainer.cli.train import RecipeParser, run
+from reca_trainer.recipes import EXPERIMENTS, RECIPES, read_recipe, recipe_file
 from reca_trainer.tasks import TASKS
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+SCRIPTS = Path(__file__).parents[1] / "recipes"
 PROGRAM = """
 import runpy, sys
 from pathlib import Path
@@ -38,11 +39,12 @@ FAST += "--preview_steps 2 --preview_images 1 --use_cpu true"
         ("show_o", "model.safetensors", {"reconstruction_loss", "image_to_text_loss"}),
         ("openuni", "model.safetensors", {"reconstruction_loss"}),
         ("lance", "model.safetensors", {"reconstruction_loss"}),
+        ("qwen_image", "model.safetensors", {"reconstruction_loss"}),
         ("janus_lora", "adapter_model.safetensors", {"reconstruction_loss", "image_to_text_loss"}),
     ],
 )
 def test_recipe_runs_without_a_model_or_data(name, saved, terms, tmp_path):
-    command = [sys.executable, "-c", PROGRAM, str(RECIPES / f"{name}.py"), *FAST.split(), "--output_dir", "out"]
+    command = [sys.executable, "-c", PROGRAM, str(SCRIPTS / f"{name}.py"), *FAST.split(), "--output_dir", "out"]
     environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -53,7 +55,7 @@ def test_recipe_runs_without_a_model_or_data(name, saved, terms, tmp_path):
 
 
 def test_pretraining_is_kept_for_the_next_run(tmp_path):
-    tiny = runpy.run_path(str(RECIPES / "show_o.py"))["tiny"]
+    tiny = runpy.run_path(str(SCRIPTS / "show_o.py"))["tiny"]
     steps = {"autoencoder_steps": 1, "understanding_steps": 1, "generator_steps": 1, "cache_dir": tmp_path}
     first, _ = tiny(**steps)
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
@@ -71,8 +73,9 @@ def test_the_image_to_text_term_learns_from_the_questions_of_the_shapes():
 
 
 def test_the_experiment_goes_on_with_the_runs_that_are_missing(tmp_path):
-    options = "--output_dir out --runs control RecA --seeds 1 --steps 2 --batch_size 4 --scenes 8 --size 4 --scores 1"
-    command = [sys.executable, str(RECIPES / "shapes_experiment.py"), *options.split()]
+    options = "--output_dir out --runs base sft sft_reca --trained lora --seeds 1 --steps 2 --batch_size 2 --scenes 4 "
+    options += "--size 1 --scores 1"
+    command = [sys.executable, str(SCRIPTS / "paper_experiments.py"), *options.split()]
     environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
     def experiment():
@@ -81,29 +84,75 @@ def test_the_experiment_goes_on_with_the_runs_that_are_missing(tmp_path):
         return done.stdout
 
     first = experiment()
-    assert "Difference from" not in first  # one seed has no spread
     results = {path.parent.name: path for path in (tmp_path / "out").glob("*/*/result.json")}
-    assert results.keys() == {"base", "control-0", "RecA-0"}
-    kept = results["control-0"].stat().st_mtime_ns
-    results["RecA-0"].unlink()
+    assert results.keys() == {"base", "sft-lora-0", "sft_reca-lora-0"}
+    assert all(f"| {name} | 1 |" in first for name in ("base", "sft", "sft_reca"))
+    two_stages = json.loads(results["sft_reca-lora-0"].read_text())
+    assert [scores["step"] for scores in two_stages["curve"]] == [2] and len(two_stages["losses"]) == 2
+    second = json.loads((results["sft_reca-lora-0"].parent / "stage_1" / "adapter_config.json").read_text())
+    assert second["base_model_name_or_path"] == str(toy.CHECKPOINT)
+    kept = results["sft-lora-0"].stat().st_mtime_ns
+    results["sft_reca-lora-0"].unlink()
     assert experiment() == first
-    assert results["control-0"].stat().st_mtime_ns == kept and (tmp_path / "out" / "pictures.png").is_file()
+    assert results["sft-lora-0"].stat().st_mtime_ns == kept
+
+
+SECOND_STAGES = {
+    "bagel_plus": "bagel_sft",
+    "harmon_1_5b_plus": "harmon_1_5b_sft",
+    "openuni_3_6b_plus": "openuni_3_6b_sft",
+    "harmon_1_5b_reca_sft": "harmon_1_5b",
+}
+
+
+@pytest.fixture(autouse=True)
+def instruction_files(tmp_path_factory, monkeypatch):
+    """Two recipes name a file of instructions, which their comments say how to make."""
+    folder = tmp_path_factory.mktemp("instructions")
+    monkeypatch.chdir(folder)
+    for name in ("instruction.txt", "instructions.txt"):
+        (folder / name).write_text("Describe the image in detail.\n")
 
 
 def parse(name):
     """The arguments of a recipe, on this machine's CPU."""
-    parser = TrlParser((RecAConfig, ModelConfig))
+    parser = RecipeParser((RecAConfig, ModelConfig))
     return parser.parse_args_and_config(["--config", str(recipe_file(name)), "--use_cpu", "true", "--bf16", "false"])
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.yaml")))
+@pytest.mark.parametrize("name", RECIPES | EXPERIMENTS)
 def test_a_recipe_holds_known_options_and_names_its_data(name):
     args, model_args = parse(name)
     if not name.endswith("_tiny"):  # those make their data
         assert args.dataset_name is not None
     if args.image_to_text_weight and not name.endswith("_tiny"):
         assert args.caption_dataset_name is not None and args.image_root is not None
-    assert (model_args.model_name_or_path is None) == (name != "harmon_1_5b_plus")
+    before = SECOND_STAGES.get(name)
+    assert model_args.model_name_or_path == (before and read_recipe(before)["output_dir"])
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_has_its_bases_options_but_for_what_it_changes(name):
+    changes = yaml.safe_load(EXPERIMENTS[name].read_text())
+    base = read_recipe(changes.pop("base"))
+    assert {"output_dir"} < changes.keys() and read_recipe(name) == base | changes
+    assert all(base.get(option) != value for option, value in changes.items())
+    assert base["max_steps"] == read_recipe(name)["max_steps"]
+
+
+def test_recipes_write_to_places_of_their_own():
+    places = [read_recipe(name)["output_dir"] for name in RECIPES | EXPERIMENTS]
+    assert len(set(places)) == len(places)
+
+
+def test_a_base_is_a_packaged_recipe(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("base: harmon_1_5b\nlearning_rate: 2.0e-5\n")
+    args, _ = parse(str(mine))
+    assert (args.learning_rate, args.weight_decay) == (2e-5, 0.02)
+    mine.write_text("base: mine\nlearning_rate: 2.0e-5\n")
+    with pytest.raises(ValueError, match="base: mine is no packaged recipe"):
+        parse(str(mine))
 
 
 # What the official scripts and configurations say: learning rate, warm-up (updates), betas, epsilon, decay, clipping,
@@ -156,6 +205,7 @@ def test_the_recipes_of_the_paper_have_the_official_values(name, official):
     [
         ("--model_name_or_path m --lora_r 4", "--lora_r is about an adapter: add --use_peft"),
         ("--model_name_or_path m --use_dora", "--use_dora is about an adapter"),
+        ("--model_name_or_path m --trust_remote_code", "--trust_remote_code"),  # which newer releases of TRL do not have
         ("--model_name_or_path m --use_peft --use_bnb_nested_quant", "--use_bnb_nested_quant is about a 4-bit base"),
         ("--dtype bfloat16", "--dtype is about loading a model: add --model_name_or_path"),
         ("--attn_implementation eager", "--attn_implementation is about loading a model"),

@@ -37,8 +37,8 @@ EVENTS = [name for name in vars(TrainerCallback) if name.startswith("on_")]
 
 
 def shield_run(tracker: TrainerCallback) -> None:
-    """Make errors of a tracker a warning, once. Only at the start of a new run, which then has nothing to lose, they are
-    raised. Other callbacks are left alone."""
+    """Make errors of a tracker a warning, once. They are raised only at the start of a new run, which has nothing to lose.
+    Other callbacks are left alone."""
     if not isinstance(tracker, TRACKERS) or "on_log" in vars(tracker):
         return
     failures: list[Exception] = []
@@ -51,7 +51,9 @@ def shield_run(tracker: TrainerCallback) -> None:
             if event in ("on_init_end", "on_train_begin") and state.global_step == 0:
                 raise
             if not failures:
-                logger.warning(f"{type(tracker).__name__} failed at step {state.global_step}; the run goes on: {error!r}")
+                logger.warning(
+                    f"{type(tracker).__name__} failed at step {state.global_step}; the run goes on: {error!r}"
+                )
             failures.append(error)
 
     vars(tracker).update({event: partial(attempt, event) for event in EVENTS})
@@ -143,7 +145,7 @@ class PreviewCallback(TrainerCallback):
 
     Each picture (`output_dir/previews/step-NNNNNN.png`, and the tracker) has rows of prompts, of their text-to-image, of
     input images and of their reconstructions from the model's own understanding embeddings. After training
-    `before_after.png` shows what was made before and after under each other. Trackio, which closes its run before that, has
+    `before_after.png` shows the pictures from before above those from after. Trackio, which closes its run before that, has
     all but the last.
 
     A picture that does not fit into the device's memory, or cannot be written or tracked, is warned of, and the run
@@ -211,37 +213,17 @@ class PreviewCallback(TrainerCallback):
         return rows if self._save(picture, path) else None
 
     def _rows(self) -> list[Image.Image] | None:
-        """What is given and what is made of it in turns; `None` in all processes but the first."""
+        """Rows of inputs, each followed by the row made from it; `None` in all processes but the first."""
         trainer = self.trainer
         if self.rows is None:
             self.rows = fixed_rows(trainer, "reconstruct", trainer.args.preview_images)
-        model, processor = trainer.model, trainer.processing_class
-        options = dict(trainer.args.preview_generation_kwargs or {})
         inputs = [row.image for row in self.rows]
-        sizes = [row.draw.size for row in self.rows]
-
-        def generators(indices: Sequence[int]) -> list[torch.Generator]:
-            return [torch.Generator().manual_seed(index) for index in indices]
-
-        reconstructions: dict[int, Image.Image] = {}
-        for height, width in dict.fromkeys(sizes):
-            members = [index for index, size in enumerate(sizes) if size == (height, width)]
-            images = model.generate_images(
-                processor,
-                text=[self.rows[index].draw.instruction for index in members],
-                images=[inputs[index] for index in members],
-                task="reconstruct",
-                generator=generators(members),
-                **{"height": height, "width": width, **options},
-            )
-            reconstructions.update(zip(members, images, strict=True))
-        square = processor.fixed_size or target_rule(processor, trainer.args)(4096, 4096)
-        drawn = model.generate_images(
-            processor,
-            text=self.prompts,
-            generator=generators(range(len(self.prompts))),
-            **{"height": square[0], "width": square[1], **options},
-        )
+        made: list[Image.Image] = []
+        if inputs:
+            texts = [row.draw.instruction for row in self.rows]
+            made = paint(trainer, "reconstruct", texts, [row.draw.size for row in self.rows], inputs)
+        square = trainer.processing_class.fixed_size or target_rule(trainer.processing_class, trainer.args)(4096, 4096)
+        drawn = paint(trainer, "generate", self.prompts, [square] * len(self.prompts))
         if not trainer.is_world_process_zero():
             return None
         step, last = trainer.state.global_step, trainer.state.max_steps
@@ -249,7 +231,6 @@ class PreviewCallback(TrainerCallback):
         marks = trainer.judge(self.prompts, drawn) if trainer.judge else None
         rows = [sheet_row("prompt", self.prompts), sheet_row(title, drawn, marks=marks)]
         if inputs:
-            made = [reconstructions[index] for index in range(len(inputs))]
             rows += [sheet_row("input", inputs), sheet_row(title, made)]
         return rows
 
@@ -284,6 +265,9 @@ class ReconstructionScores(TrainerCallback):
     `eval_reconstruction_<score>`, or of one named set `eval_<name>_reconstruction_<score>`, so that
     `metric_for_best_model` may name one.
 
+    With a `judge`, the captions of the same set are painted too: `eval_prompts_followed` is the share of the pictures that
+    follow theirs, of those that the judge can tell.
+
     Args:
         trainer: a `RecATrainer`; the first `args.score_images` images of the set that is evaluated are scored.
         models: further scores' models, `clip=` and `lpips=` of `evaluation.reconstruction.score_reconstructions`.
@@ -312,6 +296,13 @@ class ReconstructionScores(TrainerCallback):
         )
         del scores["reconstruction_loss"]  # the evaluation has that of all images
         scores = {f"{prefix}_reconstruction_{name}": value for name, value in scores.items()}
+        if trainer.judge is not None and images.serves("generate"):
+            rows = first_rows(trainer, images, "generate", args.score_images)
+            prompts = [row.text for row in rows]
+            drawn = paint(trainer, "generate", prompts, [row.draw.size for row in rows])
+            verdicts = [verdict for verdict in trainer.judge(prompts, drawn) if verdict is not None]
+            if verdicts:
+                scores[f"{prefix}_prompts_followed"] = sum(verdicts) / len(verdicts)
         metrics.update(scores)
         trainer.log(scores)
 
@@ -422,6 +413,26 @@ class UnderstandingAccuracy(TrainerCallback):
         accuracy = understanding_accuracy(model.eval(), self.trainer.processing_class, self.questions, **self.sampling)
         model.train(training)
         self.trainer.log({"understanding_accuracy": accuracy})
+
+
+def paint(
+    trainer: Any, task: str, texts: Sequence[str | None], sizes: Sequence[tuple[int, int]], images: Sequence[Any] = ()
+) -> list[Image.Image]:
+    """What the model makes of texts, or of images, each at its size (height, width) and with its own fixed noise."""
+    options = dict(trainer.args.preview_generation_kwargs or {})
+    pictures: dict[int, Image.Image] = {}
+    for height, width in dict.fromkeys(sizes):
+        members = [index for index, size in enumerate(sizes) if size == (height, width)]
+        made = trainer.model.generate_images(
+            trainer.processing_class,
+            text=[texts[index] for index in members],
+            images=[images[index] for index in members] if images else None,
+            task=task,
+            generator=[torch.Generator().manual_seed(index) for index in members],
+            **{"height": height, "width": width, **options},
+        )
+        pictures.update(zip(members, made, strict=True))
+    return [pictures[index] for index in range(len(sizes))]
 
 
 def fixed_rows(trainer: Any, task: str, count: int) -> list[Row]:

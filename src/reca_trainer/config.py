@@ -80,11 +80,12 @@ class RecAConfig(TrainingArguments):
             "Lance drops both at once. As BAGEL's script."
         },
     )
-    condition_token_dropout: float = field(
-        default=0.0,
+    condition_token_dropout: float | None = field(
+        default=None,
         metadata={
             "help": "Share of the condition's embeddings that a reconstruction goes without, drawn for every image: a stronger "
-            "bottleneck, for models that copy their condition (IOMM, arXiv 2603.16139). 0: none, as in the paper."
+            "bottleneck, for models that copy their condition (IOMM, arXiv 2603.16139). 0: none, as in the paper, and the "
+            "default but for Qwen-Image-Edit, which has 0.85."
         },
     )
     instructions_file: str | None = field(
@@ -195,7 +196,8 @@ class RecAConfig(TrainingArguments):
         default=False,
         metadata={
             "help": "Compute what frozen encoders make of the training images (autoencoder's posterior, understanding "
-            "embeddings) once, before the first step, and keep it in the cache folder of `datasets`. Losses stay the same."
+            "embeddings) once, before the first step, and keep it in the cache folder of `datasets`; or read it from shards "
+            "that `reca-trainer precompute` has written. Losses stay the same."
         },
     )
 
@@ -203,6 +205,14 @@ class RecAConfig(TrainingArguments):
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Arguments of from_pretrained where the model is given by name, such as dtype or revision."},
+    )
+
+    processor_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments of the family's processor in place of its own, such as condition_size; they are saved with the "
+            "result."
+        },
     )
 
     # --- what can be watched ---
@@ -261,12 +271,12 @@ class RecAConfig(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator picks its columns itself."})
     do_train: bool = field(default=True, metadata={"help": "A run trains."})
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "preview_generation_kwargs"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "processor_kwargs", "preview_generation_kwargs"]  # noqa: RUF012
 
     def __post_init__(self) -> None:
         if not hasattr(TrainingArguments, "activation_checkpointing"):
             self.gradient_checkpointing = bool(self.activation_checkpointing or self.gradient_checkpointing)
-            self.gradient_checkpointing_kwargs = self.activation_checkpointing_kwargs
+            self.gradient_checkpointing_kwargs = self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs
         super().__post_init__()
         refuse_meaningless(self)
         least = {
@@ -307,7 +317,7 @@ class RecAConfig(TrainingArguments):
         for name in ("instruction_dropout", "caption_dropout", "edit_source_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a probability, not {getattr(self, name)}.")
-        if not 0 <= self.condition_token_dropout < 1:
+        if not 0 <= (self.condition_token_dropout or 0) < 1:
             raise ValueError(f"condition_token_dropout is a share below 1, not {self.condition_token_dropout}.")
         if self.condition_token_dropout and not self.reca_weight:
             raise ValueError("condition_token_dropout is about reconstructions, and reca_weight is 0.")

@@ -31,11 +31,16 @@ def sets_of(held_out: TaskDatasets | dict[str, TaskDatasets] | None) -> list[Tas
     return [] if held_out is None else [held_out]
 
 
-def check_metric(args: RecAConfig) -> None:
+def check_metric(args: RecAConfig, has_judge: bool) -> None:
     """Raises `ValueError` if the best model is to be chosen by a score that is not computed."""
     metric = args.metric_for_best_model or ""
-    if metric.endswith(("reconstruction_psnr", "reconstruction_ssim")) and not args.score_images:
+    scores = ("reconstruction_psnr", "reconstruction_ssim", "prompts_followed")
+    if metric.endswith(scores) and not args.score_images:
         raise ValueError(f"metric_for_best_model={metric!r} needs score_images: how many held-out images to score.")
+    if metric.endswith("prompts_followed") and not has_judge:
+        raise ValueError(
+            f"metric_for_best_model={metric!r} needs a judge, which tells pictures that follow their prompts."
+        )
 
 
 class HeldOutLosses(Trainer if TYPE_CHECKING else object):

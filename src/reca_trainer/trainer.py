@@ -32,7 +32,7 @@ from reca_trainer.callbacks import (
     shield_run,
 )
 from reca_trainer.config import RecAConfig
-from reca_trainer.data import collator, latent_cache
+from reca_trainer.data import collator, encoded_shards, latent_cache
 from reca_trainer.data.collator import UnifiedCollator
 from reca_trainer.data.rows import RowDataset
 from reca_trainer.data.sampling import SamplingPlan, TaskBatchSampler
@@ -45,6 +45,7 @@ from reca_trainer.interruption import Interrupted, ignore_interrupts
 from reca_trainer.models.auto import AutoUnifiedModel, AutoUnifiedProcessor, gets_weights_from_first_process
 from reca_trainer.models.common.condition_dropout import draw_condition_dropout
 from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
+from reca_trainer.models.precision import default_precision
 from reca_trainer.saving.hub_uploads import HubUploads
 from reca_trainer.saving.run_checkpoints import RunCheckpoints, make_output_dir
 from reca_trainer.tasks import TASKS
@@ -72,7 +73,7 @@ class RecATrainer(RunCheckpoints, HeldOutLosses, HubUploads, Trainer):
         compute_metrics: called after every evaluation with an `EvalPrediction` whose `predictions` are the losses of all
             samples, float32 arrays by the name of their term; what it returns is logged.
         judge: called with prompts and the images made from them, says which follow: `True`, `False`, or `None` where it
-            cannot tell. Previews show it.
+            cannot tell. Previews show it, and with `score_images` evaluations log `eval_prompts_followed`.
 
     Raises:
         ValueError: the data does not fit the loss weights, or the wrong weights would be trained.
@@ -119,24 +120,30 @@ class RecATrainer(RunCheckpoints, HeldOutLosses, HubUploads, Trainer):
             raise ValueError(
                 f"eval_strategy={args.eval_strategy.value!r} needs images: pass an eval_dataset, or set eval_size to hold some out."
             )
-        check_metric(args)
-        if judge is not None and not args.preview_steps:
-            raise ValueError("A judge marks previews, and there are none: set preview_steps, or leave it out.")
+        check_metric(args, judge is not None)
+        if judge is not None and not (args.preview_steps or args.score_images):
+            raise ValueError("A judge has nothing to look at: set preview_steps or score_images, or leave it out.")
         self.judge = judge
         if self.images.is_streaming and args.max_steps <= 0:
             raise ValueError("A stream does not say how long it is: set max_steps.")
 
+        if processing_class is None:
+            name = str(model) if isinstance(model, str | os.PathLike) else adapters.unwrap(model).name_or_path
+            if not name:
+                raise ValueError("This model was not loaded from anywhere; pass its processing_class.")
+            processing_class = AutoUnifiedProcessor.from_pretrained(name)
+        if args.processor_kwargs:
+            processing_class = processing_class.with_arguments(**args.processor_kwargs)
         if isinstance(model, str | os.PathLike):
             if quantization_config is not None and peft_config is None:
                 raise ValueError("A quantised model cannot be trained itself; pass a peft_config for its adapter.")
-            if processing_class is None:
-                processing_class = AutoUnifiedProcessor.from_pretrained(model)
             # What is wrong with the images need not wait for the model.
             self.images.check_batches(processing_class, args)
             for images in sets_of(eval_images):
                 images.check_sizes(processing_class, args)
             init = dict(args.model_init_kwargs or {})
-            init.setdefault("dtype", adapters.default_dtype(args.bf16, peft_config is not None))
+            if "dtype" not in init:
+                init |= default_precision(args.bf16, peft_config is not None)
             if quantization_config is None and not args.cache_latents and gets_weights_from_first_process():
                 init.setdefault("device_map", "meta")
             model = AutoUnifiedModel.from_pretrained(
@@ -145,11 +152,6 @@ class RecATrainer(RunCheckpoints, HeldOutLosses, HubUploads, Trainer):
         elif quantization_config is not None:
             raise ValueError("quantization_config acts while a model is loaded; pass the model by name or path.")
         base = adapters.unwrap(model)
-        if processing_class is None:
-            if not base.name_or_path:
-                raise ValueError("This model was not loaded from anywhere; pass its processing_class.")
-            processing_class = AutoUnifiedProcessor.from_pretrained(base.name_or_path)
-
         i2t = float(base.shares_weights) if args.image_to_text_weight is None else args.image_to_text_weight
         self.loss_weights = {name: getattr(args, task.weight_option) for name, task in TASKS.items()} | {
             "caption": i2t
@@ -191,8 +193,6 @@ class RecATrainer(RunCheckpoints, HeldOutLosses, HubUploads, Trainer):
 
         if args.cache_latents:
             latent_cache.check_encoders(base)
-            if self.images.is_streaming:
-                raise ValueError("cache_latents keeps every image of a dataset that has a length; a stream has none.")
             if data_collator is not None or is_deepspeed_zero3_enabled():
                 cause = "a data_collator of your own may change images" if data_collator else "ZeRO-3 shards encoders"
                 raise ValueError(f"cache_latents encodes every image once, before the first step, but {cause}.")
@@ -202,6 +202,8 @@ class RecATrainer(RunCheckpoints, HeldOutLosses, HubUploads, Trainer):
                 "an image. Leave it 1."
             )
 
+        if args.condition_token_dropout is None:
+            args.condition_token_dropout = base.condition_token_dropout if args.reca_weight else 0.0
         if args.condition_token_dropout and not base.supports_condition_token_dropout:
             raise ValueError(
                 f"condition_token_dropout={args.condition_token_dropout:g}: {type(base).__name__} reads its whole condition. "
@@ -330,8 +332,8 @@ class RecATrainer(RunCheckpoints, HeldOutLosses, HubUploads, Trainer):
         self._leave_out = True
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """As in `Trainer`. Told a number of items it takes the loss for a share of the step's, as `compute_loss` makes it;
-        else it would divide it by the number of micro-batches."""
+        """As in `Trainer`. A number of items tells it that the loss is a share of the step's, as `compute_loss` makes it;
+        without one it would divide the loss by the number of micro-batches."""
         return super().training_step(model, inputs, num_items_in_batch=1)
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -483,16 +485,28 @@ class RecATrainer(RunCheckpoints, HeldOutLosses, HubUploads, Trainer):
         columns = {task: images.columns[task] for task in tasks}
         processor = self.processing_class
         reading = {"on_bad_image": args.on_bad_image, "conversation_problem": processor.conversation_problem}
+        cached = training and args.cache_latents and "reconstruct" in tasks
+        stored = encoded_shards.encoded_column(datasets["reconstruct"]) if cached else None
+        if stored:
+            encoded_shards.check_column(stored, self.encoded_column())
+            columns["reconstruct"] = columns["reconstruct"]._replace(encoded=stored)
         if images.is_streaming:
+            if cached and not stored:
+                raise ValueError(
+                    "cache_latents cannot keep the images of a stream, which has no length. Write them with `reca-trainer "
+                    "precompute`, and train on what that writes; or leave cache_latents off."
+                )
             rule = target_rule(processor, args)
             options = {**reading, **loading, "endless": training, "count_processes": self._count_processes}
+            if stored:
+                options["buffer_size"] = encoded_shards.WINDOW
             stream = StreamingBatches(datasets, columns, rule, plan, **options)
             if training:
                 self.follow_stream(stream)
             return EpochDataLoader(stream, batch_size=None, collate_fn=as_it_is)
         rows = RowDataset(datasets, columns, **reading)
         targets = {task: images.targets(task, processor, args) for task in tasks}
-        if training and args.cache_latents and "reconstruct" in tasks:
+        if cached and not stored:
             if self._encoded is None:
                 self._encoded = self._encode_images(rows, targets["reconstruct"])
             rows = latent_cache.EncodedRows(rows, self._encoded)
@@ -504,15 +518,22 @@ class RecATrainer(RunCheckpoints, HeldOutLosses, HubUploads, Trainer):
         precision = self.accelerator.mixed_precision
         folder = latent_cache.cache_folder(rows, sizes, model, processor, precision) if args.process_index == 0 else None
         folder = broadcast_object_list([folder])[0]
-
-        def encode(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-            with self.accelerator.autocast():
-                return model.encode_batch(self._prepare_inputs(batch))
-
         layout = {"process_index": args.process_index, "num_processes": args.world_size}
-        latent_cache.encode_images(rows, sizes, processor, encode, folder, **layout)
+        latent_cache.encode_images(rows, sizes, processor, self.encode_batch, folder, **layout)
         self.accelerator.wait_for_everyone()
         return latent_cache.encoded_images(folder, len(sizes))
+
+    @torch.no_grad()
+    def encode_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """What the model's frozen encoders make of a batch, in the run's precision (see `UnifiedModel.encode_batch`)."""
+        with self.accelerator.autocast():
+            return adapters.unwrap(self.model).encode_batch(self._prepare_inputs(batch))
+
+    def encoded_column(self) -> str:
+        """The column of what `encode_batch` makes of images (see `encoded_shards.column_name`)."""
+        bounds = (self.args.max_image_size, self.args.min_image_size)
+        model = adapters.unwrap(self.model)
+        return encoded_shards.column_name(model, self.processing_class, *bounds, self.accelerator.mixed_precision)
 
     def _count_processes(self, present: bool) -> int:
         """On how many processes `present` is true."""
@@ -575,8 +596,8 @@ class RecATrainer(RunCheckpoints, HeldOutLosses, HubUploads, Trainer):
 
 @contextlib.contextmanager
 def special_tokens_kept():
-    """Outside of this context `Trainer` writes the tokenizer's special tokens into the model's configuration: the weights
-    were trained with those that are there, and a tokenizer that has no such token may know none (BAGEL's start of text)."""
+    """A context in which the special tokens of the model's configuration stay as they are. `Trainer` would write the
+    tokenizer's there, but the weights were trained with the former, and a tokenizer may lack some (BAGEL's start of text)."""
     align = trainer.align_special_tokens
     trainer.align_special_tokens = lambda model, processing_class: None
     try:

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor
 from reca_trainer.models.bagel import Config, Model, read_published, write_published
+from reca_trainer.models.common.condition_dropout import draw_condition_dropout
 from reca_trainer.models.weights import CheckpointError
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "bagel" / "checkpoint"
@@ -354,6 +355,49 @@ def test_generation_of_a_batch_is_generation_one_by_one(model, processor):
             assert np.abs(np.asarray(image, int) - np.asarray(alone, int)).max() <= 1
     answers = model.generate_text(processor, prompts, images[:1] * 2, max_new_tokens=6)
     assert answers == [model.generate_text(processor, [p], images[:1], max_new_tokens=6)[0] for p in prompts]
+
+
+@torch.no_grad()
+def test_a_condition_may_be_the_latents_of_the_autoencoder(model, processor):
+    of_latents = processor.with_arguments(condition_encoder="vae")
+    assert of_latents.condition_size == processor.condition_size
+    reconstruction = batch(of_latents, "reconstruct", 2)
+    assert torch.equal(reconstruction["source_pixel_values"], reconstruction["pixel_values"])
+    corruption = model.sample_corruption(reconstruction, generators(2))
+    latents, source = (
+        model.encode_target(reconstruction["pixel_values"], corruption[f"{name}posterior_noise"])
+        for name in ("", "source_")
+    )
+    context = model.read_latents(model.new_context(2), source)
+    context = model.read_text(context, reconstruction["input_ids"])
+    expected = model._flow_matching(context, latents, corruption)
+    output = model(corruption=corruption, **reconstruction)
+    assert torch.equal(output.loss, expected.loss) and output.understanding_embeds is None
+
+    options = {"task": "reconstruct", "num_inference_steps": 2, "generator": generators(1)}
+    drawn = [model.generate_images(p, "a lamp", pictures(1), **options)[0] for p in (processor, of_latents)]
+    assert drawn[0].size == drawn[1].size and drawn[0].tobytes() != drawn[1].tobytes()
+    with pytest.raises(ValueError, match="cache_latents keeps understanding embeddings"):
+        model.encode_batch(reconstruction)
+    with pytest.raises(ValueError, match="condition_token_dropout is about embeddings"):
+        model(corruption=corruption | draw_condition_dropout(0.5, 2, None), **reconstruction)
+    with pytest.raises(ValueError, match="'vit' or 'vae', not 'clip'"):
+        processor.with_arguments(condition_encoder="clip")
+    with pytest.raises(ValueError, match=r"BagelProcessor has no condition_side; it has .*condition_size"):
+        processor.with_arguments(condition_side=28)
+
+
+def test_edits_have_defaults_of_their_own(model, processor):
+    def edit(**sampling):
+        inputs = {"text": "red", "images": pictures(1), "task": "edit", "generator": generators(1)}
+        (image,) = model.generate_images(processor, **inputs, num_inference_steps=8, **sampling)
+        return np.asarray(image).tolist()
+
+    original = {"image_guidance_scale": 2.0, "guidance_interval": (0.0, 1.0), "guidance_renorm": "text_channel"}
+    assert edit() == edit(guidance_scale=4.0, **original)
+    of_text_to_image = {"image_guidance_scale": 1.0, "guidance_interval": (0.4, 1.0), "guidance_renorm": "global"}
+    for name, value in of_text_to_image.items():
+        assert edit(**{name: value}) != edit()
 
 
 def test_images_of_one_batch_share_a_size(processor):

@@ -17,6 +17,7 @@ COMMANDS = {
     "reconstruct": ("reca_trainer.cli.pictures:reconstruct", "make pictures again from the model's understanding"),
     "edit": ("reca_trainer.cli.pictures:edit", "change pictures as prompts say"),
     "demo": ("reca_trainer.cli.demo", "a page to click: a model beside its adapters"),
+    "precompute": ("reca_trainer.cli.precompute", "encode a data set's images once, to train on"),
     "merge": ("reca_trainer.cli.merge", "merge an adapter into its base model"),
     "export": ("reca_trainer.cli.export", "write a model in another layout, dtype or quantisation"),
     "push": ("reca_trainer.cli.push", "upload an adapter or a model to the Hub"),

@@ -14,12 +14,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("reca-trainer doctor", description=doctor.__doc__.split("\n\n")[0])
     parser.add_argument("--model", help="folder or Hub id of a model to examine as well")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="of its weights (default: bfloat16 on a GPU, else float32)"
+        "--dtype", choices=("float32", "bfloat16"), help="dtype of its weights (default: bfloat16 on a GPU)"
     )
-    parser.add_argument("--max_image_size", type=int, help="of its target in pixels, where the family has a choice")
-    parser.add_argument("--num_inference_steps", type=int, default=4, help="of the pictures it makes (%(default)s)")
-    parser.add_argument("--lora_r", type=int, default=64, help="rank of the adapter of one step (%(default)s)")
-    parser.add_argument("--load_in_4bit", action="store_true", help="its loss with the base in NF4 as well")
+    parser.add_argument("--max_image_size", type=int, help="longest side of a target, for families with a choice")
+    parser.add_argument("--num_inference_steps", type=int, default=4, help="steps of a picture (default: %(default)s)")
+    parser.add_argument("--lora_r", type=int, default=64, help="rank of the adapter that is tried (%(default)s)")
+    parser.add_argument("--load_in_4bit", action="store_true", help="compute its loss in NF4 as well")
     parser.add_argument("--files_only", action="store_true", help="read files, keys and digests, and load nothing")
     return parser
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tqdm.auto import tqdm
 
 from reca_trainer import toy
 from reca_trainer.contact_sheets import contact_sheet, sheet_row
+from reca_trainer.data.sources.files import PICTURES
 from reca_trainer.evaluation.arguments import parse_sampling
 from reca_trainer.evaluation.generation import load_model, processes
 from reca_trainer.files import replacing, written_whole
@@ -36,9 +38,9 @@ def make_parser(command: str, summary: str) -> argparse.ArgumentParser:
         parser.add_argument("--images", nargs="+", required=True, metavar="FILE", help="pictures, or folders of them")
     parser.add_argument("--output_dir", required=True, type=Path, help="a new folder for the pictures and grid.png")
     parser.add_argument("--samples", type=int, default=1, help="pictures of each prompt or picture (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next take the next numbers")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture; each other takes the next number")
     parser.add_argument("--batch_size", type=int, default=1, help="pictures made at a time (%(default)s)")
-    parser.add_argument("--dtype", default=None, help="of the weights (default: bfloat16 on a GPU, else float32)")
+    parser.add_argument("--dtype", default=None, help="dtype of the weights (default: bfloat16 on a GPU)")
     parser.add_argument("--load_in_4bit", action="store_true", help="NF4 weights, for small GPUs")
     parser.add_argument(
         "--sampling",
@@ -84,18 +86,22 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 
 def picture_files(names: Sequence[str]) -> list[Path]:
-    """The named files, and what lies in the named folders, in order.
+    """The named files, and the pictures in the named folders, in order; what else lies there is named on the console.
 
     Raises:
-        FileNotFoundError: nothing at a name, or an empty folder.
+        FileNotFoundError: nothing at a name, or a folder without pictures.
     """
     files: list[Path] = []
     for name in names:
         path = Path(name)
         inside = sorted(child for child in path.iterdir() if child.is_file()) if path.is_dir() else [path]
-        if not inside or not path.exists():
+        pictures = [child for child in inside if not path.is_dir() or child.suffix.lower() in PICTURES]
+        if not pictures or not path.exists():
             raise FileNotFoundError(f"There is no picture at {name}.")
-        files += inside
+        if len(pictures) < len(inside):
+            others = ", ".join(child.name for child in inside if child not in pictures)
+            print(f"Left out of {name}, being no pictures: {others}", file=sys.stderr)
+        files += pictures
     return files
 
 

@@ -16,10 +16,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("folder")
     parser.add_argument("repo_id", help="owner/name")
-    parser.add_argument("--private", action="store_true", default=None, help="if the repository is created")
+    parser.add_argument("--private", action="store_true", default=None, help="make a repository that is created private")
     parser.add_argument("--revision", help="branch to commit to")
     parser.add_argument("--create_pr", action="store_true", help="open a pull request")
-    parser.add_argument("--message", default="Upload with reca_trainer", help="of the commit")
+    parser.add_argument("--message", default="Upload with reca_trainer", help="the commit's message")
     parser.add_argument("--also", nargs="+", default=(), metavar="FILE", help="further files of the folder to upload")
     return parser
 

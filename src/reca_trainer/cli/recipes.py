@@ -6,21 +6,39 @@ import argparse
 from pathlib import Path
 
 from reca_trainer.files import replacing
-from reca_trainer.recipes import FOLDER, recipe_file
+from reca_trainer.recipes import EXPERIMENTS, FOLDER, RECIPES, recipe_file
+
+# The smallest of 24, 48 and 80 GB that `reca-trainer plan` finds large enough for a recipe, or for each of eight processes with
+# FSDP2. Only where a recipe is for the checkpoint that `plan` knows by the family's name.
+GPUS = {
+    "bagel_full": "8 × 24 GB",
+    "bagel_lora": "48 GB",
+    "bagel_paper": "8 × 24 GB",
+    "bagel_qlora_24gb": "24 GB",
+    "harmon_0_5b": "48 GB",
+    "janus_lora_7b": "24 GB",
+    "lance_full": "80 GB",
+    "lance_lora": "24 GB",
+    "openuni_1_6b": "48 GB",
+    "show_o_clip_512": "48 GB",
+}
 
 
 def list_recipes(argv: list[str] | None = None) -> None:
-    """`reca-trainer recipes`: the packaged recipes and what each is for."""
+    """`reca-trainer recipes`: the packaged recipes, the GPU that each needs and what it is for."""
     parser = argparse.ArgumentParser(
         "reca-trainer recipes", description="List the settings that come with the package."
     )
     parser.parse_args(argv)
-    for path in sorted(FOLDER.glob("*.yaml")):
-        print(f"{path.stem:<20} {summary(path)}")
+    for name, path in RECIPES.items():
+        print(f"{name:<20} {GPUS.get(name, ''):<10} {summary(path)}")
+    print("\nControls and ablations of the paper, each of which changes one of these:")
+    for name, path in EXPERIMENTS.items():
+        print(f"{name:<31} {summary(path)}")
+    launch_files = ", ".join(sorted(path.stem for path in (FOLDER / "accelerate").glob("*.yaml")))
     print(
-        f"\nLaunch files for several GPUs: {', '.join(sorted(p.stem for p in (FOLDER / 'accelerate').glob('*.yaml')))}"
-    )
-    print(
+        "\nThe memory is that of the smallest GPU that a recipe fits; for your model, GPU and batch ask `reca-trainer plan "
+        f"--config NAME`.\nLaunch files for several GPUs: {launch_files}\n"
         "Use a recipe with `reca-trainer train --config NAME`; `reca-trainer init NAME` writes one, or a launch file, to edit."
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
@@ -16,7 +17,7 @@ from reca_trainer.config import RecAConfig
 from reca_trainer.data.task_datasets import load_named
 from reca_trainer.models.auto import AutoUnifiedModel
 from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
-from reca_trainer.recipes import recipe_file
+from reca_trainer.recipes import over_base, recipe_file
 from reca_trainer.tasks import TASKS
 from reca_trainer.toy.score import Score, table
 from reca_trainer.toy.score import score as quick_score
@@ -31,7 +32,7 @@ class ModelArguments(ModelConfig):
         default=None,
         metadata={
             "help": "Data type of the weights. Default: float32 for weights that are trained, and with --bf16 bfloat16 for "
-            "the frozen base of an adapter."
+            "what is frozen."
         },
     )
     llm_int8_skip_modules: list[str] | None = field(
@@ -42,6 +43,13 @@ class ModelArguments(ModelConfig):
             "take."
         },
     )
+
+
+class RecipeParser(TrlParser):
+    """TRL's parser, for files that may have a `base`."""
+
+    def set_defaults_with_config(self, **options: Any) -> list[str]:
+        return super().set_defaults_with_config(**over_base(options))
 
 
 def check_model_arguments(model_args: ModelArguments, args: RecAConfig) -> None:
@@ -62,8 +70,29 @@ def check_model_arguments(model_args: ModelArguments, args: RecAConfig) -> None:
         raise ValueError(f"--{of_loading[0]} is about loading a model: add --model_name_or_path, or leave it out.")
     if "model_revision" in changed and Path(model_args.model_name_or_path or "").is_dir():
         raise ValueError(f"--model_revision is about a model on the Hub, and {model_args.model_name_or_path} is a folder.")
+    if "trust_remote_code" in changed:
+        raise ValueError("--trust_remote_code would change nothing: code in a model's folder is never run. Leave it out.")
     if "lora_task_type" in changed:
         raise ValueError("--lora_task_type would change nothing: the model keeps its own forward. Leave it out.")
+
+
+def read_arguments(argv: Sequence[str] | None, tiny_recipe: str, *others: type) -> tuple[Any, ...]:
+    """A `RecAConfig`, the `ModelArguments` and those of `others` from the command line; `tiny_recipe` is read where it has
+    neither a model nor a `--config`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not {"--model_name_or_path", "--config"} & {word.partition("=")[0] for word in argv}:
+        argv = ["--config", tiny_recipe, *argv]
+    parser = RecipeParser((RecAConfig, ModelArguments, *others))
+    args, model_args, *rest = parser.parse_args_and_config(_with_recipe_file(argv))
+    check_model_arguments(model_args, args)
+    return args, model_args, *rest
+
+
+def loading_arguments(model_args: ModelArguments, args: RecAConfig) -> dict[str, Any]:
+    """The arguments of `from_pretrained` for the model that is named."""
+    init = {name: getattr(model_args, name) for name in ("dtype", "attn_implementation")}
+    init = {name: value for name, value in init.items() if value is not None}
+    return {"revision": model_args.model_revision, **init, **(args.model_init_kwargs or {})}
 
 
 def run(
@@ -84,12 +113,7 @@ def run(
         score: measures that run's model before and after, unless it is given other images; the table is printed and
             written to `score.md`.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not {"--model_name_or_path", "--config"} & {word.partition("=")[0] for word in argv}:
-        argv = ["--config", tiny_recipe, *argv]
-    argv = _with_recipe_file(argv)
-    args, model_args = TrlParser((RecAConfig, ModelArguments)).parse_args_and_config(argv)
-    check_model_arguments(model_args, args)
+    args, model_args = read_arguments(argv, tiny_recipe)
 
     dataset, eval_dataset, processor, before = None, None, None, None
     quantization = get_quantization_config(model_args)
@@ -108,9 +132,7 @@ def run(
             model = model.name_or_path  # a model is quantised while it is loaded
     else:
         model = model_args.model_name_or_path
-        init = {name: getattr(model_args, name) for name in ("dtype", "attn_implementation")}
-        init = {name: value for name, value in init.items() if value is not None}
-        args.model_init_kwargs = {"revision": model_args.model_revision, **init, **(args.model_init_kwargs or {})}
+        args.model_init_kwargs = loading_arguments(model_args, args)
 
     judge = None
     if eval_dataset is not None and args.preview_steps:
@@ -137,6 +159,7 @@ def run(
         rows = table(before=before, after=score(saved.eval(), processor))
         (Path(args.output_dir) / "score.md").write_text(f"{rows}\n")
         print(rows)
+    trainer.create_model_card()
     if args.push_to_hub:
         trainer.push_to_hub()
     if trainer.is_world_process_zero():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from PIL import Image
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 class BagelGeneration:
     """The part of `BagelModel` that samples."""
+
+    sampling_defaults: ClassVar = {  # those of BAGEL's own notebook
+        "edit": {"image_guidance_scale": 2.0, "guidance_interval": (0.0, 1.0), "guidance_renorm": "text_channel"}
+    }
 
     @singly_where(differ_in_size)
     def _generate_images(
@@ -43,7 +47,7 @@ class BagelGeneration:
         latents: torch.Tensor | None = None,
         posterior_noise: torch.Tensor | None = None,
     ) -> list[Image.Image]:
-        """See `UnifiedModel.generate_images`.
+        """See `UnifiedModel.generate_images`. These defaults are those of text-to-image.
 
         Args:
             height, width: of the output; by default the resized input image's, or the largest square size.
@@ -55,7 +59,7 @@ class BagelGeneration:
                 token, between text and image guidance).
             negative_prompt: read where guidance of the text reads nothing: after the images, if there are any.
             latents: the initial noise `[B, N, p²C]` in token order, instead of drawing it.
-            posterior_noise: `[B, C, h, w]`, noise of the source's VAE posterior in editing, instead of drawing it.
+            posterior_noise: `[B, C, h, w]`, noise of the source's VAE posterior where latents are read, instead of drawing it.
         """
         count = len(text or images)
 
@@ -68,12 +72,13 @@ class BagelGeneration:
         if task in ("edit", "reconstruct"):
             resized = [processor.resize(image, processor.generation_size) for image in images]
             width, height = width or resized[0].width, height or resized[0].height
-            if task == "edit":
+            if task == "edit" or processor.condition_encoder == "vae":
                 pixels = processor.to_pixels(resized, processor.generation_size).to(self.device)
                 pictures = self._read_source(pictures, pixels, posterior_noise, generator)
-            rule = processor.understanding_size if task == "edit" else processor.condition_size
-            pixels = processor.to_pixels(resized, rule).to(self.device)
-            pictures = self.read_image(pictures, self.encode_condition(pixels), pixels.shape[-2:])
+            if task == "edit" or processor.condition_encoder == "vit":
+                rule = processor.understanding_size if task == "edit" else processor.condition_size
+                pixels = processor.to_pixels(resized, rule).to(self.device)
+                pictures = self.read_image(pictures, self.encode_condition(pixels), pixels.shape[-2:])
         contexts = {"full": read(pictures, text), "no_text": read(pictures, negative_prompt)}
         if guidance_scale > 1 and image_guidance_scale > 1:
             contexts["no_image"] = read(self.new_context(count), text)

@@ -125,6 +125,7 @@ class BagelModel(BagelGeneration, MoTModel):
         posterior: torch.Tensor | None = None,
         condition_embeds: torch.Tensor | None = None,
         condition_attention_mask: torch.Tensor | None = None,
+        source_pixel_values: torch.Tensor | None = None,
     ) -> UnifiedOutput:
         """RecA: read the image's own embeddings and the instruction, then denoise the same image.
 
@@ -134,17 +135,23 @@ class BagelModel(BagelGeneration, MoTModel):
             latents, posterior: instead of `pixel_values`, see `_target_latents`.
             condition_embeds, condition_attention_mask: instead of `condition_pixel_values`, what `encode_batch` gives;
                 the output's `understanding_embeds` are then these.
+            source_pixel_values: instead of a condition of embeddings, the image to read as VAE latents.
         """
         latents = self._target_latents(corruption, pixel_values, latents, posterior)  # [B, C, h, w]
-        understanding_embeds = condition_embeds
-        if condition_embeds is None:
-            understanding_embeds = self.encode_condition(condition_pixel_values)  # [B, S, D]
-            condition_embeds, condition_attention_mask = self._place(understanding_embeds, condition_pixel_values)
-        batch_size = len(condition_embeds)
-        mask = self._drop_condition(corruption, condition_embeds, condition_attention_mask)
-        context = self._read_condition(self.new_context(batch_size), condition_embeds, mask)
+        understanding_embeds, context = condition_embeds, self.new_context(len(latents))
+        if source_pixel_values is not None:
+            if "condition_seeds" in corruption:
+                raise ValueError("condition_token_dropout is about embeddings, and this condition is VAE latents.")
+            source = self.encode_target(source_pixel_values, corruption["source_posterior_noise"])  # [B, C, h, w]
+            context = self.read_latents(context, source)
+        else:
+            if condition_embeds is None:
+                understanding_embeds = self.encode_condition(condition_pixel_values)  # [B, S, D]
+                condition_embeds, condition_attention_mask = self._place(understanding_embeds, condition_pixel_values)
+            mask = self._drop_condition(corruption, condition_embeds, condition_attention_mask)
+            context = self._read_condition(context, condition_embeds, mask)
         if input_ids is not None:
-            context = self.read_text(context, input_ids.expand(batch_size, -1), attention_mask)
+            context = self.read_text(context, input_ids.expand(len(latents), -1), attention_mask)
         return self._flow_matching(context, latents, corruption, understanding_embeds=understanding_embeds)
 
     def _generate(
@@ -259,6 +266,8 @@ class BagelModel(BagelGeneration, MoTModel):
     def encode_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """See `UnifiedModel.encode_batch`: `condition_embeds` `[B, S, D]`, positions added, with
         `condition_attention_mask` `[B, S]` where they are padded, and the VAE's `posterior`."""
+        if "source_pixel_values" in batch:
+            raise ValueError("cache_latents keeps understanding embeddings, and this condition is VAE latents.")
         images = batch["condition_pixel_values"]
         condition_embeds, mask = self._place(self.encode_condition(images), images)
         encoded = {"condition_embeds": condition_embeds, "posterior": self.encode_posterior(batch["pixel_values"])}

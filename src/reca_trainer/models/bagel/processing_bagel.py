@@ -80,6 +80,8 @@ class BagelProcessor(UnifiedProcessor):
         understanding_size: the same for questions about an image and, within `EDIT_SIZE`, for the source of an edit.
         max_text_length: tokens of a sample's texts, their BOS and EOS included. The original leaves samples of more than
             16,384 tokens out, of which a target and the largest understanding image take 9,000; here texts are cut.
+        condition_encoder: `"vit"`, or `"vae"` for an ablation of the paper: a reconstruction then reads the picture as an
+            edit reads its source, as VAE latents, and no understanding embeddings.
     """
 
     tasks = ("reconstruct", "caption", "generate", "edit")
@@ -91,12 +93,16 @@ class BagelProcessor(UnifiedProcessor):
         condition_size: tuple[int, int, int] = (224, 224, 14),
         understanding_size: tuple[int, int, int] = (980, 224, 14),
         max_text_length: int = 7_384,
+        condition_encoder: str = "vit",
         **kwargs,
     ):
         self.generation_size = tuple(generation_size)
         self.condition_size = tuple(condition_size)
         self.understanding_size = tuple(understanding_size)
         self.max_text_length = max_text_length
+        if condition_encoder not in ("vit", "vae"):
+            raise ValueError(f"condition_encoder is 'vit' or 'vae', not {condition_encoder!r}.")
+        self.condition_encoder = condition_encoder
         super().__init__(tokenizer, **kwargs)
         self.bos_token_id = tokenizer.convert_tokens_to_ids("<|im_start|>")
         self.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -144,7 +150,10 @@ class BagelProcessor(UnifiedProcessor):
                 if not mask.all():
                     batch[name] = mask
         if task == "reconstruct" and images is not None:
-            batch["condition_pixel_values"] = self.to_conditions(images, self.condition_size)
+            if self.condition_encoder == "vae":
+                batch["source_pixel_values"] = self.to_pixels(images, self.generation_size, size)
+            else:
+                batch["condition_pixel_values"] = self.to_conditions(images, self.condition_size)
         if images is not None:
             batch["pixel_values"] = self.to_pixels(images, self.generation_size, size)
         texts = instruction if task == "reconstruct" else text
