@@ -161,6 +161,10 @@ class Handler(BaseHTTPRequestHandler):
             repo.branches[branch] = repo.branches["main"]
             self.answer(200, {})
 
+    def check_write_access(self, repo_id: str) -> None:
+        if self.may_write() and self.open(repo_id):
+            self.answer(200, {})
+
     def preupload(self, repo_id: str, revision: str) -> None:
         files = json.loads(self.read_body())["files"]
         if self.may_write() and self.open(repo_id, revision):
@@ -258,6 +262,7 @@ NAME = r"([\w.-]+/[\w.-]+)"
 ROUTES: list[tuple[str, str, Callable]] = [
     ("POST", r"/api/repos/create", Handler.create_repo),
     ("POST", rf"/api/models/{NAME}/branch/(.+)", Handler.create_branch),
+    ("GET", rf"/api/models/{NAME}/auth-check/write", Handler.check_write_access),
     ("POST", rf"/api/models/{NAME}/preupload/(.+)", Handler.preupload),
     ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     ("PUT", r"/lfs/(\w+)", Handler.lfs_upload),

@@ -24,6 +24,8 @@ def test_image_sizes_bound_the_targets(tmp_path, model, dataset, processor):  # 
     assert sizes == {(64, 48), (48, 64), (64, 64)}
     small = batches(trainer(model, tmp_path, dataset, processor, max_image_size=32, min_image_size=16, **options))
     assert {max(batch["pixel_values"].shape[2:]) for batch in small} == {32}
+    large = batches(trainer(model, tmp_path, dataset, processor, max_image_size=96, min_image_size=64, **options))
+    assert {min(batch["pixel_values"].shape[2:]) for batch in large} == {64}
     with pytest.raises(ValueError, match="max_image_size 8"):
         batches(trainer(model, tmp_path, dataset, processor, max_image_size=8, **options))
 

@@ -267,6 +267,13 @@ def test_what_is_dropped_is_drawn_apart_for_every_sample():
 # --- runs ---
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_run_drops_the_share_of_sources_that_it_is_told(tmp_path, processor, share):
+    trainer = make(tmp_path, pairs(), processor, reca_weight=0.0, edit_weight=1.0, edit_source_dropout=share)
+    draws = [draw for batch in trainer.get_train_dataloader().batch_sampler for draw in batch]
+    assert {draw.dropped_sources for draw in draws} == {(share == 1, share == 1)}
+
+
 @pytest.mark.parametrize("layout", ["chains", "pairs"])
 def test_both_layouts_train_mixed_with_reconstruction(tmp_path, parquet, processor, layout):
     options = {"edit_weight": 2.0, "task_mix": "reconstruct=2,edit=1", "max_steps": 3}

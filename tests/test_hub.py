@@ -355,6 +355,29 @@ print(json.dumps(Path("adapter/README.md").read_text()))
         assert part in card, part
 
 
+REVISIONS = """
+from PIL import Image
+from reca_trainer import toy
+from reca_trainer.cli.train import run
+Path("pictures").mkdir()
+Image.new("RGB", (64, 64)).save("pictures/0.png")
+Path("empty.yaml").write_text("{}")
+options = "--model_name_or_path me/base --dataset_name pictures --config empty.yaml --use_cpu --use_peft --lora_r 2"
+options += " --max_steps 1 --max_image_size 32 --report_to none --save_strategy no --output_dir"
+for branch in (None, "trial"):
+    hub.push(toy.CHECKPOINT, "me/base", revision=branch)
+commands = [f"{options} main", f"{options} trial --model_revision trial"]
+print(json.dumps([run(None, "", words.split()).model.active_peft_config.revision for words in commands]))
+"""
+
+
+def test_the_command_line_trains_the_revision_that_it_names(tmp_path, server):
+    trained, _ = client(server, tmp_path, REVISIONS)
+    branches = server.repos["me/base"].branches
+    assert trained == [branches["main"], branches["trial"]] and len(set(trained)) == 2
+    assert "base_model: me/base\n" in (tmp_path / "trial" / "README.md").read_text()
+
+
 MERGE = """
 import numpy as np
 from datasets import Dataset
@@ -455,13 +478,15 @@ for name, options in (("waits", {}), ("always", {"hub_always_push": True})):
     trainer._push_from_checkpoint("folder")
     for job in trainer.push_in_progress.jobs[1:]:
         job.result()
-print(json.dumps(None))
+print(json.dumps(attempt(trainer.init_hf_repo, token="hf_may_read")))
 """
 )
 
 
 def test_options_of_the_hub_change_what_is_uploaded(tmp_path, server):
-    client(server, tmp_path, STRATEGIES)
+    refused, _ = client(server, tmp_path, STRATEGIES)
+    assert refused.startswith("PermissionError: The Hub does not let you write to me/always (403)")
+    assert "# waits\n" in (tmp_path / "waits" / "README.md").read_text()
     commits = {name: len(server.repos[f"me/{name}"].commits) for name in ("standard", "end", "waits", "always")}
     assert commits["standard"] > commits["end"] == 2  # when it is made, and at the end
     assert commits["waits"] == 1 and commits["always"] == 2
@@ -475,6 +500,7 @@ BEFORE = (
 results = {
     "down": attempt(make, "down", model="no/such/model"),
     "denied": attempt(make, "denied", model="no/such/model", hub_token="hf_somebody_else"),
+    "read_only": attempt(make, "read_only", model="no/such/model", hub_token="hf_may_read"),
     "broken": attempt(make, "broken", model="no/such/model", hub_token="hf_sec\\nret"),
 }
 print(json.dumps(results))
@@ -484,7 +510,12 @@ print(json.dumps(results))
 
 def test_a_hub_that_will_not_take_the_model_is_named_before_it_is_loaded(tmp_path, server):
     server.fail.append(["POST", "api/repos/create", 0, 1])
+    server.repos["me/read_only"] = Repo(private=False)
     results, output = client(server, tmp_path, BEFORE)
     assert results["denied"].startswith("PermissionError: The Hub does not let you write to me/denied (403). Log in")
+    assert "PermissionError: The Hub does not let you write to me/read_only (403). Log in" in results["read_only"]
+    model = "/api/models/me/read_only"
+    asked = [request for request in server.requests if "read_only" in request]
+    assert asked == [f"GET {model}", f"GET {model}/auth-check/write"]
     assert results["broken"].startswith("ValueError: The Hub token holds") and "hf_sec" not in output
     assert results["down"].startswith("ConnectionError: The connection to http://127.0.0.1")

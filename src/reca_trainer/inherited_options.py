@@ -39,17 +39,17 @@ MEANINGLESS = {
     "do_predict": "call RecATrainer.predict",
 }
 
-# Of `accelerator_config`, what concerns data loaders that accelerate does not see here.
+# Entries of `accelerator_config` about data loaders, which accelerate does not see here.
 MEANINGLESS_FOR_ACCELERATOR = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler")
 
 # Parts of the names of optimizers that read these options.
 USE_OPTIM_ARGS = ("anyprecision", "sgd", "adagrad", "rmsprop", "galore", "apollo", "ademamix", "grok", "stable")
 USE_OPTIM_ARGS += ("schedule_free", "adamw_torch_4bit", "adamw_torch_8bit")
 USE_OPTIM_TARGET_MODULES = ("galore", "apollo")
-PARALLELISM = ("tp_size", "cp_size", "sp_size")  # of `parallelism_config`, what splits a sample over GPUs
+PARALLELISM = ("tp_size", "cp_size", "sp_size")  # entries of `parallelism_config` that split a sample over GPUs
 
 
-# Arguments of `Trainer`.
+# Arguments of `Trainer` that `RecATrainer` does not have, and why.
 NO_ARGUMENTS = {
     "model_init": "it would be called again by every train(). Pass the model, or where to load it from",
     "compute_loss_func": "a loss is what the model's forward returns, weighted. Override RecATrainer.compute_loss",

@@ -46,7 +46,7 @@ def test_a_single_prompt_is_a_list_of_it(family):
 @pytest.mark.parametrize("family", ["bagel", "embedded", "janus", "show_o", "show_o_plain"])
 def test_an_empty_prompt_is_the_unconditional_picture(family):
     model, _ = build(family)
-    alone, guided = (draw(family, "", guidance_scale=scale) for scale in (model.no_guidance_scale, 4.0))
+    alone, guided = (draw(family, [""], guidance_scale=scale) for scale in (model.no_guidance_scale, 4.0))
     assert np.array_equal(alone, guided)
 
 

@@ -20,15 +20,16 @@ from reca_trainer.saving.card import public_name
 
 logger = logging.get_logger(__name__)
 
-# What goes up, by its place in the folder; everything else stays on this machine.
+# The files that are uploaded, by their places in the folder; all others stay on this machine.
 PARTS = (
     *("sana/transformer", "sana/scheduler", "dc-ae", "internvl3", "internvl3-hf"),  # of a published OpenUni
     *("show-o", "show-o-w-clip-vit", "magvitv2", "phi-1_5", "clip-vit-large-patch14-336"),  # of a published Show-o
     *("Lance_3B", "Lance_3B_Video", "Qwen2.5-VL-ViT"),  # of a published Lance
+    *("transformer", "text_encoder", "vae", "scheduler", "tokenizer", "processor"),  # of a published Qwen-Image-Edit
 )
-WEIGHTS = r"(adapter_model|model|model_bf16|pytorch_model|diffusion_pytorch_model|ema|ae|vit)"
+WEIGHTS = r"(adapter_model|pytorch_lora_weights|model|model_bf16|pytorch_model|diffusion_pytorch_model|ema|ae|vit)"
 WEIGHTS += r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
-CONFIGS = r"((adapter_|generation_|llm_|vit_|openuni_|quantization_|scheduler_)?config|ae_params)\.json"
+CONFIGS = r"((adapter_|generation_|llm_|vit_|openuni_|quantization_|scheduler_)?config|ae_params|model_index)\.json"
 PROCESSOR = r"((preprocessor|processor|video_preprocessor|tokenizer)_config|tokenizer|vocab|special_tokens_map)\.json"
 PROCESSOR += r"|added_tokens\.json|vocab\.txt|merges\.txt|(tokenizer|spiece|sentencepiece\.bpe)\.model"
 PROCESSOR += r"|chat_template\.(jinja|json)|additional_chat_templates/\w+\.jinja"
@@ -40,9 +41,9 @@ RETRIED, WAITS = {429, 500, 502, 503, 504}, (1, 2, 4, 8, 16)  # status codes; se
 
 
 def uploaded_files(folder: Path, also: Sequence[str] = ()) -> tuple[dict[str, Path], list[str]]:
-    """What of a folder goes up, by name, and the names of what does not: weights as safetensors (and the `.pth`
-    of OpenUni's and Lance's layouts), configs, tokenizer, processor, card, licence, scores and previews do. Names are
-    relative to the folder, with forward slashes."""
+    """The files of a folder that are uploaded, by name, and the names of all others. Weights as safetensors (and the
+    `.pth` of OpenUni's and Lance's layouts), configs, tokenizer, processor, card, licence, scores and previews are
+    uploaded. Names are relative to the folder, with forward slashes."""
     names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     files = {name: path for name, path in names.items() if name in also or UPLOADED.fullmatch(name)}
     return files, [name for name in names if name not in files]
@@ -61,7 +62,7 @@ def push(
 ) -> CommitInfo:
     """Upload an adapter or a model in one commit, which either is there or is not.
 
-    What of an interrupted upload has arrived is not sent again. Busy or failing servers (429, 5xx) are tried again, at
+    Files of an interrupted upload that have arrived are not sent again. Busy or failing servers (429, 5xx) are tried again, at
     most five times. Only what belongs to a model is uploaded, see `uploaded_files`; what is left out is named in a
     warning. An error carries a note with the command that uploads the folder again.
 
@@ -79,7 +80,7 @@ def push(
         FileNotFoundError: a file of `also` is not there.
         PermissionError: not logged in, or no right to write there.
         ConnectionError: the Hub cannot be reached, or stopped answering.
-        HfHubHTTPError: what else the Hub answers.
+        HfHubHTTPError: the Hub answers with another error.
         ValueError: the token cannot be one.
     """
     folder, token = Path(folder), checked_token(token)
@@ -119,10 +120,13 @@ def push(
 
 
 def make_repo(repo_id: str, private: bool | None = None, revision: str | None = None, token: str | None = None) -> str:
-    """Make sure that a repository and its branch are there, and return its whole name. Arguments and errors as for `push`."""
+    """Make sure that a repository and its branch are there and that the token may write to it, and return its whole
+    name. Nothing is uploaded. Arguments and errors as for `push`."""
     api = HfApi(token=checked_token(token))
     try:
-        return _make_place(api, repo_id, private, revision)
+        repo_id = _make_place(api, repo_id, private, revision)
+        _check_write_access(api, repo_id)
+        return repo_id
     except Exception as error:
         raise _explained(error, repo_id, api.endpoint) from error.__cause__
 
@@ -132,6 +136,15 @@ def _make_place(api: HfApi, repo_id: str, private: bool | None, revision: str | 
     if revision is not None:
         _retried(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
     return repo_id
+
+
+def _check_write_access(api: HfApi, repo_id: str) -> None:
+    """Ask for the right to write: a token that may only read passes `create_repo` where the repository exists."""
+    try:
+        _retried(lambda: api.auth_check(repo_id, write=True))
+    except HfHubHTTPError as error:
+        if error.response.status_code != 404:  # a server that does not know the question
+            raise
 
 
 def checked_token(token: str | None) -> str | None:
@@ -161,7 +174,7 @@ def _explained(error: BaseException, repo_id: str, endpoint: str) -> BaseExcepti
             return explained
         if status in (409, 412):
             error.append_to_message(f"\n{repo_id} was changed by someone else during the upload; push again.")
-    # Uploads in threads wrap what went wrong.
+    # An upload in a thread wraps its error.
     elif isinstance(error, HTTPError) or (isinstance(error, RuntimeError) and isinstance(error.__cause__, HTTPError)):
         explained = ConnectionError(
             f"The connection to {endpoint} failed ({error!r}). Push again: what has arrived is not sent again."
@@ -184,7 +197,7 @@ def _retried(request: Any) -> Any:
 
 def _without_local_base(path: Path) -> bytes:
     """An adapter's config with the folder of its base cut to its name: others do not have that folder, and its path
-    is nobody's business."""
+    is private."""
     config = json.loads(path.read_text())
     base = config.get("base_model_name_or_path")
     config["base_model_name_or_path"] = public_name(base)
