@@ -1,4 +1,4 @@
-"""The page of `reca-trainer demo` in a real browser: Debian's Chromium, driven by Playwright."""
+"""The page of `reca-trainer demo`, asked over HTTP and in a real browser: Debian's Chromium, driven by Playwright."""
 
 import os
 import re
@@ -9,19 +9,16 @@ import sys
 import time
 
 import pytest
+from PIL import Image
 
 from reca_trainer import toy
 from reca_trainer.cli import demo
 from tests.test_demo import save_adapter
 
-pytest.importorskip("gradio", reason='needs pip install "reca-trainer[demo]"')
+client = pytest.importorskip("gradio_client", reason='needs pip install "reca-trainer[demo]"')
 playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
-CHROMIUM = shutil.which("chromium")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
-]
+pytestmark = pytest.mark.slow
 
 QUIET = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -56,9 +53,11 @@ def address(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
+    if (program := shutil.which("chromium")) is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
     playwright.expect.set_options(timeout=120_000)
     with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        chromium = driver.chromium.launch(executable_path=program, args=QUIET)
         yield chromium
         chromium.close()
 
@@ -95,6 +94,13 @@ def shown(page, count=2):
 def tab(page, name):
     page.get_by_role("tab", name=name).click()
     return page.get_by_role("tabpanel").filter(visible=True)
+
+
+def test_the_file_alone_answers_as_a_space(address, tmp_path):
+    space = client.Client(address, verbose=False, download_files=tmp_path)
+    drawn = [space.predict("a red circle", seed, api_name="/handler") for seed in (0, 0, 1)]
+    pixels = [[Image.open(file).convert("RGB").tobytes() for file in pair] for pair in drawn]
+    assert pixels[0] == pixels[1] != pixels[2] and pixels[0][0] != pixels[0][1]
 
 
 def test_a_prompt_gives_both_pictures_and_the_seed_the_same_ones(page, request, tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from reca_trainer import toy
+from reca_trainer.cli import plan
+from reca_trainer.cli.recipes import GPUS
 from tests.documentation import IN_A_CLONE, PAGES, ROOT, Block, blocks
 from tests.reliability.run import fork
 from tests.test_docs import TABLES, build_site, name, stale
@@ -98,22 +101,47 @@ def test_memory_is_what_plan_says(family):
     assert content == TABLES.tables()[table](), stale(table)
 
 
-def test_the_site_asks_nothing_of_other_machines(tmp_path):
+@pytest.mark.parametrize("recipe", GPUS)
+def test_a_recipe_is_told_with_the_smallest_gpu_that_plan_says(recipe, capsys):
+    family = next(name for name in TABLES.families() if recipe.startswith(name))
+    for count in (1, 8):
+        spread = ["--num_processes", str(count), "--launch", "fsdp2"]
+        plan.main(["--config", recipe, "--model", family, "--gpu", "80GB", *spread])
+        needed = re.search(r"The recipe's \d+: ([\d.]+) GB", capsys.readouterr().out)  # only where it fits
+        if needed:
+            break
+    size = next(size for size in (24, 48, 80) if size >= float(needed[1]))
+    assert GPUS[recipe] == f"{'' if count == 1 else '8 × '}{size} GB"
+
+
+def test_the_site_is_whole_on_a_desktop_and_on_a_phone(tmp_path):
+    """Nothing fails, sticks out or is asked of another machine, and every link leads to a place on the site."""
     pytest.importorskip("zensical", reason='needs pip install "reca-trainer[docs]"')
     playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
     if (chromium := shutil.which("chromium")) is None:
         pytest.skip("needs Chromium: apt-get install chromium")
-    pages = build_site(tmp_path)
-    with served(tmp_path / "site") as address, playwright.sync_playwright() as driver:
+    pages, site = build_site(tmp_path), tmp_path / "site"
+    problems, links, places = [], set(), set()
+    with served(site) as address, playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        view = browser.new_page()
-        elsewhere, errors = [], []
-        view.on("request", lambda sent: sent.url.startswith((address, "data:")) or elsewhere.append(sent.url))
-        view.on("pageerror", lambda error: errors.append(str(error)))
-        for page in pages:
-            view.goto(f"{address}/{page.relative_to(tmp_path / 'site')}", wait_until="networkidle")
+        for width in (1280, 390):
+            view = browser.new_page(viewport={"width": width, "height": 844})
+            view.on("request", lambda sent: sent.url.startswith((address, "data:")) or problems.append(sent.url))
+            view.on("response", lambda given: given.status < 400 or problems.append(f"{given.url}: {given.status}"))
+            view.on("console", lambda message: message.type == "error" and problems.append(message.text))
+            view.on("pageerror", lambda error: problems.append(str(error)))
+            for page in pages:
+                url = f"{address}/{page.relative_to(site)}".removesuffix("index.html")
+                view.goto(url, wait_until="networkidle")
+                if (needed := view.evaluate("document.documentElement.scrollWidth")) > width:
+                    problems.append(f"{url} is {needed} pixels wide on a screen of {width}")
+                names = view.evaluate("[...document.querySelectorAll('[id]')].map(element => element.id)")
+                places |= {url, *(f"{url}#{name}" for name in names)}
+                links |= set(view.evaluate("[...document.links].map(link => decodeURI(link.href))"))
         browser.close()
-    assert not elsewhere and not errors, (elsewhere, errors)
+    pictures = {f"{address}/{file.relative_to(site)}" for file in site.rglob("*.*") if file.suffix != ".html"}
+    lost = {link.removesuffix("#") for link in links if link.startswith(f"{address}/")} - places - pictures
+    assert not problems and not lost, (problems, lost)
 
 
 @contextlib.contextmanager
