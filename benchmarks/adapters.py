@@ -155,10 +155,10 @@ def measure_errors(folder: Path) -> dict:
                 merge_adapter(folder / "base", adapter, target, into, dtype)
                 seconds = time.perf_counter() - started
                 merged = AutoUnifiedModel.from_pretrained(target, dtype=None if into == "quantized" else torch.float32)
-                found = velocity(merged)
+                output = velocity(merged)
                 table.append({
                     "trained_on": kind or "unquantised", "into": into, "dtype": str(dtype).removeprefix("torch."),
-                    "relative_error": round(((found - expected).norm() / expected.norm()).item(), 7),
+                    "relative_error": round(((output - expected).norm() / expected.norm()).item(), 7),
                     "adapter_effect": round(effect, 4), "seconds": round(seconds, 1),
                 })  # fmt: skip
                 print(table[-1], file=sys.stderr, flush=True)

@@ -24,8 +24,8 @@ import torch
 from PIL import Image
 
 from reca_trainer import adapters
-from reca_trainer.callbacks import contact_sheet
 from reca_trainer.cli.train import run
+from reca_trainer.contact_sheets import contact_sheet, sheet_row
 from reca_trainer.models.contract import UnifiedModel, UnifiedProcessor
 from reca_trainer.toy import World
 from reca_trainer.toy.detector import Detector
@@ -62,7 +62,7 @@ def autoencoder_alone(recipe: dict, model: UnifiedModel, processor: UnifiedProce
     pixels = processor(images=originals, instruction=INSTRUCTION, task="reconstruct")["pixel_values"]
     decoded = recipe["decode"](model, recipe["encode"](model, pixels))
     levels = (127.5 * decoded + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-    images = [Image.fromarray(one) for one in levels]
+    images = [Image.fromarray(array) for array in levels]
     return rounded(scores_of(images)), images
 
 
@@ -79,7 +79,7 @@ def measure(model: UnifiedModel, processor: UnifiedProcessor, sampling: dict, si
         triples = questions(world, kind, size)
         shown = [world.render(scene) for scene, _, _ in triples]
         answers = model.generate_text(processor, [text for _, text, _ in triples], images=shown, max_new_tokens=8)
-        right += [normalise_answer(got) == want for got, (_, _, want) in zip(answers, triples, strict=True)]
+        right += [normalise_answer(answer) == truth for answer, (_, _, truth) in zip(answers, triples, strict=True)]
     scores["question_accuracy"] = mean(right)
     return rounded(scores), images
 
@@ -128,11 +128,11 @@ def main() -> None:
     world, shown = World(), 8
     originals = [world.render(scene) for scene in held_out_scenes(world, shown)]
     after = next(iter(finished.values()))[1]
-    titles = ["rows: held out,", "autoencoder,", "before,", "after", *[""] * (shown - 4)]
-    columns = list(zip(titles, zip(originals, ceiling, before, after, strict=False), strict=True))
+    rows = {"held out": originals, "autoencoder": ceiling, "before": before, "after": after}
     folder = ROOT / "results" / "families"
     folder.mkdir(parents=True, exist_ok=True)
-    contact_sheet(columns, cell=96).save(folder / f"{name}-{result['date']}.png")
+    sheet = contact_sheet([sheet_row(title, pictures[:shown], cell=96) for title, pictures in rows.items()])
+    sheet.save(folder / f"{name}-{result['date']}.png")
     (folder / f"{name}-{result['date']}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 

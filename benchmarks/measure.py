@@ -90,12 +90,12 @@ def _work(pipe, build: Build, options: dict[str, Any], threads: int) -> None:
 
 
 def _timed(step: Callable[[], float], device: torch.device, losses: list[float]) -> dict[str, float]:
-    busy, own, started = _busy_seconds(), time.process_time(), time.perf_counter()
+    busy, used, started = _busy_seconds(), time.process_time(), time.perf_counter()
     losses.append(step())
     if device.type == "cuda":
         torch.cuda.synchronize()
-    seconds, own = time.perf_counter() - started, time.process_time() - own
-    return {"seconds": seconds, "cpu": own, "foreign": max(_busy_seconds() - busy - own, 0.0)}
+    seconds, used = time.perf_counter() - started, time.process_time() - used
+    return {"seconds": seconds, "cpu": used, "foreign": max(_busy_seconds() - busy - used, 0.0)}
 
 
 def summarise(timings: list[dict[str, float]]) -> dict[str, Any]:
@@ -121,10 +121,10 @@ def _busy_seconds() -> float:
 def busy_share() -> Callable[[], float]:
     """Start a clock; what it returns tells the share of the machine that other processes have had since, the children
     of this one not counted as others."""
-    busy, own, started = _busy_seconds(), _own_seconds(), time.perf_counter()
+    busy, used, started = _busy_seconds(), _own_seconds(), time.perf_counter()
 
     def share() -> float:
-        foreign = _busy_seconds() - busy - (_own_seconds() - own)
+        foreign = _busy_seconds() - busy - (_own_seconds() - used)
         return round(max(foreign, 0.0) / (time.perf_counter() - started) / os.cpu_count(), 3)
 
     return share

@@ -3,7 +3,6 @@
 import json
 import re
 import resource
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -64,18 +63,18 @@ def velocity(model):
         return model.eval()(task="reconstruct", corruption=corruption, **batch).prediction.float()
 
 
-def distance(one, other):
-    return ((one - other).norm() / other.norm()).item()
+def distance(output, expected):
+    return ((output - expected).norm() / expected.norm()).item()
 
 
 def tensors(folder, pattern="*.safetensors"):
     return {name: tensor for path in sorted(Path(folder).glob(pattern)) for name, tensor in load_file(path).items()}
 
 
-def assert_same_bytes(one, other):
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]), name
+def assert_same_bytes(weights, expected):
+    assert weights.keys() == expected.keys()
+    for name, tensor in weights.items():
+        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
 
 
 # --- quantising while loading ---
@@ -284,30 +283,39 @@ def test_contradictory_merges_are_refused(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged"]
 
 
-@pytest.mark.parametrize("form", [{}, {"layout": "published"}, {"into": "quantized"}], ids=str)
-def test_killed_merge_leaves_no_model(tmp_path, form):
+FORMS = {"transformers": {}, "published": {"layout": "published"}, "quantized": {"into": "quantized"}}
+
+
+def test_killed_merge_leaves_no_model(tmp_path):
     with_adapter().save_pretrained(tmp_path / "adapter")
-    killed = f"""
+    program = f"""
 import os, signal, sys
+from pathlib import Path
 from reca_trainer.saving.merge import merge_adapter
 opened = set()
 def die(event, args):  # at the second file of weights that is written
-    if event == "open" and str(args[0]).endswith(".safetensors") and "merged.partial" in str(args[0]):
+    if event == "open" and str(args[0]).endswith(".safetensors") and ".partial" in str(args[0]):
         opened.add(args[0])
         if len(opened) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(die)
-merge_adapter({str(CHECKPOINT)!r}, {str(tmp_path / "adapter")!r}, {str(tmp_path / "merged")!r},
-              max_shard_size="100KB", **{form!r})
+folder = Path({str(tmp_path)!r})
+for name, form in {FORMS!r}.items():
+    if not (child := os.fork()):
+        sys.addaudithook(die)
+        merge_adapter({str(CHECKPOINT)!r}, str(folder / "adapter"), str(folder / name), max_shard_size="100KB", **form)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL, name
 """
-    assert subprocess.run([sys.executable, "-c", killed], capture_output=True).returncode == -signal.SIGKILL
-    assert (tmp_path / ".merged.partial").is_dir() and not (tmp_path / "merged").exists()
-    merge_adapter(CHECKPOINT, tmp_path / "adapter", tmp_path / "merged", **form)
-    assert not (tmp_path / ".merged.partial").exists()
-    AutoUnifiedModel.from_pretrained(tmp_path / "merged")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name, form in FORMS.items():
+        assert (tmp_path / f".{name}.partial").is_dir() and not (tmp_path / name).exists()
+        merge_adapter(CHECKPOINT, tmp_path / "adapter", tmp_path / name, **form)
+        assert not (tmp_path / f".{name}.partial").exists()
+        AutoUnifiedModel.from_pretrained(tmp_path / name)
 
 
-@pytest.mark.parametrize("form", [{}, {"layout": "published"}, {"into": "quantized"}], ids=str)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_full_disk_is_an_error_and_leaves_nothing(tmp_path, form):
     with_adapter().save_pretrained(tmp_path / "adapter")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -209,7 +209,7 @@ def test_a_judge_marks_what_was_made_of_prompts(make_run):
         True: [TITLE, TITLE + 144 - 3],
         False: [left, left + 144 - 3],
     }
-    with pytest.raises(ValueError, match="A judge marks previews, and there are none: set preview_steps"):
+    with pytest.raises(ValueError, match="A judge has nothing to look at: set preview_steps or score_images"):
         make_run(judge=judge, preview_steps=0)
 
 

@@ -1,6 +1,7 @@
 """The console script, as a user types it."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
+from PIL import Image
 from safetensors.torch import load_file
 
 from reca_trainer import AutoUnifiedModel
@@ -61,13 +63,33 @@ def test_merge_export_and_info(tmp_path, capsys):
     assert "4 bits" in descriptions["nf4"]
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "info typo",
+        "merge typo out",
+        "export typo out",
+        "push typo owner/name",
+        "plan --model typo --gpu 24GB",
+        "generate --model typo --prompts a --output_dir out",
+        "evaluate --model typo --benchmark reconstruction --dataset . --output_dir out",
+        "train --model_name_or_path typo --dataset_name . --output_dir out --use_cpu",
+    ],
+)
+def test_a_mistyped_folder_is_called_one(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (32, 32)).save("picture.png")
+    assert main(command.split()) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(rf"reca-trainer {command.split()[0]}: .*typo", message)
+    assert "neither a folder on this machine" in message or "There is no folder" in message
+
+
 def test_mistakes_are_one_line_and_a_status(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "other"}))
     assert main(["info", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert error.startswith("reca-trainer info: ") and "no checkpoint of a known family" in error
-    assert main(["merge", str(tmp_path / "nowhere"), str(tmp_path / "merged")]) == 1
-    assert "neither a folder on this machine nor a Hub repository id" in capsys.readouterr().err
     scores = ["--benchmark", "geneval", "--output_dir", str(tmp_path / "scores")]
     assert main(["evaluate", "--images", str(tmp_path / "nowhere"), *scores]) == 1
     assert capsys.readouterr().err.startswith(f"reca-trainer evaluate: {tmp_path / 'nowhere'} holds no <prompt>/")

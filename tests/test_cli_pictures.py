@@ -48,9 +48,11 @@ def test_pictures_of_prompts_are_those_of_the_library(tmp_path, capsys):
     assert "is not empty" in capsys.readouterr().err
 
 
-def test_pictures_are_made_again_and_edited(tmp_path, pictures):
+def test_pictures_are_made_again_and_edited(tmp_path, pictures, capsys):
+    (pictures / "settings.json").write_text("{}")  # as `generate` writes
     command = ["reconstruct", "--images", str(pictures), "--output_dir", str(tmp_path / "again"), *QUICK]
     assert main(command) == 0
+    assert f"Left out of {pictures}, being no pictures: settings.json\n" in capsys.readouterr().err
     (tmp_path / "prompts.txt").write_text("make it green\n\nmake it white\n")
     command = ["edit", "--images", str(pictures), "--prompts_file", str(tmp_path / "prompts.txt")]
     assert main([*command, "--output_dir", str(tmp_path / "edited"), *QUICK]) == 0

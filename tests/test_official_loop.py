@@ -1,4 +1,4 @@
-"""Five updates of the official training loops against `RecATrainer` with the recipes of the paper, from picture files and
+"""Three updates of the official training loops against `RecATrainer` with the recipes of the paper, from picture files and
 sentences to weights.
 
 The loops here are plain torch, in our own words: pixels by Pillow, token ids by hand, optimiser groups, schedule,
@@ -38,7 +38,7 @@ from tests.conftest import GOLDEN
 FILES = [GOLDEN / "data" / "images" / name for name in ("square_64.png", "wide_300x200.png", "tall_200x300.png")] * 20
 INSTRUCTIONS = ["Say all you see.", "What is it?", "Name each colour and each shape."]
 TURNS = [("What stands where?", "A shed."), ("Which colour?", " Dark red, and grey.")]
-UPDATES = 5
+UPDATES = 3
 
 
 class Recorder(UnifiedCollator):
@@ -54,7 +54,7 @@ class Recorder(UnifiedCollator):
 
 
 def train(recipe, model, processor, folder, **overrides):
-    """Five updates of the trainer: per micro-batch the task, the draws and the corruption; the weights; the rates."""
+    """Three updates of the trainer: per micro-batch the task, the draws and the corruption; the weights; the rates."""
     values = yaml.safe_load(recipe_file(recipe).read_text())
     values = {name: value for name, value in values.items() if name in RecAConfig.__dataclass_fields__}
     for name in ("dataset_name", "caption_dataset_name", "image_root", "preview_steps", "eval_size", "eval_steps"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import reca_trainer
 
-FAMILIES = ("bagel", "harmon", "janus", "lance", "openuni", "show_o")  # other tests register one of their own
+FAMILIES = ("bagel", "harmon", "janus", "lance", "openuni", "qwen_image", "show_o")  # other tests register one of their own
 SOURCE = Path(reca_trainer.__file__).parent
 
 
@@ -101,6 +101,11 @@ def test_no_module_imports_itself_by_way_of_others():
     done = set()
     for name in modules:
         visit(name, [])
+
+
+def test_no_file_is_too_long_to_be_read_at_a_sitting():
+    lengths = {path: len(path.read_text().splitlines()) for path in SOURCE.rglob("*.py")}
+    assert {path: length for path, length in lengths.items() if length > 700} == {}
 
 
 def test_the_core_does_not_know_the_embedded_default():

@@ -39,9 +39,9 @@ PACKAGES = (
     "reca-trainer", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "diffusers", "huggingface_hub",
     "safetensors", "bitsandbytes", "pillow", "numpy",
 )  # fmt: skip
-# What only some uses need, and which.
+# Packages that only some uses need, and these uses.
 OPTIONAL = {
-    "deepspeed": "ZeRO (recipes/accelerate/zero2.yaml, zero3.yaml)",
+    "deepspeed": "the launch files zero2 and zero3",
     "torchvision": "LPIPS in evaluations",
     "scipy": "FID in evaluations",
     "lmms_eval": "understanding benchmarks",

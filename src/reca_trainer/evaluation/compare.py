@@ -64,8 +64,8 @@ def compare_runs(runs: Sequence[str | Path], folder: str | Path, thumbnail: int 
     """Compare what `evaluate` wrote of several models with the first of them.
 
     Writes `compare.json`, `compare.md` (for a model card) and, of benchmarks that look at images, `compare.html`, one file
-    with the images in it. Of a run's images only those inside its folder are shown: what a results file names elsewhere
-    may be anything.
+    with the images in it. Only images inside a run's folder are shown: a results file could name any other file of
+    this machine.
 
     Args:
         runs: the folders.
@@ -147,7 +147,7 @@ def _mean(score: dict[str, Any], sign: str = "") -> str:
 
 
 def _shares(reports: list[dict[str, Any]], differences: list[dict[str, Any]]) -> Iterator[list[str]]:
-    """Of scores in percent, whose differences are paired."""
+    """The cells of scores in percent, whose differences are paired."""
 
     def of(result: dict[str, Any], name: str) -> dict[str, float]:
         return result["overall"] if name == "overall" else result["categories"][name]
@@ -256,7 +256,7 @@ def _page(
     def scores(prompt: str) -> list[float]:
         return [sum(row["score"] for row in model[prompt]) / len(model[prompt]) for model in by_prompt]
 
-    # Wrong ones first: where the models after the base do worst, and among those where they lost what it could do.
+    # Failures come first: prompts on which the models after the base do worst, those that the base could draw before others.
     order = sorted(by_prompt[0], key=lambda prompt: (sum(scores(prompt)[1:]), -scores(prompt)[0], prompt))
     title = html.escape(f"{reports[0]['title']}: {' vs. '.join(names)}")
     yield f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'

@@ -140,11 +140,11 @@ def _estimate(sums: np.ndarray, weights: np.ndarray) -> dict[str, float]:
     return {"score": score, "low": min(center - half, score), "high": max(center + half, score)}
 
 
-def _mean(categories: list[dict[str, float]], what: str = "score") -> dict[str, float]:
-    mean = sum(estimate[what] for estimate in categories) / len(categories)
-    below = math.sqrt(sum((estimate[what] - estimate["low"]) ** 2 for estimate in categories)) / len(categories)
-    above = math.sqrt(sum((estimate["high"] - estimate[what]) ** 2 for estimate in categories)) / len(categories)
-    return {what: mean, "low": mean - below, "high": mean + above}
+def _mean(categories: list[dict[str, float]], name: str = "score") -> dict[str, float]:
+    mean = sum(estimate[name] for estimate in categories) / len(categories)
+    below = math.sqrt(sum((estimate[name] - estimate["low"]) ** 2 for estimate in categories)) / len(categories)
+    above = math.sqrt(sum((estimate["high"] - estimate[name]) ** 2 for estimate in categories)) / len(categories)
+    return {name: mean, "low": mean - below, "high": mean + above}
 
 
 def write_report(folder: str | Path, report: dict[str, Any]) -> str:

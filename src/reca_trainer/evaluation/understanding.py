@@ -37,7 +37,7 @@ def score_tasks(
 
     Args:
         model: folder or Hub id.
-        tasks: their names in lmms-eval. Of the paper's, the metric that its table shows is kept, of others all.
+        tasks: their names in lmms-eval. The metric of the paper's table is kept for the paper's tasks, and every metric for others.
         limit: ask only so many questions of each, the first ones.
         include_path: folder with tasks of your own, as `--include_path` of lmms-eval.
         options: as for `lmms_eval_model.RecALmms`: `adapter`, `dtype`, `load_in_4bit`, `batch_size`, and what

@@ -50,7 +50,7 @@ def merge_adapter(
         into: what to merge into.
             `"base"`: the base as stored. The default for an adapter trained on an unquantised base.
             `"dequantized"`: the base as it was in training, quantised and dequantised. The default for QLoRA.
-            `"quantized"`: as either default, and the sum is quantised again: small, and loads as it is.
+            `"quantized"`: the default base; the merged weights are then quantised again, so that the model is small.
         dtype: of the weights written; by default as stored, and bfloat16 for what is left unquantised beside `into=
             "quantized"`.
         layout: `"transformers"`, our own `save_pretrained` form, or `"published"`, the family's, for its other tools.
@@ -116,7 +116,7 @@ def _merged(model: UnifiedModel, adapter: Path, dtype_of: Callable[[str], torch.
         if name in weights:  # a bias that was trained itself
             weights[name] = tensor
     load_adapter(model, adapter)
-    layers: dict[str, BaseTunerLayer] = {}  # of each base layer the outermost: PEFT nests them
+    layers: dict[str, BaseTunerLayer] = {}  # the outermost of each base layer: PEFT nests them
     merged = dict(weights)
     for name, module in list(model.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):
@@ -134,7 +134,8 @@ def _merged(model: UnifiedModel, adapter: Path, dtype_of: Callable[[str], torch.
 
 
 def _placeholder(tensor: torch.Tensor) -> nn.Parameter:
-    """Of the shape of `tensor`, on the CPU, where PEFT puts an adapter beside it; a matrix takes up one element."""
+    """A parameter of the shape of `tensor`, on the CPU, so that PEFT puts the adapter there too; a matrix takes up the
+    memory of one element."""
     shape = tensor.shape
     return nn.Parameter(torch.zeros(()).expand(shape) if len(shape) > 1 else torch.zeros(shape), requires_grad=False)
 
@@ -147,12 +148,12 @@ class _MergedParameter:
         self.shape, self.dtype = stored[key].shape, torch.float32
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        # A layer remembers in its own way that it is merged; the copy does, and shares nothing but the placeholders.
+        # Merging marks a layer, each kind in its own way: a copy is merged, which shares only the placeholders.
         placeholders = self.layer.get_base_layer()
         base = copy.deepcopy(placeholders, {id(parameter): parameter for parameter in placeholders.parameters()})
         layer = copy.deepcopy(self.layer, {id(placeholders): base})
         for key, tensor in self.stored.items():
-            values = tensor[...].to(torch.float32, copy=True)  # some kinds add to them in place
+            values = tensor[...].to(torch.float32, copy=True)  # some kinds add to the weights in place
             setattr(base, key, nn.Parameter(values, requires_grad=False))
         with torch.no_grad():
             for part in reversed(list(layer.modules())):

@@ -113,7 +113,7 @@ def _enter_and_leave(output_dir: str) -> None:
 
 @contextlib.contextmanager
 def sole_run(output_dir: str | os.PathLike) -> Iterator[None]:
-    """Within it, nobody else can enter for the same folder. Whoever dies leaves, however that happens. Reading is free.
+    """A context that one process at a time can be in for a folder. A process that dies leaves it. Readers need no lock.
 
     Raises:
         BlockingIOError: another run is in there.
@@ -178,7 +178,7 @@ def by_main_process(args: TrainingArguments, action: Callable[[], Any]) -> Any:
 
 
 def digest_of(path: Path) -> str:
-    """Of a file's contents (XXH3, 128 bits); fast enough for hundreds of gigabytes."""
+    """The digest of a file's contents (XXH3, 128 bits), which is fast enough for hundreds of gigabytes."""
     digest = xxhash.xxh3_128()
     with open(path, "rb", buffering=0) as file:
         while chunk := file.read(CHUNK):
@@ -284,12 +284,13 @@ def delete_surplus(output_dir: Path, limit: int, keep: set[Path]) -> None:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The entries of `before` that are others now."""
+    """The entries of `before` that have another value now."""
     return [f"{name}: {value}, now {now.get(name)}" for name, value in before.items() if value != now.get(name)]
 
 
 def frozen_digest(model: torch.nn.Module) -> str:
-    """Of the weights that no checkpoint of an adapter holds: a sample of each tensor, as they may have many gigabytes."""
+    """The digest of a sample of each frozen tensor. No checkpoint of an adapter holds them, and together they may have many
+    gigabytes."""
     digest = xxhash.xxh3_128()
     for weight in model.parameters():
         if not (weight.requires_grad or weight.is_meta or isinstance(weight, DTensor)):
@@ -376,8 +377,8 @@ class RunCheckpoints(Trainer if TYPE_CHECKING else object):
         return result
 
     def _end_interrupted(self) -> NoReturn:
-        """Leave a checkpoint of the last step and how to go on from it. Before its first step a resumed run leaves none:
-        random numbers and streams do not stand where the checkpoint it is of has them.
+        """Leave a checkpoint of the last step and a message that says how to go on from it. A resumed run leaves none before
+        its first step: its random numbers and streams do not yet stand where they stood in the checkpoint.
 
         Raises:
             KeyboardInterrupt: Ctrl-C was pressed.
@@ -592,23 +593,23 @@ class RunCheckpoints(Trainer if TYPE_CHECKING else object):
 
     def _check_same_run(self, checkpoint: Path, steps: int) -> None:
         """Raises `ValueError` if a run of `steps` steps would not go on from `checkpoint` as the one that wrote it."""
-        sealed = read_seal(checkpoint)
-        if sealed["weights_only"]:
+        written = read_seal(checkpoint)
+        if written["weights_only"]:
             raise ValueError(
                 f"{checkpoint} cannot be resumed: it was written with save_only_model=True, so optimizer and schedule "
                 f"would start again. You can {NEW_RUN}."
             )
-        changed = differences(sealed["training"], self._settings["training"])
-        changed += self._schedule_differences(sealed["schedule"], steps, sealed["step"])
+        changed = differences(written["training"], self._settings["training"])
+        changed += self._schedule_differences(written["schedule"], steps, written["step"])
         changed += self._adapter_differences(checkpoint)
-        data = [] if self.args.ignore_data_skip else differences(sealed["data"], self._settings["data"])
+        data = [] if self.args.ignore_data_skip else differences(written["data"], self._settings["data"])
         if changed or data:
             wayout = "pass ignore_data_skip=True to go on from these weights at the beginning of an epoch"
             raise ValueError(
                 f"{checkpoint} cannot be resumed exactly, because these differ: {'; '.join(data + changed)}. Restore "
                 f"them, or {NEW_RUN if changed else wayout}."
             )
-        if changed := differences(sealed["rounding"], self._settings["rounding"]):
+        if changed := differences(written["rounding"], self._settings["rounding"]):
             logger.warning(
                 f"{checkpoint} was written elsewhere or with other versions ({'; '.join(changed)}); the next steps may "
                 "round otherwise."

@@ -20,7 +20,7 @@ def drop_condition(
     """Hide a share of the condition's embeddings behind an attention mask; IOMM (arXiv:2603.16139) conditions on masked
     embeddings.
 
-    The number is exact: the share of a sample's embeddings, rounded. Which ones hangs on its seed and their order alone.
+    The number is exact: the share of a sample's embeddings, rounded. Its seed and their order alone decide which.
 
     Args:
         corruption: the draws, with those of `draw_condition_dropout` where embeddings are dropped.
