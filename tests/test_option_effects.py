@@ -479,7 +479,7 @@ CASES = {
     # --- previews ---
     "preview_steps": Case({"preview_steps": 2}, files),
     "preview_images": Case({"preview_images": 2}, lambda run: preview(run).width, {"preview_steps": 2}),
-    "preview_prompts": Case({"preview_prompts": ["a boat"]}, lambda run: preview(run).width, {"preview_steps": 2}),
+    "preview_prompts": Case({"preview_prompts": ["a boat"]}, lambda run: preview(run).tobytes(), {"preview_steps": 2}),
     "preview_generation_kwargs": Case(
         {"preview_generation_kwargs": {"num_inference_steps": 1}},
         lambda run: preview(run).tobytes(),

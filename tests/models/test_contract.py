@@ -183,7 +183,7 @@ def test_a_dropped_text_leaves_its_own_sample_without_it_and_no_other(family, ta
     model, processor = build(family)
     kept, dropped = (run(model, make_batch(processor, task, form)).per_sample_loss for form in ("texts", "dropped"))
     torch.testing.assert_close(dropped[[0, 2]], kept[[0, 2]], rtol=2e-6, atol=1e-5)
-    assert abs(dropped[1] - kept[1]) > 1e-3
+    assert abs(dropped[1] - kept[1]) > 1e-4
 
 
 @pytest.mark.parametrize("family", TASKS)

@@ -206,7 +206,7 @@ def last_losses(log_history: list[dict[str, Any]]) -> dict[str, float]:
 
 def this_environment() -> dict[str, str]:
     """The `device` of this process, and the versions of the packages that decide how it computes."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     versions = {"device": device}
     for name in PACKAGES:
         try:

@@ -117,8 +117,9 @@ class ShowOModel(UnifiedModel):
         """
         tokens = self.encode_target(pixel_values) if tokens is None else tokens  # [B, n]
         if condition_features is None:
-            condition_features = self.condition_features(condition_pixel_values)
-        condition = self._project(condition_features)  # [B, P, D]
+            condition = self.encode_condition(condition_pixel_values)  # [B, P, D]
+        else:
+            condition = self._project(condition_features)
         mask = corruption["mask"].to(tokens.device)  # [B, n]
         masked = tokens.masked_fill(mask, self.config.mask_token_id)
         embeds = self.embed(input_ids, condition, masked)  # [B, L, D]
