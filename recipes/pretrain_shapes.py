@@ -2,18 +2,20 @@
 
     python recipes/pretrain_shapes.py --output_dir runs/shapes
 
-Six stages, all deterministic in the seed on one machine. Each is resumed from its own file if that is there:
+Four stages. Each writes its weights when it is done, and every few hundred steps all that it needs to go on, so the same
+command continues an interrupted run. Scenes and noise of a step are a function of seed, stage and step. The first two
+stages do not need each other: `--stages autoencoder` and `--stages language` may run side by side.
 
 1. `autoencoder`: a KL autoencoder of rendered scenes.
-2. `language`: the understanding expert answers questions about scenes given as text.
-3. `language_again`: the same with other scenes, after a warm restart of the learning rate.
-4. `vision`: image encoder and connector take the place of that text, the language model is frozen.
-5. `generator`: the generation expert paints from *sparse* captions, understanding is frozen. Real captions leave most of
-   an image unsaid, which is what RecA makes up for.
-6. `answers`: the last layer of the understanding expert, as far as the generator does not see it, answers better.
+2. `language`: the understanding expert answers questions about scenes given as text or as the words that an ideal image
+   encoder would say. At first it is asked about places only: that way it learns within 300 steps to look an object up, which
+   it does not in 800 steps of all questions together.
+3. `vision`: image encoder and connector take the place of those words; the language model is frozen.
+4. `generator`: the generation expert paints from *sparse* captions, understanding is frozen. Real captions leave most of an
+   image unsaid, which is what RecA makes up for.
 
-The matrices of the transformer layers are trained by Muon: the generator's validation loss after 300 steps was 0.33, and
-0.51 with AdamW at the better of two learning rates.
+The matrices of the transformer layers are trained by Muon: the generator's validation loss after 300 steps of an earlier
+base was 0.33, and 0.51 with AdamW at the better of two learning rates.
 """
 
 from __future__ import annotations
@@ -22,46 +24,60 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, Qwen2Config, SiglipVisionConfig
 
+from reca_trainer.files import replacing
 from reca_trainer.models.bagel import Config, Model, Processor
 from reca_trainer.models.bagel.modeling_bagel import build_autoencoder
 from reca_trainer.toy.tokenizer import make_tokenizer
 from reca_trainer.toy.world import QUESTION_KINDS, SPARSE, Scene, World
 
 DESCRIBE = "describe the image in detail"
-WIDTH, LAYERS, HEADS, FEED_FORWARD = 128, 4, 4, 384
-AUTOENCODER_BATCH = 24
+WIDTH, LAYERS, HEADS, FEED_FORWARD = 192, 5, 6, 576
+PATCH = 12  # pixels of an image token's side, for understanding and for generation: two a grid cell
+QUESTIONS = (0, 0, 1, 1, 2, 3)  # indices of QUESTION_KINDS, drawn from: places are asked for most
+PLACES = (0, 0, 0, 1)
+
+Terms = dict[str, torch.Tensor]
 
 
 @dataclass
 class Arguments:
     output_dir: str = field(metadata={"help": "where stages, curves and the finished checkpoint are written"})
     seed: int = field(default=0, metadata={"help": "of weights, scenes and noise"})
-    batch_size: int = field(default=32, metadata={"help": "scenes a step of the later stages"})
-    autoencoder_steps: int = 1500
-    language_steps: int = 1500
-    language_again_steps: int = 1000
-    vision_steps: int = 1200
-    generator_steps: int = 3000
-    answers_steps: int = 1500
-    scenes: int = field(default=8000, metadata={"help": "different scenes that the generator is trained on"})
+    stages: list[str] | None = field(default=None, metadata={"help": "run these at most, and write no checkpoint"})
+    batch_size: int = field(default=32, metadata={"help": "scenes a step; half for language, twice for the generator"})
+    autoencoder_steps: int = 2400
+    language_steps: int = 2200
+    vision_steps: int = 1500
+    generator_steps: int = 6000
+    scenes: int = field(default=16_000, metadata={"help": "different scenes that the generator is trained on"})
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is trained how: `loss_of_step` gets the step and its random numbers, and its terms are summed."""
+
+    modules: list[str]
+    steps: int
+    learning_rate: float
+    loss_of_step: Callable[[int, np.random.Generator], Terms]
 
 
 def build(world: World) -> tuple[Model, Processor]:
     """The architecture of BAGEL at the smallest size that learns the world, with random weights."""
     tokenizer = make_tokenizer()
-    patch, side = 8, world.resolution
+    side = world.resolution
     ids = tokenizer.convert_tokens_to_ids
     config = Config(
         text_config=Qwen2Config(
@@ -81,7 +97,7 @@ def build(world: World) -> tuple[Model, Processor]:
             num_hidden_layers=3,
             num_attention_heads=HEADS,
             image_size=side,
-            patch_size=patch,
+            patch_size=PATCH,
             vision_use_head=False,
         ),
         vae_config={
@@ -99,18 +115,20 @@ def build(world: World) -> tuple[Model, Processor]:
             "use_post_quant_conv": False,
             "mid_block_add_attention": False,
         },
-        latent_patch_size=2,
-        max_latent_size=side // patch,
-        vit_max_num_patch_per_side=side // patch,
+        latent_patch_size=PATCH // 4,
+        max_latent_size=side // PATCH,
+        vit_max_num_patch_per_side=side // PATCH,
+        timestep_shift=3.0,  # where little but noise is seen it is decided what goes where
         bos_token_id=ids("<|im_start|>"),
         eos_token_id=ids("<|im_end|>"),
         image_start_token_id=ids("<|vision_start|>"),
         image_end_token_id=ids("<|vision_end|>"),
     )
     model = Model(config)
-    # Words must be as loud as the fixed positions that are added to image tokens (norm about 8).
+    model.vae = build_autoencoder(config.vae_config)  # initialised as convolutions are
+    # Words must be as loud as the fixed positions that are added to image tokens (norm about 10).
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
-    rule = (side, side, patch)
+    rule = (side, side, PATCH)
     return model, Processor(tokenizer, generation_size=rule, condition_size=rule, understanding_size=rule)
 
 
@@ -120,35 +138,202 @@ def pixels_of(world: World, scenes: list[Scene]) -> torch.Tensor:
     return torch.from_numpy(array / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
 
 
-def train(
-    name: str,
-    parameters: list[torch.nn.Parameter],
-    matrices: list[torch.nn.Parameter],
-    loss_of_step: Callable[[int], dict[str, torch.Tensor]],
-    steps: int,
-    learning_rate: float,
-    curves: Path,
-) -> None:
-    """Muon for `matrices`, AdamW for the other `parameters`, a short warm-up and a cosine decay; the terms of
-    `loss_of_step` are summed, and logged one by one."""
-    optimizers = [torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)]
-    if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=4 * learning_rate, adjust_lr_fn="match_rms_adamw"))
+def ask(
+    processor: Processor,
+    world: World,
+    scenes: list[Scene],
+    rng: np.random.Generator,
+    each: int,
+    kinds: tuple[int, ...] = QUESTIONS,
+) -> dict[str, torch.Tensor]:
+    """`each` questions a scene with their answers as labels, rows of one scene beside each other."""
+    questions = [
+        world.question(scene, rng, QUESTION_KINDS[kinds[rng.integers(len(kinds))]])
+        for scene in scenes
+        for _ in range(each)
+    ]
+    texts = {"instruction": [question.text for question in questions], "text": [q.answer for q in questions]}
+    return processor(**texts, task="caption")
+
+
+def describe(processor: Processor, world: World, scenes: list[Scene]) -> dict[str, torch.Tensor]:
+    """The full descriptions as labels behind their instruction."""
+    return processor(text=[world.describe(scene) for scene in scenes], instruction=DESCRIBE, task="caption")
+
+
+def visual_words(model: Model, processor: Processor, world: World, scenes: list[Scene]) -> torch.Tensor:
+    """What an ideal image encoder says at each patch, object, place and background of its cell, as the sum of those
+    words' embeddings: `[B, S, D]`."""
+    ids, grid, side = processor.tokenizer.convert_tokens_to_ids, world.grid, world.resolution // PATCH
+    words = np.full((len(scenes), grid**2, 6), -1, dtype=np.int64)
+    for index, scene in enumerate(scenes):
+        objects = {item.cell: [item.size, item.colour, item.shape] for item in scene.objects}
+        for cell in range(grid**2):
+            names = [*objects.get(cell, ["nothing"]), *world.places[cell].split(), scene.background]
+            words[index, cell, : len(names)] = ids(names)
+    cells = (np.arange(side) * grid) // side
+    tokens = torch.from_numpy(words[:, (cells[:, None] * grid + cells[None, :]).reshape(-1)])  # [B, S, 6]
+    return (model.embed(tokens.clamp(min=0)) * (tokens >= 0)[..., None]).sum(2)
+
+
+def answer_loss(model: Model, context, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Next-token cross-entropy of the supervised tokens of a text behind `context`, as in the caption task."""
+    mask = batch.get("attention_mask")
+    hidden, _, _ = model._read(context, model.embed(batch["input_ids"]), causal=True, mask=mask, keep=False)
+    supervised = batch["labels"][:, 1:] != -100
+    logits = model.language_model.lm_head(model.language_model.model.norm(hidden)[:, :-1][supervised])
+    return F.cross_entropy(logits.float(), batch["labels"][:, 1:][supervised])
+
+
+def autoencoder(model: Model, processor: Processor, world: World, arguments: Arguments) -> Stage:
+    """Absolute and squared error, and a weak pull of the posterior towards a standard normal; objects are moved out of their
+    places."""
+    vae, jitter = model.vae, round(world.cell_size * 0.125)
+    moved = World(world.resolution, world.grid, jitter=jitter, max_objects=world.max_objects, seed=world.seed)
+
+    def loss_of_step(step: int, rng: np.random.Generator) -> Terms:
+        pixels = pixels_of(moved, [moved.sample(rng) for _ in range(24)])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            posterior = vae.encode(pixels).latent_dist
+            latents = posterior.mean + posterior.std * torch.randn_like(posterior.mean)
+            decoded = vae.decode(latents).sample.float()
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+        return {"error": (decoded - pixels).abs().mean() + (decoded - pixels).square().mean(), "kl": 2e-3 * kl}
+
+    return Stage(["vae"], arguments.autoencoder_steps, 2e-3, loss_of_step)
+
+
+@torch.no_grad()
+def standardise_latents(model: Model, world: World) -> None:
+    """Measure shift and scale of the latents, so that the generator's targets have unit variance."""
+    rng = np.random.default_rng(world.seed)
+    means = model.vae.encode(pixels_of(world, [world.sample(rng) for _ in range(512)])).latent_dist.mean
+    scale = {"shift_factor": round(float(means.mean()), 4), "scaling_factor": round(1 / float(means.std()), 4)}
+    model.vae.register_to_config(**scale)
+    model.config.vae_config.update(scale)
+
+
+def language(model: Model, processor: Processor, world: World, arguments: Arguments) -> Stage:
+    """The understanding expert reads a scene, in turns as an ideal image encoder's words and as a full caption in any order,
+    answers questions about it and at times describes it, and continues sparse captions. The first eighth of the steps asks
+    about the places of objects in images only."""
+    count, steps = arguments.batch_size // 2, arguments.language_steps
+
+    def loss_of_step(step: int, rng: np.random.Generator) -> Terms:
+        scenes = [world.sample(rng) for _ in range(count)]
+        context, terms = model.new_context(count), {}
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            if visual := step < steps // 8 or step % 2 == 0:
+                tokens = visual_words(model, processor, world, scenes)
+                size = (world.resolution, world.resolution)
+                context = model.read_image(context, tokens + 0.1 * torch.randn_like(tokens), size)
+            else:
+                sparse = processor(text=[world.caption(scene, rng, SPARSE) for scene in scenes], task="caption")
+                terms["caption"] = 0.2 * answer_loss(model, context, sparse)
+                full = processor.tokenize([world.caption(scene, rng, 1.0) for scene in scenes])
+                context = model.read_text(context, full["input_ids"], full.get("attention_mask"))
+            name = "image" if visual else "text"
+            each, kinds = (8, PLACES) if step < steps // 8 else (6, QUESTIONS)
+            asked = ask(processor, world, scenes, rng, each, kinds)
+            terms[f"{name} answers"] = answer_loss(model, context.repeat(each), asked)
+            if step >= steps // 8 and step % 8 in (0, 1):
+                terms[f"{name} description"] = answer_loss(model, context, describe(processor, world, scenes))
+        return terms
+
+    experts = [name for name in model.understanding_modules if name.startswith("language_model.")]
+    return Stage(experts, steps, 1e-3, loss_of_step)
+
+
+def vision(model: Model, processor: Processor, world: World, arguments: Arguments) -> Stage:
+    """Image encoder and connector learn to say those words (as contrastive pretraining aligns an encoder with text); in
+    the last fifth also to be understood by the frozen language model."""
+    count, steps = arguments.batch_size, arguments.vision_steps
+
+    def loss_of_step(step: int, rng: np.random.Generator) -> Terms:
+        scenes = [world.sample(rng) for _ in range(count)]
+        pixels = pixels_of(world, scenes)
+        with torch.no_grad():
+            wanted = visual_words(model, processor, world, scenes)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            embeds = model.encode_condition(pixels)
+            terms = {"words": (embeds.float() - wanted).square().mean() / wanted.var()}
+            if step >= 0.8 * steps:
+                context = model.read_image(model.new_context(count), embeds, pixels.shape[-2:])
+                terms["answers"] = answer_loss(model, context, ask(processor, world, scenes, rng, 1))
+        return terms
+
+    return Stage(["vit_model", "connector"], steps, 1.5e-3, loss_of_step)
+
+
+def generator(model: Model, processor: Processor, world: World, arguments: Arguments) -> Stage:
+    """The generation expert, begun as a copy of the understanding expert, learns text-to-image from sparse captions; one
+    in ten is left out, for guidance."""
+    weights = model.state_dict()
+    twins = {name: weights[name.replace("_moe_gen", "")] for name in weights if "_moe_gen" in name}
+    model.load_state_dict(twins, strict=False)
+    scenes = [world.sample(world.rng("train", arguments.seed, index)) for index in range(arguments.scenes)]
+    latents = []
+    for start in tqdm(range(0, len(scenes), 250), desc="encode", unit="batch"):
+        pixels = pixels_of(world, scenes[start : start + 250])
+        channels, side = model.config.vae_config["latent_channels"], world.resolution // model.config.vae_scale_factor
+        latents.append(model.encode_target(pixels, torch.zeros(len(pixels), channels, side, side)))
+    latents = torch.cat(latents)
+
+    def loss_of_step(step: int, rng: np.random.Generator) -> Terms:
+        chosen = rng.integers(len(scenes), size=2 * arguments.batch_size)
+        captions = ["" if rng.random() < 0.1 else world.caption(scenes[i], rng, SPARSE) for i in chosen]
+        batch = {"task": "generate", "latents": latents[chosen], **processor.tokenize(captions)}
+        corruption = model.sample_corruption({**batch, "timesteps_per_image": 2})
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return {"velocity": model(corruption=corruption, **batch).loss}
+
+    return Stage(model.generation_modules, arguments.generator_steps, 2e-3, loss_of_step)
+
+
+STAGES = {make.__name__: make for make in (autoencoder, language, vision, generator)}
+
+
+def fit(model: Model, name: str, stage: Stage, seed: int, output: Path, save_steps: int = 300) -> None:
+    """Muon for the matrices of transformer layers, AdamW for all else, a short warm-up and a cosine decay; the stage's
+    weights are in `output/<name>.safetensors` at the end."""
+    model.requires_grad_(False)
+    weights = {
+        key: parameter
+        for module in stage.modules
+        for key, parameter in model.get_submodule(module).requires_grad_(True).named_parameters(module)
+    }
+    matrices = [weight for key, weight in weights.items() if ".layers." in key and weight.ndim == 2]
+    others = [weight for key, weight in weights.items() if not (".layers." in key and weight.ndim == 2)]
+    rate, steps = stage.learning_rate, stage.steps
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01),
+        *([torch.optim.Muon(matrices, lr=4 * rate, adjust_lr_fn="match_rms_adamw")] if matrices else []),
+    ]
     warmup = min(50, steps // 10 + 1)
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda s: min((s + 1) / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * s / steps)))
+            optimizer, lambda step: min((step + 1) / warmup, 0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
         )
         for optimizer in optimizers
     ]
-    sums: dict[str, list[float]] = {}
-    every, start = 50, time.time()
-    with curves.open("a") as log, tqdm(total=steps, desc=name, unit="step", mininterval=5) as bar:
-        for step in range(steps):
+    stateful, partial = [*optimizers, *schedules], output / f"{name}.partial"
+    first, seconds, sums = 0, 0.0, {}
+    if partial.is_file():
+        state = torch.load(partial, weights_only=True)
+        first, seconds = state["step"], state["seconds"]
+        model.load_state_dict(state["weights"], strict=False)
+        for item, saved in zip(stateful, state["stateful"], strict=True):
+            item.load_state_dict(saved)
+    model.train()
+    start = time.process_time() - seconds
+    with (output / "curves.jsonl").open("a") as log, tqdm(total=steps, initial=first, desc=name, mininterval=5) as bar:
+        for step in range(first, steps):
+            torch.manual_seed(int(np.random.SeedSequence([seed, *name.encode(), step]).generate_state(1)[0]))
+            rng = np.random.default_rng([seed, *name.encode(), step])
             with sdpa_kernel(SDPBackend.MATH):  # for so few tokens the CPU's fused kernel is the slower one
-                terms = loss_of_step(step)
+                terms = stage.loss_of_step(step, rng)
                 sum(terms.values()).backward()
-            torch.nn.utils.clip_grad_norm_(parameters + matrices, 1.0)
+            torch.nn.utils.clip_grad_norm_(others + matrices, 1.0)
             for optimizer, schedule in zip(optimizers, schedules, strict=True):
                 optimizer.step()
                 schedule.step()
@@ -156,244 +341,47 @@ def train(
             for key, value in terms.items():
                 sums.setdefault(key, []).append(float(value.detach()))
             bar.update()
-            if (step + 1) % every == 0 or step + 1 == steps:
+            if (step + 1) % 50 == 0 or step + 1 == steps:
                 means = {key: round(sum(values) / len(values), 5) for key, values in sums.items()}
-                row = {"stage": name, "step": step + 1, "seconds": round(time.time() - start, 1), **means}
+                row = {"stage": name, "step": step + 1, "cpu_seconds": round(time.process_time() - start, 1), **means}
                 log.write(json.dumps(row) + "\n")
                 log.flush()
                 bar.set_postfix(means)
                 sums = {}
-
-
-def train_autoencoder(model: Model, world: World, texts: Texts, arguments: Arguments, curves: Path) -> None:
-    """Absolute error and a weak pull of the posterior towards a standard normal; then the latents' shift and scale are
-    measured, so that the generator's targets have unit variance."""
-    torch.manual_seed(arguments.seed)
-    model.vae = build_autoencoder(model.config.vae_config)
-    vae, rng = model.vae, np.random.default_rng([arguments.seed, 1])
-    moved = World(world.resolution, world.grid, jitter=2, max_objects=world.max_objects, seed=world.seed)
-
-    def loss_of_step(step: int) -> dict[str, torch.Tensor]:
-        pixels = pixels_of(moved, [moved.sample(rng) for _ in range(AUTOENCODER_BATCH)])
-        posterior = vae.encode(pixels).latent_dist
-        decoded = vae.decode(posterior.mean + posterior.std * torch.randn_like(posterior.mean)).sample
-        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
-        return {"error": (decoded - pixels).abs().mean() + (decoded - pixels).square().mean(), "kl": 2e-3 * kl}
-
-    vae.requires_grad_(True)
-    train("autoencoder", list(vae.parameters()), [], loss_of_step, arguments.autoencoder_steps, 2e-3, curves)
-    with torch.no_grad():
-        means = vae.encode(pixels_of(world, [world.sample(rng) for _ in range(512)])).latent_dist.mean
-    scale = {"shift_factor": round(float(means.mean()), 4), "scaling_factor": round(1 / float(means.std()), 4)}
-    vae.register_to_config(**scale)
-    model.config.vae_config.update(scale)
-
-
-class Texts:
-    """Sentences as padded token rows, and the questions of a scene."""
-
-    def __init__(self, processor: Processor, world: World):
-        self.processor, self.world = processor, world
-
-    def questions(
-        self, scenes: list[Scene], rng: np.random.Generator, each: int, kinds: Sequence[int] = (0, 1, 1, 0, 2, 3)
-    ) -> dict[str, torch.Tensor]:
-        """`each` questions a scene with their answers as labels, rows of one scene beside each other. `kinds` are drawn
-        from, as indices of `QUESTION_KINDS`; by default places are asked for most."""
-        drawn = [
-            self.world.question(s, rng, QUESTION_KINDS[kinds[rng.integers(len(kinds))]])
-            for s in scenes
-            for _ in range(each)
-        ]
-        return self.processor.tokenize([one.text for one in drawn], answers=[one.answer for one in drawn])
-
-    def descriptions(self, scenes: list[Scene]) -> dict[str, torch.Tensor]:
-        answers = [self.world.describe(scene) for scene in scenes]
-        return self.processor.tokenize([DESCRIBE] * len(scenes), answers=answers)
-
-    def visual_words(self, scenes: list[Scene], side: int) -> torch.Tensor:
-        """What an ideal image encoder says at each of `side × side` patches: `[B, side², 6]` token ids, -1 where there
-        are fewer words. Object, place and background of the patch's cell."""
-        ids, grid, world = self.processor.tokenizer.convert_tokens_to_ids, self.world.grid, self.world
-        words = np.full((len(scenes), grid**2, 6), -1, dtype=np.int64)
-        for b, scene in enumerate(scenes):
-            there = {one.cell: [one.size, one.colour, one.shape] for one in scene.objects}
-            for cell in range(grid**2):
-                said = [*there.get(cell, ["nothing"]), *world.places[cell].split(), scene.background]
-                words[b, cell, : len(said)] = ids(said)
-        cells = (np.arange(side) * grid) // side
-        index = (cells[:, None] * grid + cells[None, :]).reshape(-1)
-        return torch.from_numpy(words[:, index])
-
-
-def answer_loss(model: Model, context, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Next-token cross-entropy of the supervised tokens of a text behind `context`, as in the caption task."""
-    mask = batch["attention_mask"]
-    hidden, _, _ = model._read(context, model.embed(batch["input_ids"]), causal=True, mask=mask, keep=False)
-    supervised = batch["labels"][:, 1:] != -100
-    logits = model.language_model.lm_head(model.language_model.model.norm(hidden)[:, :-1][supervised])
-    return F.cross_entropy(logits.float(), batch["labels"][:, 1:][supervised])
-
-
-def visual_tokens(model: Model, words: torch.Tensor) -> torch.Tensor:
-    """The sum of the embeddings of a patch's words: `[B, S, 6]` ids -> `[B, S, D]`."""
-    embeds = model.embed(words.clamp(min=0))
-    return (embeds * (words >= 0)[..., None]).sum(2)
-
-
-def train_language(
-    model: Model, world: World, texts: Texts, arguments: Arguments, curves: Path, again: bool = False
-) -> None:
-    """The understanding expert reads a scene, as a full caption in any order or as the words that an ideal image encoder
-    would say, answers questions about it, describes it in reading order, and continues captions."""
-    rng = np.random.default_rng([arguments.seed, 5 if again else 2])
-    count, each = arguments.batch_size // 2, 3
-    side = model.config.vision_config.image_size // model.config.vision_config.patch_size
-
-    def loss_of_step(step: int) -> dict[str, torch.Tensor]:
-        scenes = [world.sample(rng) for _ in range(count)]
-        asked = texts.questions(scenes, rng, each)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            if step % 3:
-                said = texts.processor.tokenize([world.caption(scene, rng, 1.0) for scene in scenes])
-                context = model.read_text(model.new_context(count), said["input_ids"], said["attention_mask"])
-                sparse = [world.caption(scene, rng, SPARSE) for scene in scenes]
-                captions = texts.processor.tokenize([""] * count, answers=sparse)
-                own = {"caption": 0.2 * answer_loss(model, model.new_context(count), captions)}
-            else:
-                tokens = visual_tokens(model, texts.visual_words(scenes, side))
-                tokens = tokens + 0.1 * torch.randn_like(tokens)
-                size = (model.config.vision_config.image_size,) * 2
-                context = model.read_image(model.new_context(count), tokens, size)
-                own = {}
-            kind = "text" if step % 3 else "visual"
-            return {
-                f"{kind} answers": answer_loss(model, context.repeat(each), asked),
-                f"{kind} description": answer_loss(model, context, texts.descriptions(scenes)),
-                **own,
-            }
-
-    expert = [n for n in model.understanding_modules if n.startswith("language_model.")]
-    steps = arguments.language_again_steps if again else arguments.language_steps
-    train_modules(model, expert, "language", loss_of_step, steps, 2e-3, curves)
-
-
-def train_vision(model: Model, world: World, texts: Texts, arguments: Arguments, curves: Path) -> None:
-    """Image encoder and connector learn to say those words (as contrastive pretraining aligns an encoder with text); in
-    the last fifth also to be understood by the frozen language model."""
-    rng, count = np.random.default_rng([arguments.seed, 3]), arguments.batch_size
-    side = model.config.vision_config.image_size // model.config.vision_config.patch_size
-
-    def loss_of_step(step: int) -> dict[str, torch.Tensor]:
-        scenes = [world.sample(rng) for _ in range(count)]
-        pixels = pixels_of(world, scenes)
-        with torch.no_grad():
-            wanted = visual_tokens(model, texts.visual_words(scenes, side))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            embeds = model.encode_condition(pixels)
-            terms = {"words": (embeds.float() - wanted).square().mean() / wanted.var()}
-            if step >= 0.8 * arguments.vision_steps:
-                context = model.read_image(model.new_context(count), embeds, pixels.shape[-2:])
-                terms["answers"] = answer_loss(model, context, texts.questions(scenes, rng, 1))
-        return terms
-
-    train_modules(model, ["vit_model", "connector"], "vision", loss_of_step, arguments.vision_steps, 1.5e-3, curves)
-
-
-def train_generator(model: Model, world: World, texts: Texts, arguments: Arguments, curves: Path) -> None:
-    """The generation expert, begun as a copy of the understanding expert, learns text-to-image from sparse captions; one
-    in ten is left out, for guidance."""
-    rng = np.random.default_rng([arguments.seed, 4])
-    weights = model.state_dict()
-    twins = {name: weights[name.replace("_moe_gen", "")] for name in weights if "_moe_gen" in name}
-    model.load_state_dict(twins, strict=False)
-    scenes, latents = [world.sample(rng) for _ in range(arguments.scenes)], []
-    for start in tqdm(range(0, len(scenes), 256), desc="encode", unit="batch"):
-        pixels = pixels_of(world, scenes[start : start + 256])
-        channels, side = model.config.vae_config["latent_channels"], world.resolution // model.config.vae_scale_factor
-        latents.append(model.encode_target(pixels, torch.zeros(len(pixels), channels, side, side)))
-    latents = torch.cat(latents)
-
-    def loss_of_step(step: int) -> dict[str, torch.Tensor]:
-        chosen = rng.integers(len(scenes), size=arguments.batch_size)
-        captions = ["" if rng.random() < 0.1 else world.caption(scenes[i], rng, SPARSE) for i in chosen]
-        batch = {"task": "generate", "latents": latents[chosen], **texts.processor.tokenize(captions)}
-        corruption = model.sample_corruption({**batch, "timesteps_per_image": 2})
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return {"velocity": model(corruption=corruption, **batch).loss}
-
-    train_modules(model, model.generation_modules, "generator", loss_of_step, arguments.generator_steps, 3e-3, curves)
-
-
-def train_answers(model: Model, world: World, texts: Texts, arguments: Arguments, curves: Path) -> None:
-    """What comes after the last keys and values of the understanding expert learns to answer better, above all where
-    something is. The generator reads nothing but those keys and values, so it stays as it is."""
-    rng, count, each = np.random.default_rng([arguments.seed, 6]), arguments.batch_size // 2, 4
-    layer = f"language_model.model.layers.{LAYERS - 1}"
-    parts = ("self_attn.q_proj", "self_attn.q_norm", "self_attn.o_proj", "post_attention_layernorm", "mlp")
-    names = [*(f"{layer}.{part}" for part in parts), "language_model.model.norm", "language_model.lm_head"]
-
-    def loss_of_step(step: int) -> dict[str, torch.Tensor]:
-        scenes = [world.sample(rng) for _ in range(count)]
-        pixels = pixels_of(world, scenes)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            context = model.read_image(model.new_context(count), model.encode_condition(pixels), pixels.shape[-2:])
-            asked = texts.questions(scenes, rng, each, kinds=(0, 0, 0, 1, 2, 3))
-            return {
-                "answers": answer_loss(model, context.repeat(each), asked),
-                "description": answer_loss(model, context, texts.descriptions(scenes)),
-            }
-
-    train_modules(model, names, "answers", loss_of_step, arguments.answers_steps, 2e-3, curves)
-
-
-def train_modules(
-    model: Model, names: list[str], stage: str, loss_of_step: Callable, steps: int, learning_rate: float, curves: Path
-) -> None:
-    model.requires_grad_(False)
-    parameters = []
-    for name in names:
-        parameters += model.get_submodule(name).requires_grad_(True).named_parameters(name)
-    matrices = [one for name, one in parameters if ".layers." in name and one.ndim == 2]
-    others = [one for name, one in parameters if not (".layers." in name and one.ndim == 2)]
-    model.train()
-    train(stage, others, matrices, loss_of_step, steps, learning_rate, curves)
+            if (step + 1) % save_steps == 0:
+                state = {"step": step + 1, "seconds": time.process_time() - start, "weights": weights}
+                with replacing(partial) as temporary:
+                    torch.save({**state, "stateful": [item.state_dict() for item in stateful]}, temporary)
+    with replacing(output / f"{name}.safetensors") as temporary:
+        save_file({key: weight.detach() for key, weight in weights.items()}, temporary)
+    partial.unlink(missing_ok=True)
     model.requires_grad_(True).eval()
 
 
-STAGES = {
-    "autoencoder": train_autoencoder,
-    "language": train_language,
-    "language_again": partial(train_language, again=True),
-    "vision": train_vision,
-    "generator": train_generator,
-    "answers": train_answers,
-}
-
-
 def main(arguments: Arguments) -> Path:
-    """Run the stages that are not there yet and write `checkpoint/`, in bfloat16 but for the autoencoder.
+    """Run the stages that are not there yet and, after all of them, write `checkpoint/`, in bfloat16 but for the
+    autoencoder.
 
     Returns:
-        The folder of the finished checkpoint; `pretraining.json` in it says how it was made.
+        The folder of the finished checkpoint, whose `pretraining.json` says how it was made; of some stages, the output
+        folder.
     """
     world, output = World(), Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(arguments.seed)
     model, processor = build(world)
-    texts, seconds = Texts(processor, world), {}
-    for index, (name, train_stage) in enumerate(STAGES.items()):
-        folder = output / name
-        if (folder / "model.safetensors").is_file():
-            model = Model.from_pretrained(folder, dtype=torch.float32)
-        else:
-            torch.manual_seed(1000 * (index + 1) + arguments.seed)
-            start = time.time()
-            train_stage(model, world, texts, arguments, output / "curves.jsonl")
-            (output / f"{name}.seconds").write_text(f"{time.time() - start:.0f}")
-            model.save_pretrained(folder)
-        seconds[name] = int((output / f"{name}.seconds").read_text())
+    for name in STAGES:
+        path = output / f"{name}.safetensors"
+        if not path.is_file() and arguments.stages and name not in arguments.stages:
+            continue
+        if not path.is_file():
+            fit(model, name, STAGES[name](model, processor, world, arguments), arguments.seed, output)
+        model.load_state_dict(load_file(path), strict=False)
+        if name == "autoencoder":
+            standardise_latents(model, world)
 
+    if arguments.stages:
+        return output
     checkpoint = output / "checkpoint"
     for name, parameter in model.named_parameters():
         if not name.startswith("vae."):
@@ -401,13 +389,13 @@ def main(arguments: Arguments) -> Path:
     model.config.dtype = torch.bfloat16
     model.save_pretrained(checkpoint)
     processor.save_pretrained(checkpoint)
-    weights = (checkpoint / "model.safetensors").read_bytes()
+    curves = [json.loads(line) for line in (output / "curves.jsonl").read_text().splitlines()]
     record = {
         "world": asdict(world),
-        "arguments": {key: value for key, value in asdict(arguments).items() if key != "output_dir"},
-        "seconds": seconds,
+        "arguments": {key: value for key, value in asdict(arguments).items() if key not in ("output_dir", "stages")},
+        "cpu_seconds": {row["stage"]: row["cpu_seconds"] for row in curves},
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "sha256": hashlib.sha256(weights).hexdigest(),
+        "sha256": hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest(),
     }
     (checkpoint / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n")
     return checkpoint

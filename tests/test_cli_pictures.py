@@ -11,7 +11,7 @@ from reca_trainer import toy
 from reca_trainer.cli import main
 from reca_trainer.recipes import FOLDER
 
-QUICK = ["--sampling", "num_inference_steps=2", "height=32", "width=32"]
+QUICK = ["--sampling", "num_inference_steps=2", "height=24", "width=24"]
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ def test_pictures_of_prompts_are_those_of_the_library(tmp_path, capsys):
         text=[prompts[1]],
         generator=[torch.Generator().manual_seed(4)],
         num_inference_steps=2,
-        height=32,
-        width=32,
+        height=24,
+        width=24,
     )
     with Image.open(out / "0001-1.png") as picture:
         difference = torch.tensor(list(picture.tobytes())) - torch.tensor(list(expected.tobytes()))

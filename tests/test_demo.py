@@ -11,7 +11,7 @@ from reca_trainer.adapters import attach, unwrap
 from reca_trainer.cli import main
 from reca_trainer.cli.demo import answers, load, pictures
 
-QUICK = {"num_inference_steps": 2, "height": 32, "width": 32, "guidance_scale": 1.0}
+QUICK = {"num_inference_steps": 2, "height": 24, "width": 24, "guidance_scale": 1.0}
 
 
 def save_adapter(folder, seed, **options):

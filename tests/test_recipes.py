@@ -72,6 +72,7 @@ def test_the_image_to_text_term_learns_from_the_questions_of_the_shapes():
     assert (question["value"], answer["value"]) == (row["question"], row["answer"])
 
 
+@pytest.mark.slow
 def test_the_experiment_goes_on_with_the_runs_that_are_missing(tmp_path):
     options = "--output_dir out --runs base sft sft_reca --trained lora --seeds 1 --steps 2 --batch_size 2 --scenes 4 "
     options += "--size 1 --scores 1"

@@ -25,11 +25,11 @@ def test_the_record_beside_the_weights_is_true(loaded):
     record = json.loads((toy.CHECKPOINT / "pretraining.json").read_text())
     weights = (toy.CHECKPOINT / "model.safetensors").read_bytes()
     assert hashlib.sha256(weights).hexdigest() == record["sha256"]
-    assert len(weights) <= 12e6
+    assert len(weights) <= 15e6
     assert sum(parameter.numel() for parameter in loaded[0].parameters()) == record["parameters"]
 
 
-@pytest.mark.parametrize(("kind", "least"), [("where-is", 0.9), ("what-is-at", 0.95), ("how-many", 0.95)])
+@pytest.mark.parametrize(("kind", "least"), [("where-is", 0.97), ("what-is-at", 0.97), ("how-many", 0.95), ("what-colour", 0.95)])
 def test_it_knows_where_things_are_in_scenes_with_unseen_combinations(loaded, kind, least):
     model, processor = loaded
     world = World()
@@ -37,7 +37,7 @@ def test_it_knows_where_things_are_in_scenes_with_unseen_combinations(loaded, ki
     answers = model.generate_text(
         processor, [text for _, text, _ in asked], images=[world.render(scene) for scene, _, _ in asked]
     )
-    right = [normalise_answer(got) == want for got, (_, _, want) in zip(answers, asked, strict=True)]
+    right = [normalise_answer(answer) == truth for answer, (_, _, truth) in zip(answers, asked, strict=True)]
     assert np.mean(right) >= least
 
 
@@ -47,11 +47,11 @@ def test_its_autoencoder_keeps_what_is_in_a_scene(loaded):
     world, scenes = World(), held_out_scenes(World(), 100)
     pictures = [world.render(scene) for scene in scenes]
     pixels = processor.to_pixels(pictures, processor.generation_size)
-    decoded = model.decode_target(model.encode_target(pixels, torch.zeros(len(pixels), 4, 8, 8)))
+    decoded = model.decode_target(model.encode_target(pixels, torch.zeros(len(pixels), 4, 12, 12)))
     array = ((decoded * 0.5 + 0.5).clamp(0, 1) * 255).permute(0, 2, 3, 1).to(torch.uint8).numpy()
-    images = [Image.fromarray(one) for one in array]
+    images = [Image.fromarray(levels) for levels in array]
     assert judge_dense(Detector(world)(images), [world.facts(scene) for scene in scenes])["soft"]["mean"] >= 0.98
-    assert compare_images(images, pictures)["psnr"]["mean"] >= 28
+    assert compare_images(images, pictures)["psnr"]["mean"] >= 33
 
 
 def test_its_score_is_the_same_twice(loaded):
@@ -74,7 +74,7 @@ def test_a_short_run_of_reca_reconstructs_scenes_it_never_saw_3_db_better(loaded
     before = reconstruct(base)
     args = RecAConfig(
         output_dir=str(tmp_path),
-        max_steps=120,
+        max_steps=90,
         learning_rate=2e-3,
         per_device_train_batch_size=16,
         save_strategy="no",

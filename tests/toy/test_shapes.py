@@ -121,7 +121,7 @@ def test_answers_are_true(kind):
             assert question.answer == (there[0] if there else "nothing")
 
 
-@pytest.mark.parametrize("arguments", [{"grid": 4}, {"resolution": 31}, {"jitter": 3}, {"max_objects": 5}], ids=str)
+@pytest.mark.parametrize("arguments", [{"grid": 4}, {"resolution": 31}, {"jitter": 4}, {"max_objects": 5}], ids=str)
 def test_impossible_worlds_are_refused(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         World(**arguments)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["CHECKPOINT", "SAMPLING", "SPARSE", "World", "dataset", "judge", "load", "prompts"]
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
-SAMPLING = {"num_inference_steps": 12, "guidance_scale": 2.0, "guidance_interval": (0.0, 1.0), "timestep_shift": 1.0}
+SAMPLING = {"num_inference_steps": 12, "guidance_scale": 2.0, "guidance_interval": (0.0, 1.0)}
 
 
 def load(folder: str | Path = CHECKPOINT) -> tuple[UnifiedModel, UnifiedProcessor]:

@@ -59,7 +59,8 @@ def pretrain(
     with torch.random.fork_rng(devices=[]), PartialState().local_main_process_first():
         torch.manual_seed(seed)
         model, processor = build()
-        recipe = [model.config.to_json_string(), *map(inspect.getsource, (build, encode, decode, ask, _minimise))]
+        functions = (build, encode, decode, ask, _minimise)
+        recipe = [model.config.to_json_string(), repr(World()), *map(inspect.getsource, functions)]
         stages = {
             fit_autoencoder: (processor, autoencoder, encode, decode, continuous, autoencoder_steps, batch_size, seed),
             fit_understanding: (processor, autoencoder, understanding_steps, batch_size, seed),

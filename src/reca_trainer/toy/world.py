@@ -149,7 +149,7 @@ class World:
         ValueError: the grid is not supported, does not divide the resolution, or objects do not fit their cells.
     """
 
-    resolution: int = 32
+    resolution: int = 48
     grid: int = 2
     jitter: int = 0
     max_objects: int = 4
