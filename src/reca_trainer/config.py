@@ -40,9 +40,8 @@ class RecAConfig(TrainingArguments):
     text_to_image_weight: float = field(
         default=0.0,
         metadata={
-            "help": "λ_t2i, weight of the text-to-image loss. Paper: 0. On the embedded default one step in ten "
-            "(task_mix reconstruct=9,generate=1) mends what LoRA at 1e-3 breaks (dense score 0.58 -> 0.63, short prompts 0.32 -> 0.35; control "
-            "0.62 and 0.31); the whole generator at 3e-4 does not need it (0.66 and 0.39 without)."
+            "help": "λ_t2i, weight of the text-to-image loss. Paper: 0. On the embedded default text-to-image in every second "
+            "step (task_mix reconstruct=1,generate=1) keeps what RecA alone costs short prompts."
         },
     )
     edit_weight: float = field(

@@ -38,8 +38,8 @@ def test_a_base_is_made_stage_by_stage_and_loads(recipe, tmp_path):
     (image,) = model.generate_images(processor, text=["a red circle"], **toy.SAMPLING)
     assert image.size == (toy.World().resolution,) * 2
     for stage in ("autoencoder", "language"):  # neither needs another
-        one, other = (load_file(tmp_path / folder / f"{stage}.safetensors") for folder in ("whole", "parts"))
-        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+        whole, part = (load_file(tmp_path / folder / f"{stage}.safetensors") for folder in ("whole", "parts"))
+        assert whole.keys() == part.keys() and all(torch.equal(whole[key], part[key]) for key in whole)
 
 
 @pytest.mark.parametrize("name", ["autoencoder", "generator"])
