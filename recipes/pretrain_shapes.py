@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -39,10 +38,10 @@ from transformers import HfArgumentParser, Qwen2Config, SiglipVisionConfig
 from reca_trainer.files import replacing
 from reca_trainer.models.bagel import Config, Model, Processor
 from reca_trainer.models.bagel.modeling_bagel import build_autoencoder
+from reca_trainer.toy.pretraining import DESCRIBE, warmup_and_cosine
 from reca_trainer.toy.tokenizer import make_tokenizer
 from reca_trainer.toy.world import QUESTION_KINDS, SPARSE, Scene, World
 
-DESCRIBE = "describe the image in detail"
 WIDTH, LAYERS, HEADS, FEED_FORWARD = 192, 5, 6, 576
 PATCH = 12  # pixels of an image token's side, for understanding and for generation: two a grid cell
 QUESTIONS = (0, 0, 1, 1, 2, 3)  # indices of QUESTION_KINDS, drawn from: places are asked for most
@@ -309,13 +308,7 @@ def fit(model: Model, name: str, stage: Stage, seed: int, output: Path, save_ste
         torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01),
         *([torch.optim.Muon(matrices, lr=4 * rate, adjust_lr_fn="match_rms_adamw")] if matrices else []),
     ]
-    warmup = min(50, steps // 10 + 1)
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / warmup, 0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
-        )
-        for optimizer in optimizers
-    ]
+    schedules = [warmup_and_cosine(optimizer, steps) for optimizer in optimizers]
     stateful, partial = [*optimizers, *schedules], output / f"{name}.partial"
     first, seconds, sums = 0, 0.0, {}
     if partial.is_file():

@@ -59,7 +59,7 @@ def pretrain(
     with torch.random.fork_rng(devices=[]), PartialState().local_main_process_first():
         torch.manual_seed(seed)
         model, processor = build()
-        functions = (build, encode, decode, ask, _minimise)
+        functions = (build, encode, decode, ask, _minimise, warmup_and_cosine)
         recipe = [model.config.to_json_string(), repr(World()), *map(inspect.getsource, functions)]
         stages = {
             fit_autoencoder: (processor, autoencoder, encode, decode, continuous, autoencoder_steps, batch_size, seed),
@@ -193,13 +193,7 @@ def _minimise(
         torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
         *([torch.optim.Muon(matrices, **muon)] if matrices else []),
     ]
-    warmup = min(50, steps // 10 + 1)
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / warmup, 0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
-        )
-        for optimizer in optimizers
-    ]
+    schedules = [warmup_and_cosine(optimizer, steps) for optimizer in optimizers]
     bar = tqdm(range(steps), desc=f"fit {name} to the shapes", unit="step", mininterval=2)
     for step in bar:
         with sdpa_kernel(SDPBackend.MATH):  # for so few tokens the CPU's fused kernel is the slower one
@@ -212,3 +206,13 @@ def _minimise(
             optimizer.zero_grad(set_to_none=True)
         if step % 10 == 0 or step == steps - 1:
             bar.set_postfix(loss=f"{loss.item():.4f}")
+
+
+def warmup_and_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """A schedule of at most 50 steps of warm-up and a cosine decay to a fiftieth."""
+    warmup = min(50, steps // 10 + 1)
+
+    def share(step: int) -> float:
+        return min((step + 1) / warmup, 0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, share)

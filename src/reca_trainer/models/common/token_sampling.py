@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reca_trainer.models.contract import Generators
 
@@ -41,3 +43,29 @@ def seeded(generator: Generators, device: torch.device) -> Iterator[None]:
         if generator is not None:
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         yield
+
+
+def generate_answers(
+    language_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: dict[str, Any],
+    generator: Generators,
+    temperature: float,
+    prompt_length: int = 0,
+    **sampling: Any,
+) -> list[str]:
+    """The answers of transformers' `generate`, greedy at `temperature` 0, without special tokens and outer white space.
+
+    Args:
+        generator: one, which seeds the draws of all answers.
+        prompt_length: how many ids of the prompt `generate` gives back in front of an answer; none of embeddings.
+        sampling: arguments of `generate` that go before what `temperature` says, such as `do_sample` and `top_p`.
+
+    Raises:
+        ValueError: a list of generators.
+    """
+    drawing = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    with seeded(generator, language_model.device):
+        tokens = language_model.generate(**inputs, **{**drawing, **sampling})
+    answers = tokenizer.batch_decode(tokens[:, prompt_length:], skip_special_tokens=True)
+    return [answer.strip() for answer in answers]

@@ -24,7 +24,7 @@ from transformers import initialization as init
 from reca_trainer.models.common.condition_dropout import drop_condition
 from reca_trainer.models.common.padding import Side, stack_padded
 from reca_trainer.models.common.pixels import to_images
-from reca_trainer.models.common.token_sampling import seeded
+from reca_trainer.models.common.token_sampling import generate_answers
 from reca_trainer.models.contract import (
     Generators,
     UnifiedModel,
@@ -498,22 +498,15 @@ class HarmonModel(UnifiedModel):
             temperature: greedy at 0.
             sampling: further arguments of transformers' `generate`, such as `do_sample` and `top_p`.
         """
-        if temperature > 0:
-            sampling = {"do_sample": True, "temperature": temperature, **sampling}
-        with seeded(generator, self.device):
-            understanding = None
-            if images is not None:
-                pixel_values = processor.condition_pixels(images).to(self.device)
-                understanding = self.encode_condition(pixel_values)
-            prompts = processor.question_ids(text, with_image=images is not None)
-            embeds, mask = self._embed_prompts(processor, prompts, understanding, side="left")
-            answers = self.llm.generate(
-                inputs_embeds=embeds,
-                attention_mask=mask,
-                **{"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": processor.end_id,
-                   "pad_token_id": processor.end_id, **sampling},
-            )  # fmt: skip
-        return [answer.strip() for answer in processor.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+        understanding = None
+        if images is not None:
+            understanding = self.encode_condition(processor.condition_pixels(images).to(self.device))
+        prompts = processor.question_ids(text, with_image=images is not None)
+        embeds, mask = self._embed_prompts(processor, prompts, understanding, side="left")
+        inputs = {"inputs_embeds": embeds, "attention_mask": mask}
+        sampling = {"eos_token_id": processor.end_id, "pad_token_id": processor.end_id, **sampling}
+        sampling["max_new_tokens"] = max_new_tokens
+        return generate_answers(self.llm, processor.tokenizer, inputs, generator, temperature, **sampling)
 
 
 def positions(attention_mask: Tensor) -> Tensor:

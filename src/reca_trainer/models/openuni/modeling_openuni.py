@@ -26,7 +26,7 @@ from reca_trainer.models.common.condition_dropout import drop_condition
 from reca_trainer.models.common.flow_matching import flow_loss, interpolate
 from reca_trainer.models.common.guidance import guided
 from reca_trainer.models.common.pixels import to_images
-from reca_trainer.models.common.token_sampling import seeded
+from reca_trainer.models.common.token_sampling import generate_answers
 from reca_trainer.models.contract import (
     Generators,
     UnifiedModel,
@@ -418,21 +418,16 @@ class OpenUniModel(UnifiedModel):
             temperature: greedy at 0.
             sampling: further arguments of transformers' `generate`, such as `do_sample` and `top_p`.
         """
-        if temperature > 0:
-            sampling = {"do_sample": True, "temperature": temperature, **sampling}
         batch = {name: tensor.to(self.device) for name, tensor in processor.ask(text, images).items()}
         if images:
             batch["pixel_values"] = batch.pop("condition_pixel_values")
-        with seeded(generator, self.device):
-            tokens = self.internvl.generate(
-                **batch,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=processor.tokenizer.convert_tokens_to_ids("<|im_end|>"),
-                pad_token_id=processor.tokenizer.pad_token_id,
-                **{"do_sample": False, **sampling},
-            )
-        answers = tokens[:, batch["input_ids"].shape[1] :]
-        return [answer.strip() for answer in processor.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+        tokenizer, length = processor.tokenizer, batch["input_ids"].shape[1]
+        batch |= {
+            "max_new_tokens": max_new_tokens,
+            "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        return generate_answers(self.internvl, tokenizer, batch, generator, temperature, length, **sampling)
 
 
 def noise_levels(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -37,7 +37,7 @@ from reca_trainer.models.common.condition_dropout import drop_condition
 from reca_trainer.models.common.flow_matching import flow_loss, interpolate
 from reca_trainer.models.common.guidance import guided
 from reca_trainer.models.common.pixels import to_images
-from reca_trainer.models.common.token_sampling import seeded
+from reca_trainer.models.common.token_sampling import generate_answers
 from reca_trainer.models.common.vision_patches import image_patches
 from reca_trainer.models.contract import (
     Generators,
@@ -536,27 +536,21 @@ class QwenImageModel(UnifiedModel):
             temperature: greedy at 0.
             sampling: further arguments of transformers' `generate`, such as `do_sample` and `top_p`.
         """
-        if temperature > 0:
-            sampling = {"do_sample": True, "temperature": temperature, **sampling}
         self._move_text_encoder(self.device)
         batch = processor.ask(text, images)
         ids, mask = (batch[name].to(self.device) for name in ("input_ids", "attention_mask"))
-        inputs = {}
+        tokenizer = processor.tokenizer
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "max_new_tokens": max_new_tokens,
+            "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
+            "pad_token_id": tokenizer.pad_token_id,
+        }
         if images:
             pictures = [picture.to(self.device) for picture in batch["condition_pixel_values"]]
-            inputs = self._picture_inputs(ids, pictures)
-        with seeded(generator, self.device):
-            tokens = self.text_encoder.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=processor.tokenizer.convert_tokens_to_ids("<|im_end|>"),
-                pad_token_id=processor.tokenizer.pad_token_id,
-                **inputs,
-                **{"do_sample": False, **sampling},
-            )
-        answers = tokens[:, ids.shape[1] :]
-        return [answer.strip() for answer in processor.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+            inputs |= self._picture_inputs(ids, pictures)
+        return generate_answers(self.text_encoder, tokenizer, inputs, generator, temperature, ids.shape[1], **sampling)
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
