@@ -69,8 +69,8 @@ def test_families_do_not_know_each_other_nor_the_trainer():
 
 def test_only_auto_knows_the_families():
     shared = [
-        *(SOURCE / "models" / "common").glob("*.py"),
-        *(SOURCE / "models" / f"{name}.py" for name in ("contract", "inference")),
+        *(path for name in ("common", "contract") for path in (SOURCE / "models" / name).glob("*.py")),
+        SOURCE / "models" / "inference.py",
     ]
     for path in [*SOURCE.glob("*.py"), *(SOURCE / "evaluation").glob("*.py"), *shared]:
         known = [module for module in imports(path) if module.startswith("reca_trainer.models.")]

@@ -1,4 +1,4 @@
-"""What `models/contract.py` promises of every family: on tiny models with random weights, on the embedded model, which is
+"""What `models/contract` promises of every family: on tiny models with random weights, on the embedded model, which is
 a pretrained BAGEL, and on the family that lives in these tests."""
 
 import copy

@@ -1,4 +1,4 @@
-"""What comes in at inference: texts and pictures, singly or in lists, made one of each per sample or refused by name."""
+"""Arguments of inference: texts and pictures, single or in lists, become one of each per sample, or are refused by name."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def read_images(name: str, value: Any) -> Image.Image | list[Image.Image]:
 
 
 def spread(inputs: dict[str, Any]) -> dict[str, list[Any] | None]:
-    """Lists with one entry per sample of `inputs`, of which each is such a list, one value for all samples, or `None`.
+    """Each of `inputs` as a list with one entry per sample: a list stays, one value for all is repeated, `None` stays.
 
     Raises:
         ValueError: a list is empty, or two lists differ in length.
@@ -67,15 +67,15 @@ PER_SAMPLE = ("negative_prompt", "latents", "posterior_noise")
 
 
 def differ_in_size(text: list[str] | None, images: list[Image.Image] | None) -> bool:
-    """Whether images do not form a rectangular batch."""
+    """Whether images differ in size, so that they cannot be one tensor."""
     return images is not None and len({image.size for image in images}) > 1
 
 
 def singly_where(
     condition: Callable[[list[str] | None, list[Image.Image] | None], bool],
 ) -> Callable[[Callable[..., list[Any]]], Callable[..., list[Any]]]:
-    """Decorates `_generate_images` or `_generate_text`: samples go through it one by one where `condition(text, images)`
-    says that they make no batch, each with its own entry of `PER_SAMPLE` and, of several, its own generator."""
+    """Decorate `_generate_images` or `_generate_text`: where `condition(text, images)` is true, samples are made one by one,
+    each with its entry of the arguments `PER_SAMPLE` and of a list of generators."""
 
     def decorate(method: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
         @functools.wraps(method)
@@ -106,14 +106,14 @@ def singly_where(
 
 
 def check_generators(generator: Any, count: int) -> None:
-    """Raise `ValueError` where a list of generators has not one for each of `count` samples."""
+    """Raise `ValueError` unless a list of generators has one for each of `count` samples."""
     if isinstance(generator, (list, tuple)) and len(generator) != count:
         raise ValueError(f"Got {len(generator)} generators for {count} samples; pass one per sample, or one for all.")
 
 
 def check_side(model: str, name: str, value: int | None, sides: range) -> None:
-    """Raise `ValueError` where a side, `name`, is none of the `sides` in pixels that `model` can make; the message has
-    the nearest of them."""
+    """Raise `ValueError` unless the side called `name` is one of the `sides` in pixels that `model` can make; the message
+    gives the nearest of them."""
     if value is None or value in sides:
         return
     if len(sides) == 1:
@@ -126,7 +126,7 @@ def check_side(model: str, name: str, value: int | None, sides: range) -> None:
 
 
 def check_sampling(model: str, method: Callable[..., Any], sampling: Iterable[str]) -> None:
-    """Raise `ValueError` where `sampling` has names that are no keywords of `method`, unless that takes any."""
+    """Raise `ValueError` if `sampling` has names that are not keywords of `method`, unless it takes any keyword."""
     parameters = inspect.signature(method).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return
@@ -137,7 +137,7 @@ def check_sampling(model: str, method: Callable[..., Any], sampling: Iterable[st
 
 @contextmanager
 def warning_of_cut_texts(processor: Any) -> Iterator[None]:
-    """Log a warning if the processor shortens texts meanwhile."""
+    """Log a warning if the processor shortens texts inside this context."""
     before = processor.texts_cut
     yield
     if count := processor.texts_cut - before:

@@ -1,19 +1,4 @@
-"""The contract between `RecATrainer` and a model family.
-
-A family is a `UnifiedModel` (a `PreTrainedModel`, so loading, saving, quantisation, PEFT, FSDP and the Hub come with it)
-and a `UnifiedProcessor`. The trainer knows these two classes and nothing about any family.
-
-A batch is a plain dict. Its keys mean the same in every family:
-
-| key | shape | meaning |
-|---|---|---|
-| `task` | str | `"reconstruct"`, `"generate"`, `"caption"` or `"edit"` |
-| `condition_pixel_values` | `[B, 3, h, w]` float | image for the understanding encoder, as that encoder wants it normalised; a list of B `[3, h, w]` where sizes differ |
-| `pixel_values` | `[B, 3, H, W]` float in [-1, 1] | image to generate |
-| `source_pixel_values` | `[B, 3, H, W]` float in [-1, 1] | image that an edit starts from, as `pixel_values` are; `condition_pixel_values` has it too |
-| `input_ids`, `attention_mask` | `[B, T]` int64 | instruction (reconstruct, edit), prompt (generate), question and answer (caption) |
-| `labels` | `[B, T]` int64 | caption targets, -100 where nothing is supervised |
-"""
+"""The half of the contract that computes: `UnifiedModel`."""
 
 from __future__ import annotations
 
@@ -22,17 +7,16 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
-from transformers.utils import ModelOutput
 
+from reca_trainer.models.contract.output import UnifiedOutput
+from reca_trainer.models.contract.processor import UnifiedProcessor
 from reca_trainer.models.inference import (
     check_generators,
     check_sampling,
@@ -46,14 +30,13 @@ from reca_trainer.models.precision import apply_frozen_dtype, autocast_frozen, l
 
 Generators = torch.Generator | list[torch.Generator] | None
 
-
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 
 def evaluating(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Decorates a method of a `UnifiedModel` that samples: it runs in eval mode and without gradients, and leaves the
-    model in the mode it was in, also where it fails."""
+    """Decorate a method of a `UnifiedModel` that samples: it runs in eval mode and without gradients, and leaves the
+    model in the mode it was in, even if it fails."""
 
     @functools.wraps(method)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
@@ -67,25 +50,6 @@ def evaluating(method: Callable[Parameters, Result]) -> Callable[Parameters, Res
             model.train(training)
 
     return run
-
-
-@dataclass
-class UnifiedOutput(ModelOutput):
-    """What one task's forward pass returns.
-
-    Args:
-        loss (`torch.Tensor`): scalar float32, the mean over the batch's supervised tokens.
-        per_sample_loss (`torch.Tensor`): `[B]` float32, the same mean taken sample by sample, detached.
-        prediction (`torch.Tensor`): what the generator predicted (velocity, noise or logits), family-shaped.
-        target (`torch.Tensor`): what it was compared with.
-        understanding_embeds (`torch.Tensor`): `[B, S, D]`, the dense prompt of a reconstruction.
-    """
-
-    loss: torch.Tensor | None = None
-    per_sample_loss: torch.Tensor | None = None
-    prediction: torch.Tensor | None = None
-    target: torch.Tensor | None = None
-    understanding_embeds: torch.Tensor | None = None
 
 
 class UnifiedModel(PreTrainedModel):
@@ -103,16 +67,18 @@ class UnifiedModel(PreTrainedModel):
         quantized_modules: regular expression that fully matches the names of the linear layers a `BitsAndBytesConfig`
             quantises; by default `lora_target_modules`. All others stay as they are.
         image_tasks: the tasks of `generate_images`.
-        image_sides: in pixels, what `generate_images` can make a side of; `None` where that is the processor's `fixed_size`.
+        image_sides: the possible heights and widths of generated images, in pixels; `None` where the processor's
+            `fixed_size` is the only size.
         no_guidance_scale: the `guidance_scale` of `generate_images` that turns classifier-free guidance off. Scales are
             the original's numbers, so that published values stay valid.
-        sampling_defaults: by task, where the original samples it otherwise than the defaults of `_generate_images` say.
+        sampling_defaults: arguments of `_generate_images` by task, where the original's differ from that method's
+            defaults.
         frozen_encoders: names of the submodules that `encode_batch` computes with; none where a family has no such
             method.
         supports_timesteps_per_image: whether `sample_corruption` takes a batch with a further entry `timesteps_per_image`,
-            a number, and draws for so many noisy copies of its targets, all behind one condition. `forward` sees the
-            number in these draws and does not take the entry.
-        supports_condition_token_dropout: whether `_reconstruct` reads no more of the condition than the mask of
+            an int K, and draws for K noisy copies of each target, all behind one condition. `forward` reads K off these
+            draws and does not take the entry.
+        supports_condition_token_dropout: whether `_reconstruct` hides embeddings of the condition as
             `models.common.condition_dropout.drop_condition` says.
         condition_token_dropout: share of the condition's embeddings that is dropped unless a run says otherwise.
         license_note: what a model card says of the licence beside its name, in Markdown.
@@ -148,9 +114,9 @@ class UnifiedModel(PreTrainedModel):
             return self.is_activation_checkpointing  # PEFT asks by the older name, and transformers would warn of it
 
     def post_init(self) -> None:
-        """As `PreTrainedModel.post_init`. The layers that FSDP wraps are those that are there: a part brings along all
-        that its class could have, and accelerate refuses names that it does not find."""
-        self.__dict__.pop("_no_split_modules", None)  # of an earlier call, before a subclass added modules
+        """As `PreTrainedModel.post_init`, and `_no_split_modules`, the layers that FSDP wraps, keeps only those that the
+        model has: parts of other libraries list all that their class could have, and accelerate refuses missing ones."""
+        self.__dict__.pop("_no_split_modules", None)  # set by a superclass, before this class added modules
         super().post_init()
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = {name for name in self._no_split_modules or () if name in present}
@@ -158,7 +124,7 @@ class UnifiedModel(PreTrainedModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """As in `PreTrainedModel`; that of trained weights where frozen ones have another."""
+        """As in `PreTrainedModel`; where frozen weights have a dtype of their own, that of the trained ones."""
         return super().dtype if self.frozen_dtype is None else torch.float32
 
     @property
@@ -183,12 +149,12 @@ class UnifiedModel(PreTrainedModel):
     # --- losses ---
 
     def forward(self, task: str, corruption: dict[str, torch.Tensor] | None = None, **batch: Any) -> UnifiedOutput:
-        """Compute one task's loss. All compute of a training step happens in here, so that DDP, FSDP and ZeRO see it.
+        """Compute one task's loss. A training step computes nothing elsewhere, so that DDP, FSDP and ZeRO see all of it.
 
         Args:
             task: one of `self.tasks`; the method `_<task>` computes it.
             corruption: the random draws of the generation loss, from `sample_corruption`; drawn here if `None`.
-            batch: the tensors of the batch, see the module docstring.
+            batch: the tensors of the batch, see `reca_trainer.models.contract`.
 
         Raises:
             ValueError: the family cannot do the task, or a key of the batch means nothing to it.
@@ -223,8 +189,8 @@ class UnifiedModel(PreTrainedModel):
         raise NotImplementedError
 
     def encode_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """What `forward`, `sample_corruption` and `count_supervised` take instead of the images of a `reconstruct` batch:
-        tensors `[B, ...]` that depend on nothing but the image, its size and the weights of `frozen_encoders`."""
+        """Tensors `[B, ...]` that `forward`, `sample_corruption` and `count_supervised` take instead of the images of a
+        `reconstruct` batch. They depend only on the image, its size and the weights of `frozen_encoders`."""
         raise NotImplementedError
 
     # --- draws and counts ---
@@ -258,12 +224,12 @@ class UnifiedModel(PreTrainedModel):
         min_image_size: int | None = None,
         text_length: int = 32,
     ) -> dict[str, Any]:
-        """A `reconstruct` batch with the shapes that a processor gives large square pictures. Its pixels are zero, and only
-        its token ids of images have a meaning.
+        """A `reconstruct` batch with the shapes that a processor gives large square pictures. Its pixels are zero, and its
+        token ids are right only where an image goes.
 
         Args:
-            max_image_size, min_image_size: bounds of the target's sides, as in `UnifiedProcessor.target_size`.
-            text_length: tokens of a sample beside those of images: its instruction and what is put around it.
+            max_image_size, min_image_size: bounds of the target's sides in pixels, as in `UnifiedProcessor.target_size`.
+            text_length: tokens of a sample that are not an image's: its instruction and what is put around it.
 
         Raises:
             ValueError: the family's targets cannot have such a size.
@@ -292,17 +258,17 @@ class UnifiedModel(PreTrainedModel):
         It runs in eval mode and without gradients.
 
         Args:
-            text: prompts or instructions: a list with one per image, or one for all. An empty text leaves the words
-                out; a reconstruction needs none. Texts are tokenised as in training, and shortened where they are longer
-                than the family takes, with a warning.
+            text: prompts or instructions: a list with one per image, or one for all. `""` leaves the words out; a
+                reconstruction needs none. Texts are tokenised as in training, and shortened with a warning where they
+                are longer than the family takes.
             images: PIL images, paths or encoded bytes: a list, or one for all texts. They are read as for training, see
                 `reca_trainer.images.decode_image`.
             generator: one generator, or a list with one per image: then an image does not depend on the others.
             height, width: of the output in pixels; by default what the processor makes.
             negative_prompt: what classifier-free guidance leads away from, in place of the family's unconditional prompt:
                 one per image, or one for all.
-            sampling: `num_inference_steps`, `guidance_scale` and what else `_generate_images` of the family takes; what is
-                left out is as its defaults and, for the task, `sampling_defaults` say.
+            sampling: `num_inference_steps`, `guidance_scale` and the other arguments of the family's `_generate_images`;
+                defaults are that method's, changed for a task by `sampling_defaults`.
 
         Returns:
             A list of RGB images, also for a single prompt.
@@ -367,13 +333,13 @@ class UnifiedModel(PreTrainedModel):
         generator: Generators,
         **sampling: Any,
     ) -> list[Image.Image]:
-        """What `generate_images` of the family does, once everything is checked.
+        """The family's part of `generate_images`, called with checked arguments.
 
         Args:
             text, images: lists of one length; images are upright RGB. `text` is `None` where a reconstruction has no
                 instructions, `images` is `None` in text-to-image.
             task: one of `image_tasks`.
-            sampling: the family names each of its arguments, with defaults: they alone are taken. Among them are `height`
+            sampling: the family names each of its arguments, with defaults; others are refused. Among them are `height`
                 and `width` where it has `image_sides`, `negative_prompt` (a list, or `None`) where it has guidance.
         """
         raise NotImplementedError
@@ -393,9 +359,9 @@ class UnifiedModel(PreTrainedModel):
         Args:
             text, images: as in `generate_images`; a single question is asked about every image, a single image serves
                 every question.
-            generator: of the draws, where there are any; answers are greedy by default. One, or a list with one per
-                question where the family draws them apart.
-            sampling: `max_new_tokens`, `temperature` and what else `_generate_text` of the family takes.
+            generator: for answers that are sampled; they are greedy by default. One generator, or a list with one per
+                question where the family draws each answer on its own.
+            sampling: `max_new_tokens`, `temperature` and the other arguments of the family's `_generate_text`.
 
         Returns:
             A list of answers, also for a single question.
@@ -428,7 +394,7 @@ class UnifiedModel(PreTrainedModel):
         generator: Generators,
         **sampling: Any,
     ) -> list[str]:
-        """What `generate_text` of the family does, once everything is checked; arguments as in `_generate_images`."""
+        """The family's part of `generate_text`, called with checked arguments as `_generate_images` is."""
         raise NotImplementedError
 
     # --- loading, saving and training ---
@@ -437,9 +403,13 @@ class UnifiedModel(PreTrainedModel):
     def from_pretrained(
         cls, *args: Any, quantization_config: Any = None, frozen_dtype: torch.dtype | None = None, **kwargs: Any
     ) -> UnifiedModel:
-        """As `PreTrainedModel.from_pretrained`. `llm_int8_skip_modules` of a `BitsAndBytesConfig` names layers that are not
-        quantised, beside those that are none of `quantized_modules`. With `dtype` float32, `frozen_dtype` is that of the
-        weights that `models.precision` names; the model then computes under an autocast to it.
+        """As `PreTrainedModel.from_pretrained`.
+
+        Args:
+            quantization_config: a `BitsAndBytesConfig` quantises `quantized_modules`, but for the layers that its
+                `llm_int8_skip_modules` names.
+            frozen_dtype: with `dtype` float32, the dtype of the weights that `models.precision` names; the model then
+                computes under an autocast to it.
 
         Raises:
             ValueError: an entry of `llm_int8_skip_modules` is none of `quantized_modules`.
@@ -455,15 +425,15 @@ class UnifiedModel(PreTrainedModel):
             loaded = super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
         for module in model.modules():
-            # In eval mode on some CPUs bitsandbytes repacks 4-bit weights for bfloat16 inference, for good: training
-            # then has no gradients, and rows that are no whole number of blocks do not work at all.
+            # In eval mode on some CPUs bitsandbytes repacks 4-bit weights for bfloat16 inference, for good. Training
+            # then has no gradients, and rows that are not a whole number of blocks fail.
             if getattr(module, "support_avx512bf16_for_cpu", False):
                 module.support_avx512bf16_for_cpu = False
         model.check_skipped(chosen)
         return loaded
 
     def check_skipped(self, entries: Sequence[str]) -> None:
-        """Raises `ValueError` for an entry of `llm_int8_skip_modules` that is none of the layers that are quantised."""
+        """Raise `ValueError` for an entry of `llm_int8_skip_modules` that names no quantised layer."""
         names = [name for name, layer in self.named_modules() if isinstance(layer, nn.Linear) and self.quantizes(name)]
         for entry in entries:
             if all(self.quantizes(name, [entry]) for name in names):
@@ -473,21 +443,21 @@ class UnifiedModel(PreTrainedModel):
                 )
 
     def quantizes(self, name: str, skipped: Sequence[str] = ()) -> bool:
-        """Whether a `BitsAndBytesConfig` quantises the linear layer called `name`, with these `llm_int8_skip_modules`."""
+        """Whether a `BitsAndBytesConfig` with these `llm_int8_skip_modules` quantises the linear layer `name`."""
         pattern = self.quantized_modules or self.lora_target_modules
         return bool(re.fullmatch(pattern, name)) and should_convert_module(name, list(skipped))
 
     def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
-        """As `PreTrainedModel.save_pretrained`, with the names that the modules have here: a part of another library's
-        (InternVL) would else be written under the names it was published with."""
+        """As `PreTrainedModel.save_pretrained`, under the module names of this model. transformers would write a part such
+        as InternVL under the names it was published with."""
         kwargs["save_original_format"] = save_original_format
         super().save_pretrained(*args, **kwargs)
 
     def decays(self, name: str, shape: torch.Size) -> bool:
-        """Whether weight decay acts on the parameter called `name`, as in the optimiser groups of the original's script.
+        """Whether weight decay acts on the parameter `name`, as in the optimiser groups of the original's script.
 
         Args:
-            shape: of the whole parameter, wherever its parts lie.
+            shape: of the whole parameter, also where it is sharded.
         """
         return len(shape) >= 2
 
@@ -500,194 +470,11 @@ class UnifiedModel(PreTrainedModel):
             module.requires_grad_(True)
 
     def train(self, mode: bool = True) -> UnifiedModel:
-        """As `torch.nn.Module.train`, but what only understanding uses and what is never trained stay in eval mode."""
+        """As `torch.nn.Module.train`, but `understanding_modules` and `frozen_modules` stay in eval mode."""
         super().train(mode)
         for name in [*self.understanding_modules, *self.frozen_modules]:
             self.get_submodule(name).eval()
         return self
-
-
-Message = dict[str, str]
-Conversation = list[Message]
-
-IMAGE_MARK = "<image>"  # where a message shows the conversation's picture
-
-
-class UnifiedProcessor(ProcessorMixin):
-    """Turns whole PIL images and texts into one task's batch, framed and worded as its family was trained.
-
-    A text that is longer than the family takes loses its end. Whether a text that spells a special token, such as
-    `<|im_end|>`, gets that token is the original's choice; each family says so.
-
-    Attributes:
-        tasks: those whose batches it makes.
-        fixed_size: `(height, width)` in pixels of every target; `None` where the picture decides.
-        texts_cut: how many texts this processor has shortened so far.
-    """
-
-    tasks: tuple[str, ...] = ("reconstruct", "caption", "generate")
-    texts_cut: int = 0
-
-    @property
-    def fixed_size(self) -> tuple[int, int] | None:
-        return None
-
-    def __call__(
-        self,
-        images: list[Any] | None = None,
-        text: list[str] | list[Conversation] | None = None,
-        instruction: str | list[str] | None = None,
-        task: str = "reconstruct",
-        size: tuple[int, int] | None = None,
-        *,
-        crop: list[float | None] | None = None,
-        dropped: list[bool] | None = None,
-    ) -> dict[str, Any]:
-        """Build the batch of one task (see the module docstring for its keys).
-
-        Families with the task `edit` have a further argument `dropped_sources: list[tuple[bool, bool]]`: the samples whose
-        source is dropped as latents and as embeddings; none by default.
-
-        Args:
-            images: whole, upright RGB images, one per sample; the family cuts, squeezes, pads and resizes them as its
-                original does; pairs `(source, target)` for `edit`. Without them, families with `frozen_encoders` give the rest of a `reconstruct` batch.
-            text: captions, one per sample (`generate`, `caption`), or instructions (`edit`), with the white space they have. For `caption` also
-                conversations, messages `{"role": "user" | "assistant", "content": str}` of which one may have
-                `<image>` in its content.
-            instruction: what the model is asked for: the reconstruction template, or the question behind a caption;
-                one for all samples or one per sample. Conversations bring their own questions.
-            size: `(height, width)` of the targets, and of the sources of edits; by default what `target_size` gives, and then of one size.
-            crop: where a family cuts a square out of the longer side, one place in [0, 1) per sample: of `n + 1`
-                possible offsets, number `int(place * (n + 1))`. `None` is the centre.
-            dropped: the samples whose text is dropped for classifier-free guidance, in the family's own unconditional
-                form (`reconstruct`, `generate`, `edit`); none by default.
-
-        Raises:
-            ValueError: arguments that do not belong together; the message says which.
-        """
-        raise NotImplementedError
-
-    def target_size(
-        self, width: int, height: int, max_image_size: int | None = None, min_image_size: int | None = None
-    ) -> tuple[int, int]:
-        """`(height, width)` in pixels of the target that an image of `width` and `height` becomes.
-
-        Args:
-            max_image_size, min_image_size: bounds of the longer and the shorter side instead of the family's own, where
-                the picture decides.
-
-        Raises:
-            ValueError: bounds for a family with targets of one size.
-        """
-        if self.fixed_size is None:
-            raise NotImplementedError
-        if max_image_size is not None or min_image_size is not None:
-            raise ValueError(
-                f"{type(self).__name__} makes targets of {self.fixed_size[1]} x {self.fixed_size[0]} pixels only; leave "
-                "max_image_size and min_image_size out."
-            )
-        return self.fixed_size
-
-    def conversation_problem(self, conversation: Conversation) -> str | None:
-        """Why the family cannot learn from a conversation about a picture, such as "no answer"; `None` if it can.
-
-        Rows with a problem are left out and counted.
-        """
-        if not any(message["role"] == "assistant" for message in conversation):
-            return "no answer"
-        return None
-
-    def with_arguments(self, **arguments: Any) -> UnifiedProcessor:
-        """A processor of the same class with these arguments of it, and otherwise with those of this one.
-
-        Raises:
-            ValueError: it has no such argument.
-        """
-        known = [name for name in inspect.signature(type(self)).parameters if hasattr(self, name)]
-        if unknown := sorted(set(arguments) - set(known)):
-            raise ValueError(f"{type(self).__name__} has no {', '.join(unknown)}; it has {', '.join(known)}.")
-        return type(self)(**{name: getattr(self, name) for name in known} | arguments)
-
-    def shorten(self, ids: list[int], length: int) -> list[int]:
-        """The first `length` ids of a text or conversation; `texts_cut` counts it if it has more."""
-        self.texts_cut += len(ids) > length
-        return ids[:length]
-
-
-def conversations_of(
-    text: Sequence[str | Conversation], instruction: str | list[str] | None, with_images: bool = True
-) -> list[Conversation]:
-    """Captions as conversations about a picture: the question, then the caption; conversations stay as they are."""
-    questions = instruction if isinstance(instruction, list) else [instruction or ""] * len(text)
-    mark = f"{IMAGE_MARK}\n" if with_images else ""
-    return [
-        [{"role": "user", "content": mark + (question or "")}, {"role": "assistant", "content": answer}]
-        if isinstance(answer, str)
-        else answer
-        for answer, question in zip(text, questions, strict=True)
-    ]
-
-
-def one_per_sample(value: Any, count: int, default: Any = None) -> list[Any]:
-    """A list with an entry for each of `count` samples, of such a list, of one value for all, or of nothing.
-
-    Raises:
-        ValueError: a list of another length.
-    """
-    values = value if isinstance(value, list) else [default if value is None else value] * count
-    if len(values) != count:
-        raise ValueError(f"Got {len(values)} entries for a batch of {count} samples; pass one per sample.")
-    return values
-
-
-def check_only_size(side: int, *bounds: int | None) -> None:
-    """Raise `ValueError` where one of the `bounds` asks of a family for targets of another side than its only one."""
-    if any(bound not in (None, side) for bound in bounds):
-        raise ValueError(f"This model makes targets of {side} x {side} pixels only; leave other sizes out.")
-
-
-def token_cross_entropy(
-    head: Callable[[torch.Tensor], torch.Tensor],
-    hidden: torch.Tensor,
-    labels: torch.Tensor,
-    understanding_embeds: torch.Tensor | None = None,
-    supervised: torch.Tensor | None = None,
-) -> UnifiedOutput:
-    """Cross-entropy of the supervised labels.
-
-    Args:
-        head: output layer, `[L, D]` -> `[L, V]`. Only supervised positions go through it: the others' logits would fill
-            the memory.
-        hidden: `[B, T, D]`, the states that predict the labels at the same places (of next tokens: `hidden[:, :-1]` and
-            `labels[:, 1:]`).
-        labels: `[B, T]` int64.
-        supervised: `[B, T]` bool, which labels count; by default those that are not -100.
-
-    Returns:
-        `UnifiedOutput` with `prediction` the logits `[L, V]` and `target` the labels `[L]` of the supervised positions.
-
-    Raises:
-        ValueError: there are none.
-    """
-    supervised = labels != -100 if supervised is None else supervised
-    target = labels[supervised]
-    if not len(target):
-        raise ValueError("No token of this batch is supervised; are its questions so long that the answers are cut?")
-    logits = head(hidden[supervised])
-    losses = F.cross_entropy(logits.float(), target, reduction="none")  # [L]
-    by_place = losses.new_zeros(supervised.shape).masked_scatter(supervised, losses.detach())
-    return UnifiedOutput(
-        loss=losses.mean(),
-        per_sample_loss=by_place.sum(1) / supervised.sum(1).clamp(min=1),
-        prediction=logits,
-        target=target,
-        understanding_embeds=understanding_embeds,
-    )
-
-
-def count_answer_tokens(labels: torch.Tensor) -> int:
-    """Targets of `token_cross_entropy` for next-token labels `[B, T]`, whose first column nothing predicts."""
-    return int((labels[:, 1:] != -100).sum())
 
 
 def per_sample(
