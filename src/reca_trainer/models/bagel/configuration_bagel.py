@@ -30,7 +30,7 @@ class BagelConfig(CompositeConfig):
         text_config: a `Qwen2Config`, the dimensions of each of the two experts.
         vision_config: a `SiglipVisionConfig`; `num_hidden_layers` counts the layers that exist (26 of SigLIP's 27).
         vae_config: arguments of diffusers' `AutoencoderKL`, and optionally `conv_in_channels`, the width of the
-            encoder's first convolution where it differs from that of its first block.
+            encoder's first convolution if that of its first block is another.
         latent_patch_size: side of the square of VAE latents that makes one token.
         max_latent_size: side of the position table of latent tokens.
         vit_max_num_patch_per_side: side of the position table added to the image embeddings.

@@ -3,10 +3,10 @@
 | file | content |
 |---|---|
 | `ema.safetensors` (or `model.safetensors`, or either sharded behind an `.index.json`) | everything but the autoencoder |
-| `model_bf16.safetensors` | the same in the authors' RecA release; read first, since an `ema.safetensors` beside it is an average that hardly moved |
+| `model_bf16.safetensors` | the same in the authors' RecA release; preferred, because the `ema.safetensors` beside it is an average that hardly moved |
 | `model.safetensors.index.json` | which file holds which tensor: all of them `ema.safetensors` |
 | `ae.safetensors` | FLUX' autoencoder, float32, in FLUX' own key names |
-| `llm_config.json`, `vit_config.json` | dimensions; `config.json` only gives what the original hard-codes |
+| `llm_config.json`, `vit_config.json` | dimensions; `config.json` has only what the original hard-codes |
 """
 
 from __future__ import annotations
@@ -58,17 +58,18 @@ def read_published(folder: Path, **kwargs: Any) -> BagelModel:
 
 
 def read_published_processor(folder: Path, **kwargs: Any) -> BagelProcessor:
+    """The processor of BAGEL as published; `kwargs` as for `BagelProcessor`."""
     return BagelProcessor(Qwen2TokenizerFast.from_pretrained(folder), **kwargs)
 
 
 def write_published(
     model: BagelModel, processor: BagelProcessor, folder: Path, max_shard_size: int | str | None = None
 ) -> None:
-    """Write `model` in the layout that the original inference code and its ports read. `folder` must exist. By default
-    its weights are in one file, as published.
+    """Write `model` in the layout that the original inference code and its ports read. `folder` must exist. By default the
+    weights are one file, as published.
 
     Raises:
-        CheckpointError: the autoencoder is built otherwise than FLUX', which the layout cannot say.
+        CheckpointError: the layout cannot describe the autoencoder, which is not built as FLUX' is.
     """
     folder = Path(folder)
     config = model.config
@@ -152,8 +153,8 @@ def read_config(folder: Path, vision_layers: int) -> BagelConfig:
 
 
 def autoencoder_config(folder: Path) -> dict[str, Any]:
-    """Arguments of `AutoencoderKL` for `ae.safetensors`. Scale and shift are in no published file: `ae_params.json`
-    gives them where an autoencoder is not FLUX' own; the widths are read off the weights."""
+    """Arguments of `AutoencoderKL` for `ae.safetensors`, with widths from the shapes of its weights. Scale and shift are in no
+    published file; `ae_params.json`, written here, has them where they are not FLUX'."""
     shapes = {key: tensor.shape for key, tensor in open_weights(folder, "ae.safetensors").items()}
     levels = 1 + max(int(m[1]) for key in shapes if (m := re.match(r"encoder\.down\.(\d+)\.", key)))
     blocks = 1 + max(int(m[1]) for key in shapes if (m := re.match(r"encoder\.down\.0\.block\.(\d+)\.", key)))

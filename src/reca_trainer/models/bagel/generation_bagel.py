@@ -1,4 +1,4 @@
-"""Pictures and answers from BAGEL."""
+"""Sampling of images and answers from BAGEL."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from reca_trainer.models.bagel.processing_bagel import BagelProcessor
-from reca_trainer.models.common.guidance import guided, no_longer
+from reca_trainer.models.common.guidance import guided, limit_norm
 from reca_trainer.models.common.latents import unpatchify
 from reca_trainer.models.common.pixels import to_images
 from reca_trainer.models.contract import Generators
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class BagelGeneration:
     """The part of `BagelModel` that samples."""
 
-    sampling_defaults: ClassVar = {  # those of BAGEL's own notebook
+    sampling_defaults: ClassVar = {  # from the notebook that BAGEL is published with
         "edit": {"image_guidance_scale": 2.0, "guidance_interval": (0.0, 1.0), "guidance_renorm": "text_channel"}
     }
 
@@ -47,19 +47,19 @@ class BagelGeneration:
         latents: torch.Tensor | None = None,
         posterior_noise: torch.Tensor | None = None,
     ) -> list[Image.Image]:
-        """See `UnifiedModel.generate_images`. These defaults are those of text-to-image.
+        """See `UnifiedModel.generate_images`. The defaults are the original's for text-to-image.
 
         Args:
-            height, width: of the output; by default the resized input image's, or the largest square size.
+            height, width: of the output in pixels; by default those of the resized input image, or the largest square.
             num_inference_steps: Euler steps (the original counts the 50 time points between which its 49 steps lie).
             guidance_scale: of the text; guidance is off at 1.
-            image_guidance_scale: of the images, on top; needs `guidance_scale > 1`.
+            image_guidance_scale: of the images, in addition; needs `guidance_scale > 1`.
             guidance_interval: guidance acts at shifted timesteps `low < t <= high`.
             guidance_renorm: `"global"` (one factor an image), `"channel"` (one a token) or `"text_channel"` (one a
                 token, between text and image guidance).
-            negative_prompt: read where guidance of the text reads nothing: after the images, if there are any.
-            latents: the initial noise `[B, N, p²C]` in token order, instead of drawing it.
-            posterior_noise: `[B, C, h, w]`, noise of the source's VAE posterior where latents are read, instead of drawing it.
+            negative_prompt: the text of the context that text guidance leads away from; by default it has none.
+            latents: the initial noise `[B, N, p²C]` in token order; drawn by default.
+            posterior_noise: `[B, C, h, w]`, noise of the source's VAE posterior where latents are read; drawn by default.
         """
         count = len(text or images)
 
@@ -68,7 +68,7 @@ class BagelGeneration:
                 return context
             return self.read_text(context, **{k: v.to(self.device) for k, v in processor.tokenize(texts).items()})
 
-        pictures = self.new_context(count)  # what remains without the text
+        pictures = self.new_context(count)  # the context without the text
         if task in ("edit", "reconstruct"):
             resized = [processor.resize(image, processor.generation_size) for image in images]
             width, height = width or resized[0].width, height or resized[0].height
@@ -95,7 +95,7 @@ class BagelGeneration:
             timestep_shift,
             guidance_interval if guidance_scale > 1 else None,
             lambda velocities: guide(velocities, *scales),
-        )
+        )  # [B, N, p²C]
         return to_images(self.decode_target(unpatchify(x, grid, self.config.latent_patch_size)), rounding="down")
 
     @singly_where(differ_in_size)
@@ -109,7 +109,7 @@ class BagelGeneration:
         max_new_tokens: int = 500,
         temperature: float = 0.0,
     ) -> list[str]:
-        """See `UnifiedModel.generate_text`. Greedy at `temperature` 0, else sampled; the original's limit is 500."""
+        """See `UnifiedModel.generate_text`: greedy at `temperature` 0, else sampled. The original's limit is 500 tokens."""
         context = self.new_context(len(text))
         if images is not None:
             resized = [processor.resize(image, processor.generation_size) for image in images]
@@ -125,17 +125,20 @@ class BagelGeneration:
 def guide(
     velocities: dict[str, torch.Tensor], text_scale: float, image_scale: float, renorm: str, renorm_min: float
 ) -> torch.Tensor:
-    """Classifier-free guidance with respect to the text, then to the images, and BAGEL's renormalisation, which never
-    lets guidance lengthen the velocity. All `[B, N, C]`; `renorm` is described in `BagelModel._generate_images`."""
-    full = velocities["full"]
+    """Classifier-free guidance with respect to the text, then to the images, and BAGEL's renormalisation, with which
+    guidance never lengthens the velocity. All `[B, N, C]`; `BagelGeneration._generate_images` describes `renorm`.
 
+    Raises:
+        ValueError: no such `renorm`.
+    """
+    full = velocities["full"]
     v = guided(full, velocities["no_text"], text_scale)
     if renorm == "text_channel":
-        v = no_longer(v, full, (-1,), renorm_min)
+        v = limit_norm(v, full, (-1,), renorm_min)
     if image_scale > 1:
         v = guided(v, velocities["no_image"], image_scale)
     if renorm == "text_channel":
         return v
     if renorm not in ("global", "channel"):
         raise ValueError(f"guidance_renorm is 'global', 'channel' or 'text_channel', not {renorm!r}.")
-    return no_longer(v, full, (-2, -1) if renorm == "global" else (-1,), renorm_min)
+    return limit_norm(v, full, (-2, -1) if renorm == "global" else (-1,), renorm_min)

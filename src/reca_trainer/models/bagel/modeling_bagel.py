@@ -2,8 +2,8 @@
 
 What is unusual about this model:
 
-- A mixture of transformers, see `MoTModel`: hard routing, splits, one attention.
-- All tokens of an image, markers included, have the same position. Only text positions count up.
+- It is a mixture of transformers, see `MoTModel`: hard routing, splits, one attention.
+- All tokens of an image and its markers have one position. Only text positions count up.
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ class SinCosPositions(PositionTable):
     """Fixed 2-D sine-cosine table; the first half of the channels encodes the column, the second the row."""
 
     def compute(self) -> torch.Tensor:
-        one_axis = sincos(self.side, self.dim // 2)  # [side, D/2]
-        columns = one_axis[None, :].expand(self.side, -1, -1)
-        rows = one_axis[:, None].expand(-1, self.side, -1)
+        axis = sincos(self.side, self.dim // 2)  # [side, D/2]
+        columns = axis[None, :].expand(self.side, -1, -1)  # [side, side, D/2], like `rows`
+        rows = axis[:, None].expand(-1, self.side, -1)
         return torch.cat([columns, rows], dim=-1).reshape(self.side**2, self.dim).float()
 
 
 class BagelVisionEmbeddings(nn.Module):
+    """Patches with positions from the corner of a square table: `[B, 3, h, w]` -> `[B, S, D_vit]`."""
+
     def __init__(self, config):
         super().__init__()
         self.patch_size, self.side = config.patch_size, config.image_size // config.patch_size
@@ -67,6 +69,8 @@ class BagelVisionTransformer(nn.Module):
 
 
 class BagelVisionModel(nn.Module):
+    """The level that SigLIP's published module names have above the transformer."""
+
     def __init__(self, config):
         super().__init__()
         self.vision_model = BagelVisionTransformer(config)
@@ -99,7 +103,7 @@ class BagelModel(BagelGeneration, MoTModel):
 
     def __init__(self, config: BagelConfig):
         super().__init__(config)
-        config.vision_config._attn_implementation = "sdpa"  # SigLIP's layers stand here outside a model of their own
+        config.vision_config._attn_implementation = "sdpa"  # chosen here because no whole SigLIP model does it
         hidden_size = config.text_config.hidden_size
         self.vit_model = BagelVisionModel(config.vision_config)
         self.connector = BagelConnector(config)
@@ -132,10 +136,10 @@ class BagelModel(BagelGeneration, MoTModel):
         Args:
             input_ids: the instructions `[B, T]`, or one for all `[1, T]`; `None` leaves them out.
             attention_mask: `[B, T]`, 0 at padding; a row of zeros leaves its instruction out.
-            latents, posterior: instead of `pixel_values`, see `_target_latents`.
-            condition_embeds, condition_attention_mask: instead of `condition_pixel_values`, what `encode_batch` gives;
-                the output's `understanding_embeds` are then these.
-            source_pixel_values: instead of a condition of embeddings, the image to read as VAE latents.
+            latents, posterior: alternatives to `pixel_values`, see `_target_latents`.
+            condition_embeds, condition_attention_mask: results of `encode_batch`, an alternative to
+                `condition_pixel_values`; they are then the output's `understanding_embeds`.
+            source_pixel_values: `[B, 3, H, W]`, the image to read as VAE latents, an alternative to embeddings.
         """
         latents = self._target_latents(corruption, pixel_values, latents, posterior)  # [B, C, h, w]
         understanding_embeds, context = condition_embeds, self.new_context(len(latents))
@@ -187,7 +191,7 @@ class BagelModel(BagelGeneration, MoTModel):
 
         Args:
             source_mask, condition_mask: `[B]` bool, the rows whose source is read as latents and as embeddings; `None`
-                where all are. What is dropped leaves its position taken.
+                for all. A dropped source still takes its position.
             input_ids, attention_mask, latents, posterior: as in `_reconstruct`.
         """
         latents, embeds = self._target_latents(corruption, pixel_values, latents, posterior), None  # [B, C, h, w]
@@ -245,12 +249,12 @@ class BagelModel(BagelGeneration, MoTModel):
 
     @torch.no_grad()
     def encode_posterior(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Mean and standard deviation of the VAE's latents: `[B, 3, H, W]` -> `[B, 2, C, h, w]`."""
+        """See `MoTModel.encode_posterior`."""
         posterior = self.vae.encode(pixel_values.to(self.vae.dtype)).latent_dist
         return torch.stack([posterior.mean, posterior.std], dim=1)
 
     def sample_latents(self, posterior: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """A sample of `encode_posterior`'s result, shifted and scaled: `[B, C, h, w]` in the model's dtype."""
+        """See `MoTModel.sample_latents`: shifted and scaled."""
         mean, std = posterior.unbind(1)  # [B, C, h, w] both
         sample = mean + std * noise.to(mean)
         scaled = self.vae.config.scaling_factor * (sample - self.vae.config.shift_factor)
@@ -258,14 +262,14 @@ class BagelModel(BagelGeneration, MoTModel):
 
     @torch.no_grad()
     def decode_target(self, target: torch.Tensor) -> torch.Tensor:
-        """Inverse of `encode_target`, without the sampling: `[B, C, h, w]` -> `[B, 3, H, W]`, about [-1, 1]."""
+        """Images `[B, 3, H, W]`, about [-1, 1], of latents `[B, C, h, w]`."""
         latents = target.to(self.vae.dtype) / self.vae.config.scaling_factor + self.vae.config.shift_factor
         return self.vae.decode(latents).sample
 
     @torch.no_grad()
     def encode_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """See `UnifiedModel.encode_batch`: `condition_embeds` `[B, S, D]`, positions added, with
-        `condition_attention_mask` `[B, S]` where they are padded, and the VAE's `posterior`."""
+        """See `UnifiedModel.encode_batch`: `condition_embeds` `[B, S, D]` with positions, the VAE's `posterior`
+        `[B, 2, C, h, w]`, and `condition_attention_mask` `[B, S]` if embeddings are padded."""
         if "source_pixel_values" in batch:
             raise ValueError("cache_latents keeps understanding embeddings, and this condition is VAE latents.")
         images = batch["condition_pixel_values"]
@@ -278,8 +282,8 @@ class BagelModel(BagelGeneration, MoTModel):
     def _place(
         self, embeds: torch.Tensor, condition_pixel_values: torch.Tensor | list[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Add the positions to the embeddings `[B, S, D]` of images: `[B, S, D]`, and which of them are no padding,
-        `[B, S]` bool or `None` where all are."""
+        """The embeddings `[B, S, D]` of images with their positions added, and their mask `[B, S]` bool, false at padding;
+        `None` where nothing is padded."""
         patch = self.config.vision_config.patch_size
 
         def table(image: torch.Tensor) -> torch.Tensor:  # [S, D]
@@ -301,7 +305,7 @@ class BagelModel(BagelGeneration, MoTModel):
         return self._read_condition(context, embeds + positions)
 
     def skip(self, context: Context) -> Context:
-        """Where a dropped image would have been: its position stays taken."""
+        """The context as if behind an image: a dropped image still takes its position."""
         return Context(context.past, context.position + 1, context.mask)
 
     # --- draws and counts ---
@@ -327,7 +331,7 @@ class BagelModel(BagelGeneration, MoTModel):
 
 
 def build_autoencoder(vae_config: dict[str, Any]) -> AutoencoderKL:
-    """diffusers' `AutoencoderKL`; FLUX' own code lets the first convolution be narrower than the first block."""
+    """diffusers' `AutoencoderKL`, whose first convolution may be narrower than its first block, as in FLUX' code."""
     vae_config = dict(vae_config)
     first = vae_config.pop("conv_in_channels", None)
     vae = AutoencoderKL(**vae_config)

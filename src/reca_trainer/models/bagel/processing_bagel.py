@@ -11,16 +11,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from reca_trainer.models.common.padding import padded_batch
+from reca_trainer.models.common.mot_processor import MoTProcessor
 from reca_trainer.models.common.pixels import to_pixels
 from reca_trainer.models.common.texts import fits
-from reca_trainer.models.contract import (
-    IMAGE_MARK,
-    Conversation,
-    UnifiedProcessor,
-    conversations_of,
-    one_per_sample,
-)
+from reca_trainer.models.contract import IMAGE_MARK, Conversation, one_per_sample
 
 
 def resized_size(
@@ -47,7 +41,7 @@ def resized_size(
 def bounded_rule(
     rule: tuple[int, int, int], max_image_size: int | None, min_image_size: int | None
 ) -> tuple[int, int, int]:
-    """A rule `(max, min, stride)` of `resized_size` within bounds in pixels; a maximum below its minimum lowers that too.
+    """A rule `(max, min, stride)` of `resized_size` within bounds in pixels; a maximum below the rule's minimum lowers both.
 
     Raises:
         ValueError: a bound below the stride, or a minimum above the maximum.
@@ -69,22 +63,20 @@ def bounded_rule(
 EDIT_SIZE = 518
 
 
-class BagelProcessor(UnifiedProcessor):
+class BagelProcessor(MoTProcessor):
     """Builds batches for `BagelModel`.
 
     Args:
         tokenizer: BAGEL's Qwen2.5 tokenizer.
         generation_size: `(max, min, stride)` in pixels for images that go through the VAE.
-        condition_size: the same for the understanding encoder during reconstruction. The smallest size that it was
-            trained at: this is RecA's information bottleneck (paper, table on conditions: 224 beats 512).
-        understanding_size: the same for questions about an image and, within `EDIT_SIZE`, for the source of an edit.
-        max_text_length: tokens of a sample's texts, their BOS and EOS included. The original leaves samples of more than
-            16,384 tokens out, of which a target and the largest understanding image take 9,000; here texts are cut.
-        condition_encoder: `"vit"`, or `"vae"` for an ablation of the paper: a reconstruction then reads the picture as an
-            edit reads its source, as VAE latents, and no understanding embeddings.
+        condition_size: the same for the understanding encoder during reconstruction. The default is the smallest size that
+            the encoder was trained at, RecA's information bottleneck (paper, table on conditions: 224 beats 512).
+        understanding_size: the same for questions about an image and, up to `EDIT_SIZE`, for the source of an edit.
+        max_text_length: tokens of a sample's texts, their BOS and EOS included; longer texts are cut. The original leaves out
+            samples of more than 16,384 tokens, of which a target and the largest understanding image take 9,000.
+        condition_encoder: `"vit"`, or `"vae"` for an ablation of the paper: a reconstruction then reads the picture as VAE
+            latents, as an edit reads its source, and no understanding embeddings.
     """
-
-    tasks = ("reconstruct", "caption", "generate", "edit")
 
     def __init__(
         self,
@@ -106,6 +98,7 @@ class BagelProcessor(UnifiedProcessor):
         super().__init__(tokenizer, **kwargs)
         self.bos_token_id = tokenizer.convert_tokens_to_ids("<|im_start|>")
         self.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        self.pad_token_id = self.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     def __call__(
         self,
@@ -119,27 +112,28 @@ class BagelProcessor(UnifiedProcessor):
         dropped: list[bool] | None = None,
         dropped_sources: list[tuple[bool, bool]] | None = None,
     ) -> dict[str, Any]:
-        """See `UnifiedProcessor.__call__`. Nothing is cut off a picture, so `crop` says nothing here.
+        """See `UnifiedProcessor.__call__`. Pictures are resized whole: `crop` has no effect.
 
         A dropped text, like an instruction of `""` or `None`, leaves no tokens: its row of `attention_mask` is zero, and
-        without any text there are no `input_ids`. A missing caption (`None`) is a space. Conversations may do without
-        pictures: `images` is then `None`, or a picture of one patch stands in for a row's.
+        without any text there are no `input_ids`. A missing caption (`None`) is a space. Conversations may have no
+        pictures: `images` is then `None`, or has `None` for a row, which gets a picture of one patch.
 
         Returns:
-            Besides the keys of every family: `image_position` `[B]` int64 of captions, the number of tokens before the
-            image, -1 for rows that show none; absent where all images come first. `source_mask` and `condition_mask` `[B]`
-            bool of edits, false where the latents or the embeddings of the source are dropped; absent where none is.
+            The keys of every family. Captions have `image_position` `[B]` int64, the number of tokens before the image, -1
+            for rows that show none, absent where all images come first. Edits have `source_mask` and `condition_mask` `[B]`
+            bool, false where the latents or the embeddings of the source are dropped, absent where none is.
             `attention_mask` is absent where nothing is padded, `condition_pixel_values` where no row shows an image.
 
         Raises:
             ValueError: the targets of one batch do not come out at one size, a text is dropped that is to be learned, a
                 conversation has no answer or shows its image in two messages.
         """
-        if any(dropped or []) and task == "caption":
-            raise ValueError("The tasks that make images drop texts, caption does not.")
-        batch: dict[str, Any] = {"task": task}
         if task == "caption":
-            return {**batch, **self._caption_batch(images, text, instruction)}
+            batch = self._caption_batch(images, text, instruction, dropped, self.understanding_size)
+            if "image_position" in batch and not batch["image_position"].any():
+                del batch["image_position"]  # all images come first, which needs no mask
+            return batch
+        batch = {"task": task}
         if task == "edit":
             sources, images = zip(*images, strict=True)
             batch["source_pixel_values"] = self.to_pixels(sources, self.generation_size, size)
@@ -156,15 +150,10 @@ class BagelProcessor(UnifiedProcessor):
                 batch["condition_pixel_values"] = self.to_conditions(images, self.condition_size)
         if images is not None:
             batch["pixel_values"] = self.to_pixels(images, self.generation_size, size)
-        texts = instruction if task == "reconstruct" else text
-        samples = next((values for values in (images, texts, dropped) if isinstance(values, (list, tuple))), [None])
-        texts = one_per_sample(texts, len(samples))
-        if task in ("reconstruct", "edit"):
-            rows = [self._text(words) if words else [] for words in texts]
-        else:
-            rows = [self._text(" " if words is None else words) for words in texts]
-        dropped = one_per_sample(dropped, len(samples), False)
-        rows = [[] if drop else row for row, drop in zip(rows, dropped, strict=True)]
+        rows = []
+        for words, drop in self._texts(images, instruction if task == "reconstruct" else text, dropped):
+            words = " " if task == "generate" and words is None else words
+            rows.append([] if drop or (task != "generate" and not words) else self._text(words))
         return {**batch, **self._pad(rows)} if any(rows) else batch
 
     def target_size(
@@ -179,8 +168,8 @@ class BagelProcessor(UnifiedProcessor):
         return resized_size(width, height, *rule)[::-1]
 
     def conversation_problem(self, conversation: Conversation) -> str | None:
-        """See `UnifiedProcessor.conversation_problem`: no words to learn, none among the tokens that are kept, or two
-        messages that show the one image."""
+        """See `UnifiedProcessor.conversation_problem`: no answer, none among the tokens that are kept, or two messages that
+        show the image."""
         answers = [
             i for i, message in enumerate(conversation) if message["role"] == "assistant" and message["content"]
         ]
@@ -190,40 +179,19 @@ class BagelProcessor(UnifiedProcessor):
             return "the image in more than one message"
         questions = [message["content"] for message in conversation[: answers[0]] if message["role"] == "user"]
         parts = [part for question in questions for part in parts_of(question) if part]
-        # A split has two markers; of the answer at least BOS and the token behind it are kept.
+        # A split has two markers, and at least BOS and one token of the answer are kept.
         if not fits(self._ids, parts, self.max_text_length - 2 * len(parts) - 2):
             return f"no answer within {self.max_text_length} tokens"
         return None
 
     def tokenize(self, texts: list[str]) -> dict[str, torch.Tensor]:
-        """Text splits `BOS, ids, EOS`: `input_ids` `[B, T]`, and `attention_mask` where it is padded, on the right. A text
-        of `""` or `None` leaves its split out."""
+        """Text splits `BOS, ids, EOS`: `input_ids` `[B, T]`, padded on the right, and `attention_mask` `[B, T]` if they are
+        padded. A text of `""` or `None` is an empty split."""
         return self._pad([self._text(text) if text else [] for text in texts])
 
-    def _caption_batch(
-        self,
-        images: list[Image.Image | None] | None,
-        text: list[str] | list[Conversation],
-        instruction: str | list[str] | None,
-    ) -> dict[str, Any]:
-        conversations = conversations_of(text, instruction, with_images=images is not None)
-        images = one_per_sample(images, len(conversations))
-        pairs = zip(conversations, images, strict=True)
-        rows, labels, positions = zip(*[self._word(words, image is not None) for words, image in pairs], strict=True)
-        batch: dict[str, Any] = self._pad(list(rows), list(labels))
-        if any(position >= 0 for position in positions):
-            shown = [image if position >= 0 else None for image, position in zip(images, positions, strict=True)]
-            batch["condition_pixel_values"] = self.to_conditions(shown, self.understanding_size)
-            if any(positions):
-                batch["image_position"] = torch.tensor(positions)
-        return batch
-
     def _word(self, conversation: Conversation, with_image: bool) -> tuple[list[int], list[int], int]:
-        """A conversation as ids, labels and the number of ids before its image, -1 where it shows none.
-
-        Every message is a split, every answer supervised, its EOS included; roles leave no trace, and messages of others
-        than the two count for nothing. An image splits its message.
-        """
+        """See `MoTProcessor._word`. Every message is a split, and every answer is supervised with its EOS. Roles are not
+        written out, messages of roles other than user and assistant are left out, and an image splits its message."""
         if problem := self.conversation_problem(conversation):
             raise ValueError(f"A conversation cannot be learned from: {problem}.")
         ids: list[int] = []
@@ -245,19 +213,12 @@ class BagelProcessor(UnifiedProcessor):
         ids = self.shorten(ids, self.max_text_length)
         return ids, labels[: len(ids)], image_position if image_position <= len(ids) else -1
 
-    def _pad(self, rows: list[list[int]], labels: list[list[int]] | None = None) -> dict[str, torch.Tensor]:
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eos_token_id
-        return padded_batch(rows, pad, labels)
-
     def _text(self, text: str) -> list[int]:
         """The split of a sample's only text."""
         return [self.bos_token_id, *self.shorten(self._ids(text), self.max_text_length - 2), self.eos_token_id]
 
     def _split(self, text: str) -> list[int]:
         return [self.bos_token_id, *self._ids(text), self.eos_token_id]
-
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def resize(self, image: Image.Image, rule: tuple[int, int, int]) -> Image.Image:
         """Resize with BAGEL's rule `(max, min, stride)`, bicubic, no crop."""
@@ -274,16 +235,9 @@ class BagelProcessor(UnifiedProcessor):
             images = [self.resize(image, rule) for image in images]
         return to_pixels(images)
 
-    def to_conditions(
-        self, images: list[Image.Image | None], rule: tuple[int, int, int]
-    ) -> torch.Tensor | list[torch.Tensor]:
-        """Each image resized by `rule`: `[B, 3, h, w]` float32 in [-1, 1], or a list of `[3, h, w]` where sizes differ.
-        Where there is no image, one patch of zeros."""
-        patch = rule[2]
-        pixels = [
-            torch.zeros(3, patch, patch) if image is None else self.to_pixels([image], rule)[0] for image in images
-        ]
-        return torch.stack(pixels) if len({tensor.shape for tensor in pixels}) == 1 else pixels
+    def to_condition(self, image: Image.Image | None, rule: tuple[int, int, int]) -> torch.Tensor:
+        """See `MoTProcessor.to_condition`: the image resized by `rule`, in [-1, 1]."""
+        return torch.zeros(3, rule[2], rule[2]) if image is None else self.to_pixels([image], rule)[0]
 
 
 def parts_of(question: str) -> list[str]:

@@ -8,8 +8,9 @@ from transformers import PreTrainedConfig
 
 
 class CompositeConfig(PreTrainedConfig):
-    """A `PreTrainedConfig` whose fields named in `sub_configs` are of the classes given there; dictionaries are made into
-    them. A field that is `None` when `__post_init__` comes here stays so.
+    """A `PreTrainedConfig` whose fields named in `sub_configs` are configurations of the classes given there.
+
+    Dictionaries become instances of these classes; a field that is `None` stays `None`.
     """
 
     sub_configs: ClassVar[dict[str, type[PreTrainedConfig]]] = {}

@@ -1,4 +1,4 @@
-"""Conversations in which questions and answers alternate, about one picture that comes first."""
+"""Conversations of alternating questions and answers about at most one picture."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def without_mark(message: Message) -> str:
 
 
 def exchange_problem(conversation: Conversation) -> str | None:
-    """Why a conversation is not of this form, in a few words; `None` if it is."""
+    """What keeps a conversation from alternating questions and answers, in a few words; `None` if nothing does."""
     roles = [message["role"] for message in conversation]
     if roles != ["user", "assistant"] * (len(roles) // 2):
         return "not questions and answers in turn"

@@ -1,4 +1,4 @@
-"""Rectified flow: `x_t = (1 - t) x + t ε`, of which a model predicts the velocity `ε - x`."""
+"""Rectified flow (arXiv:2209.03003): a model predicts the velocity `ε - x` of `x_t = (1 - t) x + t ε`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def interpolate(clean: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) ->
 
 
 def shift_timesteps(timesteps: torch.Tensor, shift: float) -> torch.Tensor:
-    """`t <- s t / (1 + (s - 1) t)`: for a `shift` `s` above 1, nearer to noise (arXiv:2403.03206, equation 23)."""
+    """`t <- s t / (1 + (s - 1) t)`: a `shift` `s` above 1 moves timesteps towards noise (arXiv:2403.03206, equation 23)."""
     return shift * timesteps / (1 + (shift - 1) * timesteps)
 
 
@@ -24,7 +24,7 @@ def flow_loss(
     repeats: int = 1,
     understanding_embeds: torch.Tensor | None = None,
 ) -> UnifiedOutput:
-    """Mean squared error, in float32, of predicted velocities `[B · repeats, ...]`, the `repeats` of a sample in a row."""
+    """Mean squared error, in float32, of velocities `[B · repeats, ...]`; the `repeats` of a sample are in a row."""
     squares = (prediction.float() - target.float()).square()
     errors = squares.mean(dim=tuple(range(1, squares.ndim)))  # [B · repeats]
     return UnifiedOutput(

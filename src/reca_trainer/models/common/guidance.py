@@ -6,12 +6,12 @@ import torch
 
 
 def guided(conditional: torch.Tensor, unconditional: torch.Tensor, scale: float) -> torch.Tensor:
-    """Predictions led away from the unconditional ones: at `scale` 1 the conditional ones, more above."""
+    """Predictions extrapolated from the unconditional through the conditional ones, which `scale` 1 gives."""
     return unconditional + scale * (conditional - unconditional)
 
 
-def no_longer(guided: torch.Tensor, conditional: torch.Tensor, dim: tuple[int, ...], minimum: float) -> torch.Tensor:
-    """`guided` shortened to the length, over the dimensions `dim`, of what it was guided from, by a factor of at least
-    `minimum` (the renormalisation of BAGEL, arXiv:2505.14683)."""
+def limit_norm(guided: torch.Tensor, conditional: torch.Tensor, dim: tuple[int, ...], minimum: float) -> torch.Tensor:
+    """`guided`, scaled down where its norm over the dimensions `dim` exceeds that of `conditional`, by a factor of at least
+    `minimum` (BAGEL's guidance renormalisation, arXiv:2505.14683)."""
     norm, reference = (torch.linalg.vector_norm(v, dim=dim, keepdim=True) for v in (guided, conditional))
     return guided * (reference / (norm + 1e-8)).clamp(minimum, 1.0)

@@ -1,5 +1,5 @@
-"""The decoder of a mixture of transformers (arXiv 2411.04996): two experts, whose layers a token goes through by its kind, and
-one attention over all tokens. Its module names are those of BAGEL (arXiv 2505.14683), under which such models are published."""
+"""The decoder of a mixture of transformers (arXiv:2411.04996): two experts, and one attention over all tokens. The kind of a
+token decides which expert computes its projections, norms and MLP. Module names are those of BAGEL (arXiv:2505.14683)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ UNDERSTANDING, GENERATION = "", "_moe_gen"  # suffixes of an expert's module nam
 
 
 class RMSNorm(torch.autograd.Function):
-    """`Qwen2RMSNorm`, bit for bit, that keeps its input and one number a token for the backward pass: neither the input
-    in float32 nor the normalised one."""
+    """`Qwen2RMSNorm`, bit for bit. For the backward pass it keeps its input and one number a token, where autograd would
+    also keep the input in float32 and the normalised one."""
 
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -46,7 +46,7 @@ class MoTRMSNorm(Qwen2RMSNorm):
 
 
 class SwiGLU(torch.autograd.Function):
-    """`silu(gate) · up`, bit for bit; the backward pass computes `silu(gate)` again rather than keeping it."""
+    """`silu(gate) · up`, bit for bit; the backward pass computes `silu(gate)` again instead of keeping it."""
 
     @staticmethod
     def forward(ctx, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -125,9 +125,8 @@ class MoTDecoderLayer(GradientCheckpointingLayer):
             position_embeddings: cosine and sine, `[B, U + G, head_dim]`.
             past: keys and values `[B, kv_heads, S, head_dim]` of the splits before.
             attention_mask: bool, broadcastable to `[B, 1, U + G, S + U + G]`, `True` where attention is allowed.
-            frozen: whether understanding tokens are constants: their queries, keys, values and outputs are computed
-                without gradients (section "Freezing" of the official run; a gradient would otherwise pass through the
-                markers around the target).
+            frozen: whether understanding tokens are constants, as in the official run: their queries, keys, values and
+                outputs are computed without gradients, which would otherwise pass through the markers around the target.
 
         Returns:
             The new `understanding` and `generation`, and all keys and values, those of `past` included.
@@ -164,11 +163,11 @@ class MoTDecoderLayer(GradientCheckpointingLayer):
 
 
 class MoTDecoder(nn.Module):
-    """All layers, and what comes before and behind them.
+    """Embeddings, layers and the last norm of each expert.
 
     Args:
-        config: of one expert, as of transformers' Qwen2.
-        rotary_emb: position ids to the cosine and sine of `apply_rotary_pos_emb`.
+        config: a configuration like transformers' `Qwen2Config`: the dimensions of one expert.
+        rotary_emb: turns position ids into the cosine and sine of `apply_rotary_pos_emb`.
     """
 
     def __init__(self, config, rotary_emb: nn.Module):

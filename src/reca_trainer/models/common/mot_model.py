@@ -2,9 +2,9 @@
 
 - Hard routing: text tokens, understanding-image tokens and the two markers around every image go through the
   understanding expert; only latent tokens go through the generation expert. All of them share one attention.
-- A sequence is read split by split (a text, an image), each attending to the keys and values of those before. So a
-  frozen context costs one forward pass without gradients, and no attention-mask tensor is needed behind it.
-- Where understanding is frozen, no gradient passes through any of its tokens, the markers around the target included.
+- A sequence is read split by split (a text, an image). A split attends to the keys and values of those before it, so a
+  frozen context is computed once without gradients and needs no attention mask.
+- Where understanding is frozen, no gradient passes through its tokens, not even the markers around the target.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class PositionTable(nn.Module):
     """Fixed encodings of the places in a square grid; a family computes them.
 
     Args:
-        side: of the grid, in tokens.
+        side: tokens along a side of the grid.
         dim: channels of an encoding.
     """
 
@@ -50,7 +50,7 @@ class PositionTable(nn.Module):
         self.table = nn.Buffer(self.compute(), persistent=False)  # [side², D]
 
     def compute(self) -> torch.Tensor:
-        """The table `[side², D]` float32, row by row."""
+        """The table `[side², dim]` float32, row by row."""
         raise NotImplementedError
 
     def holds(self, height: int, width: int) -> bool:
@@ -58,7 +58,11 @@ class PositionTable(nn.Module):
         return max(height, width) <= self.side
 
     def forward(self, height: int, width: int) -> torch.Tensor:
-        """Encodings of a `height × width` grid in the table's top-left corner: `[height · width, D]`."""
+        """Encodings `[height · width, D]` of a grid in the table's top-left corner.
+
+        Raises:
+            ValueError: the table is too small.
+        """
         if not self.holds(height, width):
             raise ValueError(
                 f"A grid of {height} × {width} tokens exceeds the position table of side {self.side}; "
@@ -83,7 +87,8 @@ class TimestepEmbedder(nn.Module):
         half = self.frequency_dim // 2
         exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
         angles = timesteps.float()[:, None] * torch.exp(-math.log(10000.0) * exponents)  # [B, 128]
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)  # [B, 256]
+        return self.mlp(waves.to(self.mlp[0].weight.dtype))
 
 
 @dataclass
@@ -105,19 +110,19 @@ class Context:
         return 0 if self.past is None else self.past[0][0].shape[2]
 
     def repeat(self, times: int) -> Context:
-        """The same context for `times` as many samples, each repeated in place."""
+        """The context `[B · times, ...]` with the copies of a sample in a row."""
         past = self.past and [tuple(t.repeat_interleave(times, 0) for t in layer) for layer in self.past]
         mask = None if self.mask is None else self.mask.repeat_interleave(times, 0)
         return replace(self, past=past, position=self.position.repeat_interleave(times, 0), mask=mask)
 
 
-# Position ids of a split, `[B, T]`, or `[3, B, T]` where a position has three; and the next position `[B]` behind it.
+# Position ids of a split, `[B, T]`, or `[3, B, T]` where a position is three numbers, and the next position `[B]`.
 Place = tuple[torch.Tensor, torch.Tensor]
 
 
 class MoTModel(UnifiedModel):
-    """What such models share. A family builds `vit_model`, `language_model` (a `MoTLanguageModel`), `time_embedder`,
-    `vae2llm`, `llm2vae`, `latent_pos_embed` and `vae`; it places its images and encodes them, in both ways.
+    """A family builds `vit_model`, `language_model` (a `MoTLanguageModel`), `time_embedder`, `vae2llm`, `llm2vae`,
+    `latent_pos_embed` and `vae`, encodes images for understanding and generation, and gives them positions.
 
     Attributes:
         image_encoders: names of the submodules that make understanding embeddings.
@@ -174,7 +179,7 @@ class MoTModel(UnifiedModel):
     # --- what a family provides ---
 
     def _encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Images of one size, `[B, 3, h, w]`, to understanding embeddings `[B, S, D]`."""
+        """Understanding embeddings `[B, S, D]` of images of one size, `[B, 3, h, w]`."""
         raise NotImplementedError
 
     def encode_posterior(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -182,12 +187,12 @@ class MoTModel(UnifiedModel):
         raise NotImplementedError
 
     def sample_latents(self, posterior: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """A sample of `encode_posterior`'s result, scaled for the language model: `[B, C, h, w]` in the model's dtype."""
+        """A sample of the posterior `[B, 2, C, h, w]`, scaled for the language model: `[B, C, h, w]` in the model's dtype."""
         raise NotImplementedError
 
     def _latent_place(self, context: Context, grid: tuple[int, int]) -> Place | None:
-        """Where an image of latents and its markers, which come first in memory, stand behind `context`; `None` where
-        all of them have one position."""
+        """Positions of an image's markers and latents, in this order, behind `context`; `None` where all of them have one
+        position."""
         return None
 
     # --- losses ---
@@ -199,8 +204,8 @@ class MoTModel(UnifiedModel):
         latents: torch.Tensor | None,
         posterior: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The scaled latents `[B, C, h, w]` of a batch's targets, which a batch holds as `latents`, as the VAE's
-        `posterior` `[B, 2, C, h, w]` or as `pixel_values`."""
+        """The scaled latents `[B, C, h, w]` of a batch's targets, from its `latents`, else from the VAE's `posterior`
+        `[B, 2, C, h, w]`, else from its `pixel_values`."""
         if latents is not None:
             return latents
         if posterior is None:
@@ -210,12 +215,12 @@ class MoTModel(UnifiedModel):
     def _drop_condition(
         self, corruption: dict[str, torch.Tensor], embeds: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """The mask `[B, S]` of a condition `[B, S, D]` some of whose embeddings the draws drop; their positions stay."""
+        """The mask `[B, S]` of a condition `[B, S, D]`, 0 also at embeddings that the draws drop; positions stay the same."""
         places = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device) if mask is None else mask.bool()
         return drop_condition(corruption, mask, places)
 
     def _flow_matching(self, context, latents, corruption, understanding_embeds=None) -> UnifiedOutput:
-        """Rectified flow. With K timesteps an image, all of them are behind the one `context` of their image."""
+        """Rectified flow loss of latents `[B, C, h, w]`, with K timesteps an image, all behind that image's `context`."""
         clean, grid = patchify(latents, self.config.latent_patch_size)  # [B, N, p²C]
         noise = corruption["noise"].to(clean)  # [B · K, N, p²C]
         timesteps = corruption["timesteps"].to(clean.device)  # [B · K]
@@ -228,8 +233,8 @@ class MoTModel(UnifiedModel):
     # --- encodings ---
 
     def encode_condition(self, condition_pixel_values: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-        """Understanding embeddings, RecA's dense prompt, before positions are added: images `[B, 3, h, w]`, or a list of
-        `[3, h, w]`, to `[B, S, D]`, of shorter rows padded with zeros."""
+        """Understanding embeddings `[B, S, D]`, RecA's dense prompt, before positions are added. Images are `[B, 3, h, w]`,
+        or a list of `[3, h, w]`; rows with fewer embeddings are padded with zeros."""
         encoders = [self.get_submodule(name) for name in self.image_encoders]
         frozen = not any(parameter.requires_grad for encoder in encoders for parameter in encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
@@ -245,8 +250,8 @@ class MoTModel(UnifiedModel):
             return pad_sequence([embeds[index] for index in range(len(embeds))], batch_first=True)
 
     def encode_target(self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """See `UnifiedModel.encode_target`: scaled latents `[B, C, h, w]`, by `noise` of the same shape a sample of the
-        VAE's posterior (see `sample_latents`), without it the posterior's mean."""
+        """See `UnifiedModel.encode_target`: scaled latents `[B, C, h, w]`. They are the sample of the VAE's posterior that
+        `noise` of their shape gives, or without noise the posterior's mean."""
         posterior = self.encode_posterior(pixel_values)  # [B, 2, C, h, w]
         return self.sample_latents(posterior, torch.zeros_like(posterior[:, 0]) if noise is None else noise)
 
@@ -265,7 +270,7 @@ class MoTModel(UnifiedModel):
         return self.embed(torch.tensor(ids, device=self.device)).expand(batch_size, -1, -1)  # [B, 2, D]
 
     def _embed_latents(self, tokens: torch.Tensor, timesteps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Latent tokens `[B, N, p²C]` at timesteps `[B]` as the language model reads them, `[B, N, D]`."""
+        """Embeddings `[B, N, D]` for the language model of latent tokens `[B, N, p²C]` at timesteps `[B]`."""
         hidden = self.vae2llm(tokens.to(self.vae2llm.weight.dtype)) + self.time_embedder(timesteps)[:, None]
         hidden = hidden + self.latent_pos_embed(*grid).to(hidden)
         return hidden.to(self.language_model.model.embed_tokens.weight.dtype)  # adapters may keep vae2llm in float32
@@ -273,7 +278,7 @@ class MoTModel(UnifiedModel):
     def read_text(
         self, context: Context, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> Context:
-        """Read a text split `[B, T]`, markers included, causally. Rows whose mask is 0 throughout read nothing."""
+        """Read a text split `[B, T]`, its markers included, causally. A row whose mask is all 0 reads nothing."""
         if not input_ids.shape[1]:
             return context
         return self._read(context, self.embed(input_ids), causal=True, mask=attention_mask)[2]
@@ -286,8 +291,8 @@ class MoTModel(UnifiedModel):
         place: Place | None = None,
         present: torch.Tensor | None = None,
     ) -> Context:
-        """Read understanding embeddings `[B, S, D]` between their markers, right-padded where `mask` `[B, S]` is 0. Rows of
-        which `present` `[B]` is false read nothing."""
+        """Read understanding embeddings `[B, S, D]` between their markers, padded where `mask` `[B, S]` is 0. Rows with a
+        false `present` `[B]` read nothing."""
         if mask is not None:
             mask = F.pad(mask.bool(), (2, 0), value=True)  # the markers
         if present is not None:
@@ -304,11 +309,11 @@ class MoTModel(UnifiedModel):
         image_position: torch.Tensor,
         place: Place | None = None,
     ) -> torch.Tensor:
-        """Read embedded texts `[B, T, D]`, each with an image `[B, S, D]` in front of its token number `image_position`
-        `[B]`, or with none where that is negative: the texts' hidden states `[B, T, D]`.
+        """Hidden states `[B, T, D]` of embedded texts `[B, T, D]`, each read with an image `[B, S, D]` in front of its token
+        number `image_position` `[B]`, or with no image where that is negative.
 
-        All images lie before all texts in memory; positions and the mask say what comes first. Rows of any order then
-        make one rectangle.
+        Every row holds its image first and then its text, so that all rows have one layout. Position ids and the attention
+        mask give the order in which a row is read.
         """
         image = torch.cat([self._markers(len(image)), image], dim=1)  # [B, I, D], where I = 2 + S
         (batch_size, images), texts, device = image.shape[:2], text.shape[1], text.device
@@ -337,8 +342,8 @@ class MoTModel(UnifiedModel):
         return hidden[:, images:]
 
     def read_latents(self, context: Context, latents: torch.Tensor, present: torch.Tensor | None = None) -> Context:
-        """Read a clean image given as scaled latents `[B, C, h, w]`, which is what editing starts from. Rows of which
-        `present` `[B]` is false read nothing."""
+        """Read a clean image, the source of an edit, as scaled latents `[B, C, h, w]`. Rows with a false `present` `[B]` read
+        nothing."""
         clean, grid = patchify(latents, self.config.latent_patch_size)  # [B, N, p²C]
         timesteps = torch.zeros(len(clean), device=clean.device)
         tokens, place = self._embed_latents(clean, timesteps, grid), self._latent_place(context, grid)
@@ -348,14 +353,15 @@ class MoTModel(UnifiedModel):
     def velocity(
         self, context: Context, noisy: torch.Tensor, timesteps: torch.Tensor, grid: tuple[int, int]
     ) -> torch.Tensor:
-        """Predicted velocity at latent tokens `noisy` `[B, N, p²C]`, timesteps `[B]` in [0, 1], `grid` tokens."""
+        """Predicted velocity `[B, N, p²C]` at latent tokens `noisy` `[B, N, p²C]` of a `grid` (rows, columns), at timesteps
+        `[B]` in [0, 1]."""
         latents, place = self._embed_latents(noisy, timesteps, grid), self._latent_place(context, grid)
         _, hidden, _ = self._read(context, self._markers(len(noisy)), latents, keep=False, place=place)  # [B, N, D]
         hidden = self.language_model.model.norm_moe_gen(hidden)
         return self.llm2vae(hidden.to(self.llm2vae.weight.dtype))
 
     def output_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits of the tokenizer's tokens, `[..., V]`, of hidden states `[..., D]` behind the last norm."""
+        """Logits `[..., V]` over the tokenizer's tokens of hidden states `[..., D]` behind the last norm."""
         return self.language_model.lm_head(hidden)
 
     def _read(
@@ -368,10 +374,18 @@ class MoTModel(UnifiedModel):
         keep: bool = True,
         place: Place | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, Context]:
-        """Run one split behind `context`, right-padded where `mask` `[B, T]` is 0; a row of zeros reads nothing. Without a
-        `place`, a causal split (text) has counting positions; every other (an image with its markers) has one position.
-        Only in a causal split does a token not see what follows. What is not kept (a noisy image) is invisible to the splits
-        behind it."""
+        """Run one split of T = U + G tokens behind `context`.
+
+        Args:
+            understanding, generation: `[B, U, D]`, `[B, G, D]`, the tokens of each expert; the former come first.
+            causal: whether a token sees only what precedes it (a text) or the whole split (an image with its markers).
+            mask: `[B, T]`, 0 at padding, which is on the right; a row of zeros reads nothing.
+            keep: whether later splits see this one; a noisy image is not kept.
+            place: by default a causal split counts positions, any other has one position.
+
+        Returns:
+            The hidden states of both experts, and the context with this split if it is kept.
+        """
         device = understanding.device
         batch_size, texts = understanding.shape[:2]
         length = texts + (0 if generation is None else generation.shape[1])
@@ -391,7 +405,7 @@ class MoTModel(UnifiedModel):
             here = torch.ones(batch_size, length, dtype=torch.bool, device=device)
             padding = torch.cat(
                 [before if padding is None else padding, here if split_mask is None else split_mask], dim=1
-            )  # [B, S + T]: S is what was read before
+            )  # [B, S + T] after S tokens of context, false at padding
         is_causal = causal and context.length == 0 and padding is None
         attention_mask = None
         if causal and not is_causal:
@@ -399,7 +413,7 @@ class MoTModel(UnifiedModel):
             attention_mask = attention_mask.tril(context.length)[None, None]  # [1, 1, T, S + T]
         if padding is not None:
             visible = padding[:, None, None]  # [B, 1, 1, S + T]
-            # Padding sees itself: a row that reads nothing would see nothing, and become NaN.
+            # Padding sees itself: softmax over a row that sees nothing is NaN.
             if attention_mask is not None:
                 attention_mask = attention_mask & visible | attention_mask.triu(context.length)
             else:
@@ -425,10 +439,10 @@ class MoTModel(UnifiedModel):
         is_causal: bool,
         keep: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """All layers over one split, see `MoTDecoderLayer.forward`: both experts' tokens and, if they are to be kept,
-        every layer's keys and values."""
+        """All layers over one split, see `MoTDecoderLayer.forward`: both experts' hidden states and, with `keep`, every
+        layer's keys and values."""
         decoder = self.language_model.model
-        frozen = torch.is_grad_enabled() and self.understanding_is_frozen  # which asks every weight
+        frozen = torch.is_grad_enabled() and self.understanding_is_frozen  # slow: it looks at every weight
         rotary = decoder.rotary_emb(understanding, position_ids)
         kept = []
         for index, layer in enumerate(decoder.layers):
@@ -443,8 +457,13 @@ class MoTModel(UnifiedModel):
     # --- draws and counts ---
 
     def sample_corruption(self, batch: dict[str, Any], generator: Generators = None) -> dict[str, torch.Tensor]:
-        """Draws per image: the VAE posterior's noise `[C, h, w]`; and `batch["timesteps_per_image"]` times (default 1)
-        a logit-normal timestep, shifted by `config.timestep_shift`, and the flow's noise in token order `[N, p²C]`."""
+        """Draws for B images with K = `batch["timesteps_per_image"]` timesteps each, 1 by default.
+
+        Returns:
+            `posterior_noise` `[B, C, h, w]` of the VAE (and `source_posterior_noise` of an edit's source), `timesteps`
+            `[B · K]`, logit-normal and shifted by `config.timestep_shift`, and the flow's `noise` `[B · K, N, p²C]` in token
+            order. Captions have no draws.
+        """
         if batch.get("task") == "caption":
             return {}
         patch = self.config.latent_patch_size
@@ -473,7 +492,7 @@ class MoTModel(UnifiedModel):
         return corruption
 
     def count_supervised(self, batch: dict[str, Any], corruption: dict[str, torch.Tensor]) -> int:
-        """Supervised tokens of a caption, else the noised elements of all latents and timesteps."""
+        """Supervised tokens of a caption, else elements of the latents, once per timestep."""
         if "labels" in batch:
             return count_answer_tokens(batch["labels"])
         return corruption["noise"].numel()
@@ -483,13 +502,13 @@ class MoTModel(UnifiedModel):
     def _read_source(
         self, context: Context, pixel_values: torch.Tensor, noise: torch.Tensor | None, generator: Generators
     ) -> Context:
-        """Read the image that an edit starts from, by `noise`, or noise that is drawn, a sample of the VAE's posterior."""
+        """Read the source of an edit as a sample of the VAE's posterior; its `noise` is drawn if it is `None`."""
         if noise is None:
             noise = self.sample_corruption({"pixel_values": pixel_values}, generator)["posterior_noise"]
         return self.read_latents(context, self.encode_target(pixel_values, noise))
 
     def _initial_noise(self, count: int, grid: tuple[int, int], generator: Generators) -> torch.Tensor:
-        """Noise in token order, `[B, N, p²C]`."""
+        """Noise `[B, N, p²C]` in token order; B is `count`."""
         shape = (grid[0] * grid[1], self.config.latent_token_dim)
         return per_sample(lambda g: torch.randn(shape, generator=g), count, generator)
 
@@ -506,9 +525,9 @@ class MoTModel(UnifiedModel):
         """Euler steps from `noise` `[B, N, p²C]` to clean latent tokens, in float32.
 
         Args:
-            contexts: by name; `"full"` is read in every step, the others where guidance acts.
-            guidance_interval: it acts at shifted timesteps `low < t <= high`; `None`: never.
-            guide: the velocities behind the contexts, by name, to that of the step.
+            contexts: by name; `"full"` is used in every step, the others where guidance acts.
+            guidance_interval: guidance acts at shifted timesteps `low < t <= high`; `None` turns it off.
+            guide: combines the velocities `[B, N, p²C]`, by the name of their context, into one.
         """
         x = noise.to(self.device, torch.float32)  # [B, N, p²C]
         times = shift_timesteps(torch.linspace(1, 0, num_inference_steps + 1), timestep_shift).tolist()
@@ -532,8 +551,8 @@ class MoTModel(UnifiedModel):
         temperature: float,
         generator: Generators,
     ) -> list[list[int]]:
-        """What follows `context` and the tokens `input_ids` `[B, 1]`, up to `config.eos_token_id`, which is left out:
-        greedy at `temperature` 0, else sampled."""
+        """Ids of the answers that follow `context` and the tokens `input_ids` `[B, 1]`, without `config.eos_token_id`, which
+        ends them. They are greedy at `temperature` 0, else sampled."""
         end = self.config.eos_token_id
         done = torch.zeros(len(input_ids), dtype=torch.bool, device=self.device)
         generated = []

@@ -1,4 +1,4 @@
-"""Rows of different lengths in one rectangle."""
+"""Rows of different lengths as one padded tensor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Side = Literal["left", "right"]
 
 
 def pad_rows(rows: Sequence[list[int]], value: int, side: Side = "right", length: int | None = None) -> torch.Tensor:
-    """Rows of ids as `[B, T]` int64, filled with `value` on one side up to `length`, by default that of the longest."""
+    """Rows of ids as `[B, T]` int64, padded with `value` on one side to `length`, by default that of the longest row."""
     length = max(map(len, rows)) if length is None else length
     filled = [[value] * (length - len(row)) for row in rows]
     pairs = zip(rows, filled, strict=True)
@@ -20,15 +20,15 @@ def pad_rows(rows: Sequence[list[int]], value: int, side: Side = "right", length
 
 
 def padding_mask(rows: Sequence[list[int]], side: Side = "right", length: int | None = None) -> torch.Tensor:
-    """`[B, T]` int64 of the same rows: 1 where `pad_rows` has an id, 0 where it filled."""
+    """The attention mask `[B, T]` int64 of `pad_rows`: 1 at ids, 0 at padding."""
     return pad_rows([[1] * len(row) for row in rows], 0, side, length)
 
 
 def padded_batch(
     rows: Sequence[list[int]], value: int, labels: Sequence[list[int]] | None = None
 ) -> dict[str, torch.Tensor]:
-    """Rows of ids as `input_ids` `[B, T]`, filled on the right with `value`; `attention_mask` only where something is
-    filled; and their `labels`, filled with -100, if there are any."""
+    """Rows of ids as `input_ids` `[B, T]`, padded on the right with `value`, with an `attention_mask` if any row is padded,
+    and their `labels`, padded with -100, if there are any."""
     batch = {"input_ids": pad_rows(rows, value)}
     if len(set(map(len, rows))) > 1:
         batch["attention_mask"] = padding_mask(rows)
@@ -38,7 +38,7 @@ def padded_batch(
 
 
 def stack_padded(parts: Sequence[torch.Tensor], value: float = 0, side: Side = "right") -> torch.Tensor:
-    """Batches `[B, T, ...]` of different T, one behind the other, filled with `value` on one side to the longest T."""
+    """Batches `[B, T, ...]` of different T, concatenated along B and padded with `value` on one side to the longest T."""
     longest = max(part.shape[1] for part in parts)
     filled = []
     for part in parts:

@@ -14,7 +14,7 @@ def to_pixels(images: Sequence[Image.Image]) -> torch.Tensor:
     """Images of one size -> `[B, 3, H, W]` float32 in [-1, 1].
 
     Raises:
-        ValueError: they have several.
+        ValueError: the images differ in size.
     """
     sizes = sorted({image.size for image in images})
     if len(sizes) > 1:
@@ -28,8 +28,12 @@ def to_pixels(images: Sequence[Image.Image]) -> torch.Tensor:
 
 
 def cut_to_shape(image: Image.Image, size: tuple[int, int], place: float | None = None) -> Image.Image:
-    """The largest part of an image with the shape of `size = (height, width)`, at `place` along the side that is too
-    long: of `n + 1` offsets, number `int(place * (n + 1))`, or the centre."""
+    """The largest part of an image with the aspect ratio of `size = (height, width)`.
+
+    Args:
+        place: in [0, 1), where along the longer side: of `n + 1` possible offsets, number `int(place * (n + 1))`; `None` is
+            the centre.
+    """
     height, width = size
     scale = min(image.width / width, image.height / height)
     part = max(round(width * scale), 1), max(round(height * scale), 1)
@@ -44,7 +48,7 @@ def to_images(pixels: torch.Tensor, rounding: Literal["nearest", "down"] = "near
     """`[B, 3, H, W]`, about [-1, 1] -> RGB images of 8 bits.
 
     Args:
-        rounding: to the nearest of the 256 levels, or to the one below, as some originals do.
+        rounding: to the nearest of the 256 levels, or down, as some originals do.
     """
     pixels = pixels.float()
     levels = 127.5 * pixels + 128 if rounding == "nearest" else (pixels * 0.5 + 0.5) * 255

@@ -1,4 +1,4 @@
-"""Texts as token ids: special tokens that a text only names, and texts that are too long."""
+"""Texts as token ids: names of special tokens as words, and the lengths of texts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ def word_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def fits(tokenize: Callable[[str], list[int]], texts: Sequence[str], length: int) -> bool:
-    """Whether `tokenize` makes at most `length` tokens of all texts together. They are only tokenised where their bytes
-    leave a doubt: a token stands for a byte or more, and a Unicode normal form has at most three times the bytes."""
+    """Whether `tokenize` makes at most `length` tokens of all texts together.
+
+    Short texts are not tokenised: a token stands for a byte or more, and a Unicode normal form has at most three times the
+    bytes of its text.
+    """
     if 3 * sum(len(text.encode(errors="surrogatepass")) for text in texts) <= length:
         return True
     return sum(len(tokenize(text)) for text in texts) <= length

@@ -17,7 +17,7 @@ def draw_tokens(logits: torch.Tensor, temperature: float, generator: Generators 
 
     Args:
         temperature: divides the logits; 0 takes the likeliest token.
-        generator: on the CPU, where tokens are drawn; one, or one per row.
+        generator: on the CPU, where tokens are drawn: one generator, or one per row.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -30,8 +30,8 @@ def draw_tokens(logits: torch.Tensor, temperature: float, generator: Generators 
 
 @contextmanager
 def seeded(generator: Generators, device: torch.device) -> Iterator[None]:
-    """Code that draws from PyTorch's global generators, such as transformers' `generate`, draws as `generator` says, and
-    leaves them as they were. Without one nothing changes.
+    """Seed PyTorch's global generators, from which transformers' `generate` draws, with a draw of `generator`, and restore
+    them afterwards. Without a generator nothing changes.
 
     Raises:
         ValueError: a list of generators.
@@ -58,8 +58,8 @@ def generate_answers(
 
     Args:
         generator: one, which seeds the draws of all answers.
-        prompt_length: how many ids of the prompt `generate` gives back in front of an answer; none of embeddings.
-        sampling: arguments of `generate` that go before what `temperature` says, such as `do_sample` and `top_p`.
+        prompt_length: ids of the prompt that `generate` returns in front of an answer: none if the prompt is embeddings.
+        sampling: further arguments of `generate`, such as `do_sample` and `top_p`, which override `temperature`.
 
     Raises:
         ValueError: a list of generators.

@@ -8,10 +8,11 @@ import torch
 
 
 def image_patches(pixel_values: torch.Tensor, config: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images `[B, 3, h, w]` as Qwen2.5-VL's vision transformer takes them, each as the frames of a short film.
+    """Images `[B, 3, h, w]` as input of Qwen2.5-VL's vision transformer, which reads each as a video of equal frames.
 
     Returns:
-        Patches `[B · N, 3 · frames · p²]`, those that are merged in a row, and grids (frames, rows, columns) `[B, 3]`.
+        Patches `[B · N, 3 · frames · p²]`, in which those of one embedding follow each other, and grids `[B, 3]` (frames,
+        rows, columns).
     """
     batch_size, channels, height, width = pixel_values.shape
     patch, merge, frames = config.patch_size, config.spatial_merge_size, config.temporal_patch_size

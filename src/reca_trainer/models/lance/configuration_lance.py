@@ -54,11 +54,10 @@ class LanceConfig(CompositeConfig):
         vae_config: arguments of diffusers' `AutoencoderKLWan`.
         latent_patch_size: side of the square of VAE latents that makes one token.
         max_latent_size: side of the position table of latent tokens.
-        latent_frames: latent frames that the published position table is made for: 1, or 31 in the video checkpoint. Images
-            only use the first.
-        vit_frame: temporal position of understanding images.
+        latent_frames: latent frames of the published position table: 1, or 31 in the video checkpoint. Images use the first.
+        vit_frame: frame, the temporal position, of understanding images.
         timestep_shift: shift `s` of the training timesteps, `t <- s t / (1 + (s - 1) t)`; 4 in the official scripts.
-        tokenizer_length: tokens that exist; the output layer's further rows are padding and predict nothing.
+        tokenizer_length: tokens of the tokenizer; further rows of the output layer are padding, and their logits are cut off.
         image_start_token_id, image_end_token_id: markers around every image.
     """
 

@@ -4,7 +4,7 @@
 |---|---|
 | `Lance_3B/model.safetensors` (or `ema.safetensors`) | everything but the autoencoder and, in the image checkpoint, the vision transformer |
 | `Lance_3B_Video/model.safetensors` | the same of the video checkpoint, with the vision transformer as `vit_model.*` and a position table of 31 frames |
-| `Lance_3B/llm_config.json` | dimensions of the language model, as those of Qwen2.5-VL-3B; it calls the output layer tied, which it is not |
+| `Lance_3B/llm_config.json` | dimensions of the language model, as those of Qwen2.5-VL-3B; its `tie_word_embeddings` is wrong: the output layer has its own weights |
 | `Lance_3B/vocab.json`, `merges.txt`, `tokenizer.json`, … | the tokenizer |
 | `Qwen2.5-VL-ViT/vit.safetensors`, `config.json` | the vision transformer; weights bundled with the language model win over these |
 | `Wan2.2_VAE.pth` | the autoencoder in Wan's own key names |
@@ -61,7 +61,7 @@ def is_published(file_names: set[str], config: dict) -> bool:
 
 
 def variants(file_names: set[str]) -> tuple[list[str], str | None]:
-    """The checkpoints among a repository's files, folders with a language model; by default the image model is read."""
+    """The checkpoints among a repository's files (folders with a language model), and the default, the image model."""
     folders = [folder for folder, _, file in (name.partition("/") for name in file_names) if file == "llm_config.json"]
     return folders, IMAGE if IMAGE in folders else None
 
@@ -75,7 +75,8 @@ def read_published(folder: Path, variant: str | None = None, **kwargs: Any) -> L
         kwargs: as for `PreTrainedModel.from_pretrained`.
 
     Raises:
-        CheckpointError: there is no such checkpoint, the choice is open, or keys are missing, unexpected or wrongly shaped.
+        CheckpointError: there is no such checkpoint, `variant` must choose between several, or keys are missing, unexpected
+            or wrongly shaped.
     """
     part = checkpoint_folder(folder, variant)
     weights = open_weights(part, "model.safetensors", "ema.safetensors")
@@ -97,13 +98,13 @@ def write_published(
     model: LanceModel, processor: LanceProcessor, folder: Path, max_shard_size: int | str | None = None
 ) -> None:
     """Write `model` in the layout that the original code reads. `folder` must exist. By default the weights of a part are
-    in one file, as published. The autoencoder's file is a pickle by definition, and in memory while it is written.
+    one file, as published. The layout has the autoencoder as a pickle, which is in memory while it is written.
 
     Raises:
-        CheckpointError: the autoencoder is built otherwise than Wan's, which the layout cannot say.
+        CheckpointError: the layout cannot describe the autoencoder, which is not built as Wan's is.
     """
     folder, config = Path(folder), model.config
-    sizes = {"base_dim", "decoder_base_dim", "dim_mult", "num_res_blocks", "z_dim"}  # said by the shapes of weights
+    sizes = {"base_dim", "decoder_base_dim", "dim_mult", "num_res_blocks", "z_dim"}  # read off the shapes of weights
     names = sorted(WAN_AUTOENCODER.keys() - sizes)
     if differences := [name for name in names if config.vae_config.get(name) != WAN_AUTOENCODER[name]]:
         raise CheckpointError(
@@ -146,7 +147,7 @@ def write_published(
         **{name: getattr(config.text_config, name) for name in TEXT_SETTINGS},
         "rope_theta": rope["rope_theta"],
         "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
-        "tie_word_embeddings": True,  # as published, though it is not
+        "tie_word_embeddings": True,  # as published, although the output layer has its own weights
         "use_sliding_window": False,
         "vision_config": {name: value for name, value in vision_config.items() if name != "model_type"},
     }
@@ -162,13 +163,13 @@ def write_published(
 
 
 def checkpoint_folder(folder: Path, variant: str | None) -> Path:
-    """The sub-folder that `variant` means, or the only one with a language model, or of several the image model's."""
+    """The sub-folder of a checkpoint: that of `variant`, else the image model's, else the only one."""
     names, default = variants({f"{path.parent.name}/{path.name}" for path in Path(folder).glob("*/llm_config.json")})
     return Path(folder) / choose_variant(names, variant or default, folder)
 
 
 def read_config(folder: Path, part: Path, table: LazyTensor | None, autoencoder: dict[str, LazyTensor]) -> LanceConfig:
-    """The `LanceConfig` of a published checkpoint. What its files do not say is in the shapes of its weights."""
+    """The `LanceConfig` of a published checkpoint, from its configuration files and the shapes of its weights."""
     text, vision = (
         json.loads(path.read_text()) for path in (part / "llm_config.json", folder / VISION / "config.json")
     )
@@ -200,14 +201,14 @@ def read_config(folder: Path, part: Path, table: LazyTensor | None, autoencoder:
 
 
 def table_size(rows: int) -> tuple[int, int]:
-    """Frames and side of a position table of `rows = frames · side²`: the largest side that is possible (a number of frames
-    with a square in it would be read otherwise; the published ones are 1 and 31)."""
+    """Frames and side of a position table with `rows = frames · side²`. The largest possible side is right unless a square
+    divides the number of frames; published tables have 1 and 31 frames."""
     side = max(side for side in range(1, int(rows**0.5) + 1) if rows % side**2 == 0)
     return rows // side**2, side
 
 
 def autoencoder_config(weights: dict[str, LazyTensor]) -> dict[str, Any]:
-    """Arguments of `AutoencoderKLWan` for weights in its key names: Wan2.2's, but for the widths."""
+    """Arguments of `AutoencoderKLWan` for weights under its key names: Wan2.2's, with widths from the shapes of the weights."""
     shapes = {key: tensor.shape for key, tensor in weights.items()}
 
     def count(pattern: str) -> int:
@@ -226,8 +227,8 @@ def autoencoder_config(weights: dict[str, LazyTensor]) -> dict[str, Any]:
     }
 
 
-# Parts of the autoencoder as Wan names them → as diffusers does, in order of application; those without a dot in front begin
-# a key. i and j are numbers that both have; a block's resampling layer is its last in one layout, and apart in the other.
+# Parts of the autoencoder's keys in Wan's layout and in diffusers', in order of application; parts without a leading dot begin
+# a key. Both layouts have the numbers i and j. Wan's has a block's resampling layer as its last layer, diffusers' apart.
 WAN_NAMES = (
     ("conv1.", "quant_conv."),
     ("conv2.", "post_quant_conv."),
@@ -253,7 +254,7 @@ WAN_NAMES = (
 
 
 def rename_autoencoder(weights: dict[str, LazyTensor], back: bool = False) -> dict[str, LazyTensor]:
-    """An autoencoder's weights from Wan's key names to those of diffusers, or `back`."""
+    """An autoencoder's weights with Wan's key names renamed to diffusers', or `back`."""
     blocks = {"down": "encoder.down_blocks.0.resnets.", "up": "decoder.up_blocks.0.resnets."}
     if not back:
         blocks = {"down": "encoder.downsamples.0.downsamples.", "up": "decoder.upsamples.0.upsamples."}
@@ -262,7 +263,7 @@ def rename_autoencoder(weights: dict[str, LazyTensor], back: bool = False) -> di
         for name, prefix in blocks.items()
     }
     lasts = layers if back else {name: count - 1 for name, count in layers.items()}
-    names = [(ours, theirs) for theirs, ours in reversed(WAN_NAMES)] if back else WAN_NAMES
+    names = [(diffusers, wan) for wan, diffusers in reversed(WAN_NAMES)] if back else WAN_NAMES
 
     def renamed(key: str) -> str:
         for source, target in names:

@@ -1,4 +1,4 @@
-"""Pictures and answers from Lance."""
+"""Sampling of images and answers from Lance."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
-from reca_trainer.models.common.guidance import guided, no_longer
+from reca_trainer.models.common.guidance import guided, limit_norm
 from reca_trainer.models.common.latents import unpatchify
 from reca_trainer.models.common.pixels import to_images
 from reca_trainer.models.contract import Generators
 from reca_trainer.models.inference import differ_in_size, singly_where
-from reca_trainer.models.lance.processing_lance import LanceProcessor
+from reca_trainer.models.lance.processing_lance import LanceProcessor, around_images
 
 if TYPE_CHECKING:
     from reca_trainer.models.common.mot_model import Context
@@ -22,7 +22,7 @@ RENORM_DIMENSIONS = {"global": (-2, -1), "channel": (-1,)}
 
 
 def differ_in_use(text: list[str], images: list[Image.Image] | None) -> bool:
-    """Whether some texts ask a question and others leave it to the system prompt."""
+    """Whether some texts ask a question and others have none, so that their system prompts differ."""
     return len({not question for question in text}) > 1
 
 
@@ -54,16 +54,16 @@ class LanceGeneration:
         """See `UnifiedModel.generate_images`. The defaults are those of the official script.
 
         Args:
-            height, width: of the output; by default the size that the input image has in training, or the processor's
-                square one.
+            height, width: of the output in pixels; by default those of the input image in training, or the processor's
+                square.
             guidance_scale: of the text; guidance is off at 1.
             guidance_interval: guidance acts at shifted timesteps `low < t <= high`.
             guidance_renorm: `"global"` (one factor an image), `"channel"` (one a token) or `"none"`.
-            use_kv_cache: the original's option of that name, by which its guidance differs: with a cache, what is behind
-                the text keeps its positions where the text is left out. Here the cache itself is always used.
-            negative_prompt: read where guidance reads no text, at positions of its own.
-            latents: the initial noise `[B, N, C]` in token order, instead of drawing it.
-            posterior_noise: `[B, C, h, w]`, noise of the source's VAE posterior in editing, instead of drawing it.
+            use_kv_cache: the original's option, which changes its guidance: with a cache, what follows the text has the same
+                positions with the text and without it. A cache is always used here.
+            negative_prompt: the text of the context that guidance leads away from; by default it has none.
+            latents: the initial noise `[B, N, p²C]` in token order; drawn by default.
+            posterior_noise: `[B, C, h, w]`, noise of the source's VAE posterior in editing; drawn by default.
         """
         if guidance_renorm not in (*RENORM_DIMENSIONS, "none"):
             raise ValueError(f"guidance_renorm is 'global', 'channel' or 'none', not {guidance_renorm!r}.")
@@ -74,20 +74,21 @@ class LanceGeneration:
         grid = tuple((side or default) // stride for side, default in sides)
 
         use = "sample" if task == "generate" else task
-        start, rest = self._begin(processor.prompt(use, text or [""] * count))
+        before, behind, mask = self._prompt(processor, use, text or [""] * count)
+        start = self.read_text(self.new_context(count), before)
         if images is not None:
             start = self._read_pictures(start, processor.to_conditions(images, task))
         if task == "edit":
             pixels = processor.to_pixels(images).to(self.device)
             start = self._read_source(start, pixels, posterior_noise, generator)
-        contexts = {"full": self.read_text(start, **rest)}
+        contexts = {"full": self.read_text(start, behind, mask)}
         if guidance_scale > 1:
-            _, other = self._begin(processor.prompt(use, negative_prompt or [""] * count), read=False)
-            contexts["no_text"] = self.read_text(start, **other)
+            _, behind, mask = self._prompt(processor, use, negative_prompt or [""] * count)
+            contexts["no_text"] = self.read_text(start, behind, mask)
             if negative_prompt is None and use_kv_cache:
                 position = contexts["no_text"].position
                 moved = replace(start, position=start.position + contexts["full"].position - position)
-                contexts["no_text"] = replace(self.read_text(moved, **other), position=position)
+                contexts["no_text"] = replace(self.read_text(moved, behind, mask), position=position)
 
         x = self._denoise(
             contexts,
@@ -97,7 +98,7 @@ class LanceGeneration:
             timestep_shift,
             guidance_interval if guidance_scale > 1 else None,
             lambda velocities: guide(velocities, guidance_scale, guidance_renorm, guidance_renorm_min),
-        )
+        )  # [B, N, p²C]
         return to_images(self.decode_target(unpatchify(x, grid, self.config.latent_patch_size)))
 
     @singly_where(differ_in_use)
@@ -111,46 +112,38 @@ class LanceGeneration:
         max_new_tokens: int = 256,
         temperature: float = 0.0,
     ) -> list[str]:
-        """See `UnifiedModel.generate_text`. Greedy at `temperature` 0, else sampled; the original's limit is 256. Without a
-        question the system prompt asks for a description."""
-        start, rest = self._begin(processor.prompt("question" if text[0] else "caption", text))
+        """See `UnifiedModel.generate_text`: greedy at `temperature` 0, else sampled. The original's limit is 256 tokens.
+        Without a question the system prompt asks for a description."""
+        before, behind, mask = self._prompt(processor, "question" if text[0] else "caption", text)
+        start = self.read_text(self.new_context(len(text)), before)
         if images is not None:
             start = self._read_pictures(start, processor.to_conditions(images, "answer"), in_own_frame=False)
-        # The last token of each row, a line feed as in all others, is the first that has something to predict.
-        ids, mask = rest["input_ids"], rest.get("attention_mask")
-        context = self.read_text(start, ids[:, :-1], None if mask is None else mask[:, 1:])
-        last = ids[:1, -1:] if mask is None else ids[mask[:, -1].bool()][:1, -1:]
+        # The last token of each row, the same line feed in all, predicts the answer's first token.
+        context = self.read_text(start, behind[:, :-1], None if mask is None else mask[:, 1:])
+        last = behind[:1, -1:] if mask is None else behind[mask[:, -1].bool()][:1, -1:]
         answers = self._answer(context, last.expand(len(text), -1), max_new_tokens, temperature, generator)
         return [processor.tokenizer.decode(answer).strip() for answer in answers]
 
-    def _begin(
-        self, prompt: dict[str, torch.Tensor], read: bool = True
-    ) -> tuple[Context | None, dict[str, torch.Tensor]]:
-        """Read a prompt up to its images; and what is to be read behind them."""
-        prompt = {name: tensor.to(self.device) for name, tensor in prompt.items()}
-        begin = int(prompt.pop("image_position")[0])
-        context = (
-            self.read_text(self.new_context(len(prompt["input_ids"])), prompt["input_ids"][:, :begin])
-            if read
-            else None
-        )
-        return context, {name: tensor[:, begin:] for name, tensor in prompt.items()}
+    def _prompt(
+        self, processor: LanceProcessor, use: str, text: list[str]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The tokens of prompts before and behind their images, see `LanceProcessor.prompt` and `around_images`."""
+        return around_images(**{name: tensor.to(self.device) for name, tensor in processor.prompt(use, text).items()})
 
     def _read_pictures(
         self, context: Context, pixel_values: torch.Tensor | list[torch.Tensor], in_own_frame: bool = True
     ) -> Context:
-        if torch.is_tensor(pixel_values):
-            pixel_values = pixel_values.to(self.device)
-        else:
-            pixel_values = [image.to(self.device) for image in pixel_values]
+        """Read the embeddings of images from `LanceProcessor.to_conditions`."""
+        is_batch = torch.is_tensor(pixel_values)
+        pixel_values = pixel_values.to(self.device) if is_batch else [image.to(self.device) for image in pixel_values]
         embeds, grids = self.encode_condition(pixel_values), self.grids_of(pixel_values)
         return self.read_image(context, embeds, grids, in_own_frame=in_own_frame)
 
 
 def guide(velocities: dict[str, torch.Tensor], scale: float, renorm: str, renorm_min: float) -> torch.Tensor:
-    """Classifier-free guidance with respect to the text, and the renormalisation that never lets it lengthen the velocity.
-    All `[B, N, C]`; `renorm` is described in `LanceGeneration._generate_images`."""
+    """Classifier-free guidance with respect to the text, and the renormalisation with which it never lengthens the velocity.
+    All `[B, N, C]`; `LanceGeneration._generate_images` describes `renorm`."""
     v = guided(velocities["full"], velocities["no_text"], scale)
     if renorm == "none":
         return v
-    return no_longer(v, velocities["full"], RENORM_DIMENSIONS[renorm], renorm_min)
+    return limit_norm(v, velocities["full"], RENORM_DIMENSIONS[renorm], renorm_min)

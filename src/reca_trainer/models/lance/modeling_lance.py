@@ -1,13 +1,13 @@
-"""Lance: a mixture of transformers (see `MoTModel`) that understands with Qwen2.5-VL's vision transformer and makes images
-by a flow in the latents of Wan2.2's autoencoder.
+"""Lance (arXiv:2605.18678): a mixture of transformers (see `MoTModel`) that understands images with Qwen2.5-VL's vision
+transformer and generates them by flow matching in the latents of Wan2.2's autoencoder.
 
 What is unusual about this model:
 
-- Positions are three numbers (frame, row, column; multimodal rotary embeddings). An image counts its rows and columns on
-  from the text before it. An understanding image stands in frame 1000, but where a question about it is answered.
-- The target of an edit takes the positions of its source where both have as many tokens.
-- A conversation in ChatML is around all images and texts, and a system prompt says what the task is.
-- Only the mean of the autoencoder's posterior is normalised; the noise of a sample is added to it as it is.
+- Positions are three numbers (frame, row, column; multimodal rotary embeddings). The rows and columns of an image count on
+  from the text before it. The frame of an understanding image is 1000, except when a question about it is answered.
+- The target of an edit takes the positions of its source if both have the same number of tokens.
+- All images and texts are inside a ChatML conversation, whose system prompt says what the task is.
+- Only the mean of the autoencoder's posterior is normalised; its noise is added unscaled.
 """
 
 from __future__ import annotations
@@ -29,15 +29,21 @@ from reca_trainer.models.common.vision_patches import image_patches
 from reca_trainer.models.contract import UnifiedOutput, token_cross_entropy
 from reca_trainer.models.lance.configuration_lance import LanceConfig
 from reca_trainer.models.lance.generation_lance import LanceGeneration
-from reca_trainer.models.lance.processing_lance import CONDITION_RESOLUTION, RESOLUTION, bounded_size, bucket_size
+from reca_trainer.models.lance.processing_lance import (
+    CONDITION_RESOLUTION,
+    RESOLUTION,
+    around_images,
+    bounded_size,
+    bucket_size,
+)
 
 
 class LanceRotaryEmbedding(Qwen2_5_VLRotaryEmbedding):
-    """Rotary embeddings of three positions, each of which turns its own sections of the features (Qwen2-VL, section 2.1)."""
+    """Rotary embeddings of three positions, each for its sections of the features (arXiv:2409.12191, section 2.1)."""
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions `[3, B, T]`, or `[B, T]` where all three are the same, to cosine and sine `[B, T, D]` in the dtype of `x`.
-        The forward of transformers takes and gives other shapes before release 5.19."""
+        """Cosine and sine `[B, T, D]`, in the dtype of `x`, of positions `[3, B, T]`, or `[B, T]` where all three are equal.
+        transformers' own forward has other shapes before release 5.19."""
         sections = self.config.rope_parameters["mrope_section"]
         angles = position_ids.expand(3, -1, -1)[..., None].float() * self.inv_freq.float()  # [3, B, T, D / 2]
         angles = torch.cat([part[index % 3] for index, part in enumerate(angles.split(sections, dim=-1))], dim=-1)
@@ -47,17 +53,17 @@ class LanceRotaryEmbedding(Qwen2_5_VLRotaryEmbedding):
 
 class LatentPositions(PositionTable):
     """Fixed 3-D sine-cosine table of the first frame: a third of the channels each for frame, row and column. As in the
-    original, columns beyond the side have the encodings of further rows."""
+    original, columns beyond the side run on into the encodings of the next rows."""
 
     def compute(self, frames: int = 1) -> torch.Tensor:
-        """The table of `frames`: `[frames · side², D]` float32."""
+        """The table `[frames · side², D]` float32."""
         third = self.dim // 3 // 2 * 2
         sizes = (frames, self.side, self.side)
         axes = [sincos(size, dim) for size, dim in zip(sizes, (third, third, self.dim - 2 * third), strict=True)]
         parts = [
             axis.view(*(-1 if dim == index else 1 for dim in range(3)), axis.shape[1]).expand(*sizes, -1)
             for index, axis in enumerate(axes)
-        ]
+        ]  # [frames, side, side, about D / 3] each
         return torch.cat(parts, dim=-1).flatten(0, 2).float()
 
     def holds(self, height: int, width: int) -> bool:
@@ -66,11 +72,11 @@ class LatentPositions(PositionTable):
 
 @dataclass
 class LanceContext(Context):
-    """What the language model has read so far.
+    """A context that remembers where the source of an edit is.
 
     Args:
-        source_position_ids: `[3, B, 2 + N]`, those of the clean latents it has read, markers first; `None` before.
-        has_source: `[B]` bool, the rows that have read them; `None` where all have.
+        source_position_ids: `[3, B, 2 + N]`, of the source's markers and latents; `None` before a source is read.
+        has_source: `[B]` bool, the rows that have read a source; `None` where all have.
     """
 
     source_position_ids: torch.Tensor | None = None
@@ -90,7 +96,7 @@ class LanceModel(LanceGeneration, MoTModel):
 
     config_class = LanceConfig
     _no_split_modules = ("MoTDecoderLayer", "Qwen2_5_VLVisionBlock")
-    # As diffusers' pipelines have it.
+    # In float32, as in diffusers' pipelines.
     _keep_in_fp32_modules_strict = ("vae.encoder", "vae.decoder", "vae.quant_conv", "vae.post_quant_conv")
     frozen_encoders = ("vit_model", "vae")
     license_note = (
@@ -132,15 +138,15 @@ class LanceModel(LanceGeneration, MoTModel):
             input_ids: `[B, T]`, the conversation up to the target, without images.
             image_position: `[B]` int64, how many of its tokens come before the image; the same in all rows.
             attention_mask: `[B, T]`, 0 at padding, which is on the right.
-            latents, posterior: instead of `pixel_values`, see `_target_latents`.
-            condition_embeds, condition_grid, condition_attention_mask: instead of `condition_pixel_values`, what
-                `encode_batch` gives.
+            latents, posterior: alternatives to `pixel_values`, see `_target_latents`.
+            condition_embeds, condition_grid, condition_attention_mask: results of `encode_batch`, an alternative to
+                `condition_pixel_values`.
         """
         latents = self._target_latents(corruption, pixel_values, latents, posterior)  # [B, C, h, w]
         if condition_embeds is None:
             condition_embeds = self.encode_condition(condition_pixel_values)  # [B, S, D]
             condition_grid = self.grids_of(condition_pixel_values)  # [B, 2]
-        before, behind, mask = around_images(input_ids, attention_mask, image_position)
+        before, behind, mask = around_images(input_ids, image_position, attention_mask)
         context = self.read_text(self.new_context(len(input_ids)), before)
         if condition_attention_mask is None:
             condition_attention_mask = padding_of(condition_embeds, condition_grid)
@@ -176,16 +182,17 @@ class LanceModel(LanceGeneration, MoTModel):
         latents: torch.Tensor | None = None,
         posterior: torch.Tensor | None = None,
     ) -> UnifiedOutput:
-        """Editing: the source as image embeddings and as latents, the instruction, then the target.
+        """Editing: read the source as image embeddings and as latents, read the instruction, then denoise the target.
 
         Args:
-            source_pixel_values, condition_pixel_values: without them the source is dropped.
-            source_mask: `[B]` bool, the rows whose source is read, in both ways; `None` where all are. What is dropped
-                leaves no trace.
-            pixel_values, latents, posterior: as in `_reconstruct`, like the arguments of the text.
+            source_pixel_values, condition_pixel_values: the source as the VAE and as the encoder take it; without them it
+                is dropped.
+            source_mask: `[B]` bool, the rows whose source is read, as both; `None` for all. A dropped source takes no
+                position.
+            input_ids, image_position, attention_mask, latents, posterior: as in `_reconstruct`.
         """
         latents, embeds = self._target_latents(corruption, pixel_values, latents, posterior), None  # [B, C, h, w]
-        before, behind, mask = around_images(input_ids, attention_mask, image_position)
+        before, behind, mask = around_images(input_ids, image_position, attention_mask)
         context = self.read_text(self.new_context(len(input_ids)), before)
         position = context.position
         is_dropped = source_mask is not None and not bool(source_mask.any())
@@ -209,7 +216,7 @@ class LanceModel(LanceGeneration, MoTModel):
         condition_pixel_values: torch.Tensor | list[torch.Tensor] | None = None,
         image_position: torch.Tensor | None = None,
     ) -> UnifiedOutput:
-        """Text about an image: next-token cross-entropy over the supervised tokens of a conversation.
+        """Image-to-text, or text alone: next-token cross-entropy over the supervised tokens of a conversation.
 
         Args:
             condition_pixel_values: `None` where no conversation shows an image.
@@ -230,32 +237,32 @@ class LanceModel(LanceGeneration, MoTModel):
     # --- encodings ---
 
     def _encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        patches, grid = image_patches(pixel_values, self.config.vision_config)
+        patches, grid = image_patches(pixel_values, self.config.vision_config)  # [B · patches, …], [B, 3]
         embeds = self.vit_model(patches.to(self.vit_model.dtype), grid_thw=grid).pooler_output  # [B · S, D]
         return embeds.view(len(pixel_values), -1, embeds.shape[-1])
 
     def grids_of(self, condition_pixel_values: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-        """Rows and columns of the embeddings of images: `[B, 2]` int64."""
+        """Rows and columns of each image's embeddings: `[B, 2]` int64."""
         stride = self.config.understanding_stride
         sizes = [[side // stride for side in image.shape[-2:]] for image in condition_pixel_values]
         return torch.tensor(sizes, device=self.device)
 
     @torch.no_grad()
     def encode_posterior(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Normalised mean, and standard deviation as it is, of the VAE's latents: `[B, 3, H, W]` -> `[B, 2, C, h, w]`."""
+        """See `MoTModel.encode_posterior`: the mean is normalised, the standard deviation is not."""
         posterior = self.vae.encode(pixel_values.to(self.vae.dtype)[:, :, None]).latent_dist
         mean, log_variance = posterior.parameters[:, :, 0].chunk(2, dim=1)  # [B, C, h, w] both; not clamped
         shift, scale = self._latent_statistics(mean)
         return torch.stack([(mean - shift) / scale, (0.5 * log_variance).exp()], dim=1)
 
     def sample_latents(self, posterior: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """A sample of `encode_posterior`'s result: `[B, C, h, w]` in the model's dtype."""
+        """See `MoTModel.sample_latents`."""
         mean, std = posterior.unbind(1)  # [B, C, h, w] both
         return (mean + std * noise.to(mean)).to(self.vae2llm.weight.dtype)
 
     @torch.no_grad()
     def decode_target(self, target: torch.Tensor) -> torch.Tensor:
-        """Inverse of `encode_target`, without the sampling: `[B, C, h, w]` -> `[B, 3, H, W]` in [-1, 1]."""
+        """Images `[B, 3, H, W]` in [-1, 1] of latents `[B, C, h, w]`."""
         latents = target.to(self.vae.dtype)
         shift, scale = self._latent_statistics(latents)
         return self.vae.decode((latents * scale + shift)[:, :, None]).sample[:, :, 0]
@@ -269,7 +276,7 @@ class LanceModel(LanceGeneration, MoTModel):
     @torch.no_grad()
     def encode_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """See `UnifiedModel.encode_batch`: `condition_embeds` `[B, S, D]`, their `condition_grid` `[B, 2]`, and the VAE's
-        `posterior`."""
+        `posterior` `[B, 2, C, h, w]`."""
         images = batch["condition_pixel_values"]
         return {
             "condition_embeds": self.encode_condition(images),
@@ -297,9 +304,9 @@ class LanceModel(LanceGeneration, MoTModel):
         """Read understanding embeddings `[B, S, D]` of images with `grids` `[B, 2]` of rows and columns.
 
         Args:
-            mask: `[B, S]`, 0 at padding; by default as the grids say.
-            in_own_frame: whether the image stands in `config.vit_frame` rather than in the frame of the text before it.
-            present: `[B]` bool, the rows that read it; by default all.
+            mask: `[B, S]`, 0 at padding; by default from the grids.
+            in_own_frame: whether the image's frame is `config.vit_frame`, or that of the text before it.
+            present: `[B]` bool, the rows that read the image; by default all.
         """
         place = image_place(context.position, grids, self.config.vit_frame if in_own_frame else None)
         mask = padding_of(embeds, grids) if mask is None else mask  # [B, S]
@@ -311,7 +318,7 @@ class LanceModel(LanceGeneration, MoTModel):
         return replace(read, source_position_ids=position_ids, has_source=present)
 
     def _latent_place(self, context: Context, grid: tuple[int, int]) -> Place:
-        """See `MoTModel._latent_place`: behind a source with as many tokens, where that stands."""
+        """See `MoTModel._latent_place`. Behind a source with the same number of tokens the positions are the source's."""
         grids = torch.tensor([grid], device=self.device).expand(len(context.position), -1)
         position_ids, following = image_place(context.position, grids)  # [3, B, 2 + N], [B]
         source = context.source_position_ids
@@ -343,28 +350,15 @@ class LanceModel(LanceGeneration, MoTModel):
         }
 
 
-def around_images(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, image_position: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The tokens of conversations `[B, T]` before and behind their images, and the mask of the latter."""
-    position = int(image_position[0])
-    if not bool((image_position == position).all()):
-        raise ValueError(
-            f"The images of a batch have the same number of tokens before them, got {image_position.tolist()}."
-        )
-    mask = None if attention_mask is None else attention_mask[:, position:]
-    return input_ids[:, :position], input_ids[:, position:], mask
-
-
 def image_place(position: torch.Tensor, grids: torch.Tensor, frame: int | None = None) -> Place:
-    """Where images with their two markers stand, the markers first in memory.
+    """Positions of images between their two markers; the markers come first in the sequence.
 
-    The start marker is at the next `position` `[B]`, in all three numbers; the tokens behind it count rows and columns, and
+    All three numbers of the start marker are the next `position` `[B]`. The tokens count rows and columns from there, and
     the end marker follows on the larger of both.
 
     Args:
-        grids: rows and columns of each image, `[B, 2]`; of shorter images further tokens are padding.
-        frame: of the start marker, instead of its position.
+        grids: rows and columns of each image, `[B, 2]`; smaller images are padded to the most tokens.
+        frame: the frame of the image, instead of `position`.
 
     Returns:
         Position ids `[3, B, 2 + S]`, and the next position `[B]`.
@@ -375,12 +369,12 @@ def image_place(position: torch.Tensor, grids: torch.Tensor, frame: int | None =
     tokens = start + 1 + torch.stack([0 * order // columns, order // columns, order % columns])  # [3, B, S]
     position_ids = torch.cat([torch.cat([start, end], dim=1).expand(3, -1, -1), tokens], dim=2)  # [3, B, 2 + S]
     if frame is not None:
-        frames = position_ids[:1] + (frame - start)
+        frames = position_ids[:1] + (frame - start)  # [1, B, 2 + S]
         position_ids = torch.cat([frames, position_ids[1:]])
     return position_ids, end[:, 0] + 1
 
 
 def padding_of(embeds: torch.Tensor, grids: torch.Tensor) -> torch.Tensor | None:
-    """Which embeddings `[B, S, D]` belong to images of `grids` `[B, 2]`: `[B, S]` bool, `None` where all do."""
-    mask = torch.arange(embeds.shape[1], device=grids.device) < grids.prod(dim=1)[:, None]
+    """The mask `[B, S]` bool of embeddings `[B, S, D]` of images with `grids` `[B, 2]`; `None` where nothing is padded."""
+    mask = torch.arange(embeds.shape[1], device=grids.device) < grids.prod(dim=1)[:, None]  # [B, S]
     return None if bool(mask.all()) else mask

@@ -18,16 +18,10 @@ import torch
 from PIL import Image
 
 from reca_trainer.models.common.conversations import exchange_problem, without_mark
-from reca_trainer.models.common.padding import padded_batch
+from reca_trainer.models.common.mot_processor import MoTProcessor
 from reca_trainer.models.common.pixels import to_pixels
 from reca_trainer.models.common.texts import fits
-from reca_trainer.models.contract import (
-    IMAGE_MARK,
-    Conversation,
-    UnifiedProcessor,
-    conversations_of,
-    one_per_sample,
-)
+from reca_trainer.models.contract import IMAGE_MARK, Conversation, one_per_sample
 from reca_trainer.models.lance.configuration_lance import LanceConfig
 
 SYSTEM_PROMPTS = json.loads((Path(__file__).parent / "system_prompts.json").read_text(encoding="utf-8"))["prompts"]
@@ -38,8 +32,10 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 
 def bucket(ratio: float, resolution: int, stride: int) -> tuple[int, int]:
-    """`(height, width)` in multiples of `stride` with an area near `resolution²`: snapped width first or height first,
-    whichever has the nearer ratio of width to height, then the nearer area, then width first."""
+    """`(height, width)` in multiples of `stride` with an area near `resolution²` and a width near `ratio` times the height.
+
+    Either side is snapped first; the candidate of the nearer ratio wins, then that of the nearer area, then width first.
+    """
 
     def snapped(side: float) -> int:
         return round(side / stride) * stride
@@ -51,7 +47,7 @@ def bucket(ratio: float, resolution: int, stride: int) -> tuple[int, int]:
 
 
 def bucket_size(width: int, height: int, resolution: int, stride: int) -> tuple[int, int]:
-    """`(height, width)` of the bucket whose ratio is nearest to a picture's, of equally near ones the widest."""
+    """`(height, width)` of the bucket whose ratio is nearest to a picture's; the widest wins a tie."""
     buckets = [bucket(ratio, resolution, stride) for ratio in ASPECT_RATIOS]
     return min(buckets, key=lambda size: abs(width / height - size[1] / size[0]))
 
@@ -59,8 +55,10 @@ def bucket_size(width: int, height: int, resolution: int, stride: int) -> tuple[
 def bounded_size(
     width: int, height: int, resolution: int, stride: int, longest: int | None = None, shortest: int | None = None
 ) -> tuple[int, int]:
-    """`bucket_size` at the largest resolution that keeps its longer side within `longest`; without that at `resolution`,
-    or the next above at which its shorter side is not below `shortest`.
+    """`bucket_size` within bounds of its sides in pixels.
+
+    A `longest` side is kept by the largest resolution that fits. Without it the resolution is `resolution`, raised until
+    the shorter side reaches `shortest`.
 
     Raises:
         ValueError: a bound below the stride, or a minimum above the maximum.
@@ -84,8 +82,8 @@ def bounded_size(
 def fill(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """The largest centred part of an image with the shape of `size = (height, width)`, resized to it, bicubic.
 
-    As the original's `RandomResizedCrop` of scale 1, but where its place would be random (by a pixel or two, where the
-    shapes are almost the same) it is the centre here too.
+    This is the original's `RandomResizedCrop` of scale 1, but for almost equal shapes, which that one cuts at a random place
+    within a pixel or two: here they are centred too.
     """
     ratio = size[1] / size[0]
     part = tuple(round(math.sqrt(image.width * image.height * factor)) for factor in (ratio, 1 / ratio))
@@ -99,7 +97,7 @@ def fill(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.crop((left, top, left + part[0], top + part[1])).resize(size[::-1], Image.Resampling.BICUBIC)
 
 
-class LanceProcessor(UnifiedProcessor):
+class LanceProcessor(MoTProcessor):
     """Builds batches for `LanceModel`.
 
     Args:
@@ -112,11 +110,9 @@ class LanceProcessor(UnifiedProcessor):
             question) and `question`. A conversation brings its own as a first message of the role `system`.
         stride: of the sides of all buckets, in pixels.
         understanding_stride: pixels of an understanding embedding; what a bucket has beyond a multiple of it is cut off.
-        max_text_length: tokens of a sample's texts, those of the conversation around them included. The original leaves
-            samples of more than 65,536 tokens out, of which the three images of an edit take 5,200; here texts are cut.
+        max_text_length: tokens of a sample's texts and of the conversation around them; longer texts are cut. The original
+            leaves out samples of more than 65,536 tokens, of which the three images of an edit take 5,200.
     """
-
-    tasks = ("reconstruct", "caption", "generate", "edit")
 
     def __init__(
         self,
@@ -137,6 +133,7 @@ class LanceProcessor(UnifiedProcessor):
         self.system_prompts = {**prompts, **(system_prompts or {})}
         self.max_text_length = max_text_length
         super().__init__(tokenizer, **kwargs)
+        self.pad_token_id = tokenizer.pad_token_id
         for use, side in self.understanding_resolutions.items():
             if min(min(bucket(ratio, side, stride)) for ratio in ASPECT_RATIOS) < understanding_stride:
                 raise ValueError(
@@ -169,26 +166,24 @@ class LanceProcessor(UnifiedProcessor):
         dropped: list[bool] | None = None,
         dropped_sources: list[tuple[bool, bool]] | None = None,
     ) -> dict[str, Any]:
-        """See `UnifiedProcessor.__call__`. Pictures are always cut at the centre, so `crop` says nothing here. A source is
-        dropped as a whole, as in the original: where `dropped_sources` says so of its embeddings.
+        """See `UnifiedProcessor.__call__`. Pictures are always cut at the centre: `crop` has no effect. A source is dropped
+        as a whole, as in the original, where `dropped_sources` drops its embeddings.
 
-        A text that is dropped or empty leaves the conversation without it. Conversations may do without pictures: `images`
-        is then `None`, or a picture of one embedding stands in for a row's.
+        A dropped or empty text leaves no tokens in its conversation. Conversations may have no pictures: `images` is then
+        `None`, or has `None` for a row, which gets a picture of one embedding.
 
         Returns:
-            Besides the keys of every family, where a task shows images: `image_position` `[B]` int64, the number of tokens
-            before them, -1 for rows of captions that show none; `source_mask` `[B]` bool of edits, false where the source is
-            dropped, absent where none is. `attention_mask` is absent where nothing is padded,
-            `condition_pixel_values` where no row shows an image.
+            The keys of every family, and for tasks that show images `image_position` `[B]` int64, the number of tokens before
+            them, -1 for rows of captions that show none. Edits have `source_mask` `[B]` bool, false where the source is
+            dropped, absent where none is. `attention_mask` is absent where nothing is padded, `condition_pixel_values` where
+            no row shows an image.
 
         Raises:
             ValueError: the targets or the sources of one batch do not come out at one size, a text is dropped that is to be
                 learned, a conversation cannot be learned from.
         """
-        if any(dropped or []) and task == "caption":
-            raise ValueError("The tasks that make images drop texts, caption does not.")
         if task == "caption":
-            return {"task": task, **self._caption_batch(images, text, instruction)}
+            return self._caption_batch(images, text, instruction, dropped, task)
         batch: dict[str, Any] = {"task": task}
         targets = images
         if task == "edit":
@@ -202,11 +197,8 @@ class LanceProcessor(UnifiedProcessor):
             batch["condition_pixel_values"] = self.to_conditions(images, task)
         if images is not None:
             batch["pixel_values"] = self.to_pixels(targets, size)
-        texts = instruction if task == "reconstruct" else text
-        samples = next((values for values in (images, texts, dropped) if isinstance(values, (list, tuple))), [None])
-        dropped = one_per_sample(dropped, len(samples), False)
-        texts = one_per_sample(texts, len(samples))
-        prompt = self.prompt(task, ["" if drop else words for words, drop in zip(texts, dropped, strict=True)])
+        texts = self._texts(images, instruction if task == "reconstruct" else text, dropped)
+        prompt = self.prompt(task, ["" if drop else words for words, drop in texts])
         if task == "generate":
             del prompt["image_position"]
         return {**batch, **prompt}
@@ -239,8 +231,8 @@ class LanceProcessor(UnifiedProcessor):
         return None
 
     def prompt(self, use: str, texts: Sequence[str | None]) -> dict[str, torch.Tensor]:
-        """Conversations up to what is to be made, images left out: `input_ids` `[B, T]`, `attention_mask` where they are
-        padded, on the right, and `image_position` `[B]`. `use` is one of `system_prompts`."""
+        """Conversations up to the assistant's turn, without images: `input_ids` `[B, T]`, padded on the right,
+        `attention_mask` `[B, T]` if they are padded, and `image_position` `[B]`. `use` is one of `system_prompts`."""
         begin = self._begin(self.system_prompts[use])
         rest = self.max_text_length - len(begin) - len(self._turn(""))
         rows = [begin + self._turn((words or "").strip(), rest) for words in texts]
@@ -256,36 +248,16 @@ class LanceProcessor(UnifiedProcessor):
         ids = ids if length is None else self.shorten(ids, length)
         return ids + self._ids("<|im_end|>\n<|im_start|>assistant\n")
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
     def _system_of(self, conversation: Conversation) -> tuple[str, Conversation]:
-        """A conversation's system prompt, its own or by whether it asks a question, and its other messages."""
+        """A conversation's system prompt and its other messages. Without a prompt of its own, a conversation that asks a
+        question gets that for questions, else that for captions."""
         if conversation and conversation[0]["role"] == "system":
             return conversation[0]["content"], conversation[1:]
         asks = bool(conversation) and bool(without_mark(conversation[0]))
         return self.system_prompts["question" if asks else "caption"], conversation
 
-    def _caption_batch(
-        self,
-        images: list[Image.Image | None] | None,
-        text: list[str] | list[Conversation],
-        instruction: str | list[str] | None,
-    ) -> dict[str, Any]:
-        conversations = conversations_of(text, instruction, with_images=images is not None)
-        images = one_per_sample(images, len(conversations))
-        pairs = zip(conversations, images, strict=True)
-        rows, labels, positions = zip(*[self._word(words, image is not None) for words, image in pairs], strict=True)
-        batch: dict[str, Any] = self._pad(list(rows), list(labels))
-        if any(position >= 0 for position in positions):
-            shown = [image if position >= 0 else None for image, position in zip(images, positions, strict=True)]
-            batch["condition_pixel_values"] = self.to_conditions(shown, "caption")
-            batch["image_position"] = torch.tensor(positions)
-        return batch
-
     def _word(self, conversation: Conversation, with_image: bool) -> tuple[list[int], list[int], int]:
-        """A conversation as ids, labels and the number of ids before its image, -1 where it shows none. Every answer is
-        supervised, the end of its turn included."""
+        """See `MoTProcessor._word`. Every answer is supervised with the end of its turn."""
         if problem := self.conversation_problem(conversation):
             raise ValueError(f"A conversation cannot be learned from: {problem}.")
         system, messages = self._system_of(conversation)
@@ -307,26 +279,35 @@ class LanceProcessor(UnifiedProcessor):
         ids = self.shorten(ids, self.max_text_length)
         return ids, labels[: len(ids)], position if position <= len(ids) else -1
 
-    def _pad(self, rows: list[list[int]], labels: list[list[int]] | None = None) -> dict[str, torch.Tensor]:
-        return padded_batch(rows, self.tokenizer.pad_token_id, labels)
-
     def to_pixels(self, images: Sequence[Image.Image], size: tuple[int, int] | None = None) -> torch.Tensor:
         """`[B, 3, H, W]` float32 in [-1, 1], at `size` `(height, width)` or each in its own bucket."""
-        images = [fill(image, size or self.target_size(*image.size)) for image in images]
-        return to_pixels(images)
+        return to_pixels([fill(image, size or self.target_size(*image.size)) for image in images])
 
-    def to_conditions(self, images: Sequence[Image.Image | None], use: str) -> torch.Tensor | list[torch.Tensor]:
-        """Images as they are understood for `use`: `[B, 3, h, w]` float32, or a list of `[3, h, w]` where sizes differ. Where
-        there is no image, one embedding's worth of zeros."""
-        side = self.understanding_stride
-        pixels = [torch.zeros(3, side, side) if image is None else self.to_condition(image, use) for image in images]
-        return torch.stack(pixels) if len({tensor.shape for tensor in pixels}) == 1 else pixels
-
-    def to_condition(self, image: Image.Image, use: str) -> torch.Tensor:
-        """One image as it is understood: its bucket, cut at the centre to whole embeddings, `[3, h, w]` float32."""
+    def to_condition(self, image: Image.Image | None, use: str) -> torch.Tensor:
+        """See `MoTProcessor.to_condition`: the image's bucket, cut at the centre to whole embeddings and normalised as CLIP's
+        images are. `use` is one of `understanding_resolutions`."""
+        if image is None:
+            return torch.zeros(3, self.understanding_stride, self.understanding_stride)
         size = bucket_size(*image.size, self.understanding_resolutions[use], self.stride)
         height, width = self.understanding_size(*image.size, use)
         top, left = (size[0] - height) // 2, (size[1] - width) // 2
         levels = np.asarray(fill(image, size))[top : top + height, left : left + width].astype(np.float32) / 255.0
         mean, std = (np.array(values, dtype=np.float32) for values in (CLIP_MEAN, CLIP_STD))
         return torch.from_numpy((levels - mean) / std).permute(2, 0, 1).contiguous()
+
+
+def around_images(
+    input_ids: torch.Tensor, image_position: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The tokens of conversations `[B, T]` before and behind their images, and the mask of those behind.
+
+    Raises:
+        ValueError: rows differ in the number of tokens before the image.
+    """
+    position = int(image_position[0])
+    if not bool((image_position == position).all()):
+        raise ValueError(
+            f"The images of a batch have the same number of tokens before them, got {image_position.tolist()}."
+        )
+    mask = None if attention_mask is None else attention_mask[:, position:]
+    return input_ids[:, :position], input_ids[:, position:], mask
