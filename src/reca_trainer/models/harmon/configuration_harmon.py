@@ -11,12 +11,13 @@ from reca_trainer.models.common.configuration import CompositeConfig
 
 
 class HarmonMarConfig(PreTrainedConfig):
-    """The MAR part (arXiv:2406.11838), argument names as in its published configurations. Defaults: Harmon-0.5B.
+    """The MAR part (arXiv:2406.11838), with the argument names of its published configurations. The defaults are those of
+    Harmon-0.5B.
 
     Args:
         encoder_embed_dim, encoder_depth, encoder_num_heads: width, blocks and heads of the encoder.
         decoder_embed_dim, decoder_depth, decoder_num_heads: the same of the decoder.
-        mlp_ratio: hidden width of a block's MLP over the block's width.
+        mlp_ratio: hidden width of a block's MLP divided by the block's width.
         img_size: pixels per side of the images that the position tables were made for.
         vae_stride, vae_embed_dim: pixels per latent and channels of a latent.
         class_num: rows of the class table, which Harmon stores and never uses.
@@ -61,11 +62,11 @@ class HarmonConfig(CompositeConfig):
     """Configuration of `HarmonModel`.
 
     Args:
-        text_config (`Qwen2Config` or `dict`): the language model; by default the one of Harmon-0.5B.
+        text_config (`Qwen2Config` or `dict`): the language model; by default that of Harmon-0.5B.
         mar_config (`HarmonMarConfig` or `dict`): MAR encoder, decoder and diffusion head.
         vae_config (`dict`): arguments of diffusers' `AutoencoderKL`; by default KL-16.
         understanding_grad_scale (`float`): factor on the gradient that reconstruction and caption losses send into the
-            encoder through the understanding embeddings (official Harmon recipe: 0.1). The values are unchanged.
+            encoder through the understanding embeddings; 0.1 in Harmon's official recipe.
         image_token_id (`int`): id that marks the image's place in `input_ids`; outside the vocabulary.
     """
 

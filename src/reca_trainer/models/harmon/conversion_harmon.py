@@ -82,8 +82,8 @@ def read_published_processor(folder: str | Path, variant: str | None = None, **k
 def write_published(
     model: HarmonModel, processor: HarmonProcessor, folder: str | Path, max_shard_size: int | str = "5GB"
 ) -> None:
-    """Write the Hub layout: `config.json`, safetensors and the tokenizer. The release's own model code, which its loading
-    with transformers needs, is not part of it."""
+    """Write the Hub layout: `config.json`, safetensors and the tokenizer, without the model code that the release has beside
+    them for loading with transformers."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = weights_of(model)
@@ -99,7 +99,11 @@ def write_published(
 
 def read_config(published: dict[str, Any]) -> HarmonConfig:
     """`HarmonConfig` from a published `config.json`. Dimensions under `mar` override those of its `type`; the
-    autoencoder is KL-16 unless there is a `vae`."""
+    autoencoder is KL-16 unless there is a `vae`.
+
+    Raises:
+        CheckpointError: an unknown `type` or key, or patches of several latents.
+    """
     mar = dict(published["mar"])
     size = mar.pop("type", "mar_base")
     if size not in MAR_SIZES:
@@ -116,10 +120,10 @@ def read_config(published: dict[str, Any]) -> HarmonConfig:
         raise CheckpointError(f"config.json: unknown keys under mar: {', '.join(unknown)}.")
 
     vae = {"scaling_factor": published.get("vae_scale", 0.2325)}
-    for theirs, ours in (("embed_dim", "latent_channels"), ("ch", "width"), ("ch_mult", "multipliers"),
-                         ("num_res_blocks", "layers_per_block")):  # fmt: skip
-        if theirs in published.get("vae", {}):
-            vae[ours] = published["vae"][theirs]
+    for key, argument in (("embed_dim", "latent_channels"), ("ch", "width"), ("ch_mult", "multipliers"),
+                          ("num_res_blocks", "layers_per_block")):  # fmt: skip
+        if key in published.get("vae", {}):
+            vae[argument] = published["vae"][key]
     return HarmonConfig(text_config=published["llm"], mar_config=mar, vae_config=kl_vae_config(**vae))
 
 
@@ -130,7 +134,8 @@ def write_config(config: HarmonConfig) -> dict[str, Any]:
     for generic in ("model_type", "transformers_version", "dtype", "architectures", "_name_or_path"):
         mar.pop(generic, None)
     dimensions = tuple(getattr(config.mar_config, field) for field in fields)
-    size = next((name for name, half in MAR_SIZES.items() if half + half == dimensions), "mar_base")
+    # A size says the same of encoder and decoder.
+    size = next((name for name, values in MAR_SIZES.items() if values * 2 == dimensions), "mar_base")
     explicit = {} if MAR_SIZES[size] * 2 == dimensions else dict(zip(fields, dimensions, strict=True))
     mar = {
         "type": size,
@@ -156,7 +161,7 @@ def write_config(config: HarmonConfig) -> dict[str, Any]:
 
 
 def _training_files(folder: Path) -> list[str]:
-    """Files as the training code writes them; a release is called `harmon_<size>.pth`, a step of a run `iter_5000.pth`."""
+    """The training code's checkpoints: a release is called `harmon_<size>.pth`, a step of a run `iter_5000.pth`."""
     files = [path.name for path in folder.glob("*.pth")]
     if (folder / "config.json").is_file() and next(folder.glob("model*.safetensors"), None):
         files = [name for name in files if name.startswith("harmon_")]

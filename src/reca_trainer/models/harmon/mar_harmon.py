@@ -1,5 +1,5 @@
-"""Harmon's masked autoregressive image model: which tokens are hidden, the encoder and the decoder around the language
-model, and the diffusion of one token.
+"""Harmon's masked autoregressive (MAR, arXiv:2406.11838) image model: the masking, the encoder and the decoder around the
+language model, and the diffusion head that makes a token.
 
 Shapes: B samples, h×w latent grid, L = h·w image tokens, V visible ones, C latent channels, K buffer tokens, E / D encoder
 / decoder width, W width of the diffusion head, M noise draws per token.
@@ -30,8 +30,8 @@ def mask_rate(quantile: Tensor, minimum: float = 0.7) -> Tensor:
 
 
 def hidden_counts(num_tokens: int, num_iterations: int) -> list[int]:
-    """Tokens still hidden after each sampling iteration: a quarter cosine that reveals at least one per iteration. The
-    last iteration reveals what is left."""
+    """The number of tokens that are still hidden after each sampling iteration. It falls along a quarter cosine, by at least
+    one an iteration, and the last iteration reveals all that is left."""
     counts = [num_tokens]
     for iteration in range(1, num_iterations):
         target = math.floor(num_tokens * math.cos(math.pi / 2 * iteration / num_iterations))
@@ -44,7 +44,7 @@ class Visible(NamedTuple):
 
     Attributes:
         index: `[B, V]` int64, their places; V is the largest number of visible tokens in the batch.
-        valid: `[B, V]` bool, false where a row has fewer than V; `None` if no row has.
+        valid: `[B, V]` bool, false at the padding of rows that have fewer; `None` where all have V.
     """
 
     index: Tensor
@@ -52,10 +52,10 @@ class Visible(NamedTuple):
 
     @classmethod
     def of(cls, mask: Tensor) -> Visible:
-        """From `mask`, `[B, L]` bool, true where hidden."""
-        counts = (~mask).sum(1)
+        """The visible tokens of `mask` `[B, L]` bool, true where a token is hidden."""
+        counts = (~mask).sum(1)  # [B]
         most = int(counts.max())
-        index = mask.int().argsort(dim=1, stable=True)[:, :most]
+        index = mask.int().argsort(dim=1, stable=True)[:, :most]  # [B, V]
         if int(counts.min()) == most:
             return cls(index, None)
         return cls(index, torch.arange(most, device=mask.device) < counts[:, None])
@@ -68,7 +68,7 @@ class Visible(NamedTuple):
 
 
 class MarAttention(nn.Module):
-    """Bidirectional self-attention."""
+    """Bidirectional self-attention over `[B, length, dim]`."""
 
     def __init__(self, dim: int, num_heads: int, attn_dropout: float, proj_dropout: float):
         super().__init__()
@@ -83,7 +83,7 @@ class MarAttention(nn.Module):
         dropout = self.attn_dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(
             query, key, value, attn_mask=attention_mask, dropout_p=dropout
-        )  # [B, heads, length, head_dim], like query, key and value
+        )  # [B, heads, length, head_dim], as query, key and value are
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, length, dim)))
 
 
@@ -114,14 +114,14 @@ class MarBlock(GradientCheckpointingLayer):
 
 
 class Mar(nn.Module):
-    """Masked autoregressive image model: encoder, decoder and diffusion head, without the language model between."""
+    """Encoder, decoder and diffusion head, without the language model between them."""
 
     def __init__(self, config: HarmonMarConfig):
         super().__init__()
         self.buffer_size, self.native_grid = config.buffer_size, config.native_grid
         encoder_dim, decoder_dim, native = config.encoder_embed_dim, config.decoder_embed_dim, config.native_grid**2
 
-        # Published checkpoints hold a class table that Harmon never uses: a buffer, so that no optimizer and no
+        # Published checkpoints hold a class table that Harmon never uses. It is a buffer, so that no optimizer and no
         # distributed reducer waits for its gradient.
         self.class_emb = nn.Module()
         self.class_emb.register_buffer("weight", torch.zeros(config.class_num, encoder_dim))
@@ -146,8 +146,8 @@ class Mar(nn.Module):
         self.diffloss = DiffusionHead(config)
 
     def position_embeddings(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Fit a position table `[1, K + native², D]`, or one without buffers, to `grid`: bilinear for the image part, buffers
-        unchanged. Returns `[1, K + h·w, D]`."""
+        """A position table `[1, K + native², D]`, or one without buffers, fitted to `grid`: `[1, K + L, D]`. Positions of the
+        image are interpolated bilinearly, those of buffers are unchanged."""
         native = self.native_grid
         if grid == (native, native):
             return table
@@ -157,31 +157,30 @@ class Mar(nn.Module):
         return torch.cat([buffers, image.flatten(2).mT], dim=1)
 
     def encode(self, latents: Tensor, visible: Visible | None = None) -> Tensor:
-        """Encode latents `[B, h, w, C]`, all of them or the `visible` ones, to `[B, K + V, E]`, buffers first."""
+        """Encode latents `[B, h, w, C]` to `[B, K + L, E]`, or only the `visible` ones to `[B, K + V, E]`, buffers first."""
         x = self.z_proj(latents.flatten(1, 2).to(self.fake_latent.dtype))  # [B, L, E]
         buffers = self.fake_latent.to(x.dtype).expand(len(x), self.buffer_size, -1)  # [B, K, E]
         x = torch.cat([buffers, x], dim=1)  # [B, K + L, E]
         x = self.z_proj_ln(x + self.position_embeddings(self.encoder_pos_embed_learned, latents.shape[1:3]))
-        attention_mask = None
+        attention_mask = None  # where visible tokens are padded, `[B, 1, 1, K + V]`
         if visible is not None:
             buffers, x = x.split([self.buffer_size, x.shape[1] - self.buffer_size], dim=1)
             x = x.gather(1, visible.index[..., None].expand(-1, -1, x.shape[-1]))  # [B, V, E]
             x = torch.cat([buffers, x], dim=1)  # [B, K + V, E]
             if visible.valid is not None:
-                attention_mask = F.pad(visible.valid, (self.buffer_size, 0), value=True)  # [B, K + V]
-                attention_mask = attention_mask[:, None, None]
+                attention_mask = F.pad(visible.valid, (self.buffer_size, 0), value=True)[:, None, None]
         for block in self.encoder_blocks:
             x = block(x, attention_mask)
         return self.encoder_norm(x)
 
     def decode(self, x: Tensor, visible: Visible, grid: tuple[int, int]) -> Tensor:
-        """From the fused `[B, K + V, E]` to what the diffusion head is conditioned on, `[B, L, D]`."""
+        """The diffusion head's condition `[B, L, D]` from the language model's output `[B, K + V, E]`."""
         x = self.decoder_embed(x)  # [B, K + V, D]
-        buffers, tokens = x.split([self.buffer_size, x.shape[1] - self.buffer_size], dim=1)
+        buffers, tokens = x.split([self.buffer_size, x.shape[1] - self.buffer_size], dim=1)  # [B, K, D], [B, V, D]
         mask_token = self.mask_token.to(x.dtype)
         if visible.valid is not None:
             tokens = torch.where(visible.valid[..., None], tokens, mask_token)
-        slots = mask_token.expand(len(x), grid[0] * grid[1], -1)
+        slots = mask_token.expand(len(x), grid[0] * grid[1], -1)  # [B, L, D]
         slots = slots.scatter(1, visible.index[..., None].expand_as(tokens), tokens)  # [B, L, D]
         x = torch.cat([buffers, slots], dim=1)  # [B, K + L, D]
         x = x + self.position_embeddings(self.decoder_pos_embed_learned, grid)
@@ -197,8 +196,13 @@ class Mar(nn.Module):
 def kept_timesteps(spacing: str, num_timesteps: int = 1000) -> list[int]:
     """The training timesteps that a sampler keeps, ascending.
 
-    `"N"` keeps N evenly spaced ones including both ends, `"N,M,…"` that many in each of as many equal sections, and
-    `"ddimN"` every k-th from 0, for the integer k that gives N.
+    Args:
+        spacing: `"N"` keeps N evenly spaced ones including both ends; `"N,M,…"` divides the timesteps into as many equal
+            sections as there are numbers, and keeps N of the first, M of the second, …; `"ddimN"` keeps every k-th from 0,
+            for the integer k that gives N.
+
+    Raises:
+        ValueError: a section has fewer timesteps, or there is no such k.
     """
     if spacing.startswith("ddim"):
         count = int(spacing.removeprefix("ddim"))
@@ -207,10 +211,10 @@ def kept_timesteps(spacing: str, num_timesteps: int = 1000) -> list[int]:
                 return list(range(0, num_timesteps, stride))
         raise ValueError(f"num_sampling_steps={spacing!r}: no integer stride keeps {count} of {num_timesteps} steps.")
     counts = [int(count) for count in spacing.split(",")]
-    short, longer = divmod(num_timesteps, len(counts))
+    size, remainder = divmod(num_timesteps, len(counts))
     kept, start = [], 0
     for section, count in enumerate(counts):
-        length = short + (section < longer)
+        length = size + (section < remainder)
         if not 1 <= count <= length:
             raise ValueError(f"num_sampling_steps={spacing!r}: cannot keep {count} of a section's {length} steps.")
         stride = (length - 1) / (count - 1) if count > 1 else 0.0
@@ -222,11 +226,11 @@ def kept_timesteps(spacing: str, num_timesteps: int = 1000) -> list[int]:
 class GaussianDiffusion:
     """The noise schedule of improved DDPM (arXiv:2102.09672): squared cosine, ε prediction, learned variance range.
 
-    diffusers' `DDPMScheduler` samples from this model, but has neither the variational bound that trains the variance
-    nor float64 tables, which ε prediction needs at the cosine schedule's last steps (ᾱ ≈ 2e-9).
+    diffusers' `DDPMScheduler` can sample from this model. It lacks the variational bound that trains the variance, and the
+    float64 tables that ε prediction needs at the cosine schedule's last steps (ᾱ ≈ 2e-9).
 
     Args:
-        spacing: which of the 1000 training timesteps to keep, see `kept_timesteps`; all by default.
+        spacing: which of the 1000 training timesteps to keep, see `kept_timesteps`; by default all.
     """
 
     def __init__(self, spacing: str | None = None):
@@ -248,13 +252,17 @@ class GaussianDiffusion:
         self.posterior_mean_xt = (1 - previous) * (1 - betas).sqrt() / (1 - self.alphas_cumprod)
 
     def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t = √ᾱ_t x0 + √(1 - ᾱ_t) ε, float32; `timesteps` has the shape of `noise` without its last dimension."""
+        """`x_t = √ᾱ_t x0 + √(1 - ᾱ_t) ε` `[..., C]` float32, for `noise` ε `[..., C]` and `timesteps` `[...]`."""
         signal, sigma = self._at(timesteps, self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt())
         return signal * x0 + sigma * noise
 
     def posterior(self, output: Tensor, noise_prediction: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of p(x_{t-1} | x_t) for the head's `output` `[..., 2C]`, whose second half places the
-        variance between the posterior's and β; the first half is replaced by `noise_prediction` `[..., C]`."""
+        """Mean and log variance `[..., C]` of p(x_{t-1} | x_t) at `t` `[...]`.
+
+        Args:
+            output: `[..., 2C]`, of which the second half interpolates the log variance between the posterior's and log β.
+            noise_prediction: `[..., C]`, ε, in place of the first half of `output`.
+        """
         recip, recip_minus_one, mean_x0, mean_xt, low, high = self._at(
             t,
             (1 / self.alphas_cumprod).sqrt(),
@@ -273,11 +281,10 @@ class GaussianDiffusion:
     ) -> tuple[Tensor, Tensor]:
         """Squared error of ε and variational bound in bits, each the mean over channels: two `[...]` float32 tensors.
 
-        The bound (eq. 16 of arXiv:2102.09672) trains the variance only: ε is detached in it.
+        The bound (arXiv:2102.09672, equation 16) trains the variance only: ε is detached in it.
         """
-        prediction = output.chunk(2, dim=-1)[0]
-        error = (noise - prediction).square().mean(-1)
-
+        prediction = output.chunk(2, dim=-1)[0]  # [..., C]
+        error = (noise - prediction).square().mean(-1)  # [...]
         mean, log_variance = self.posterior(output, prediction.detach(), x_t, timesteps)
         mean_x0, mean_xt, true_log_variance = self._at(
             timesteps, self.posterior_mean_x0, self.posterior_mean_xt, self.posterior_log_variance_clipped
@@ -289,20 +296,20 @@ class GaussianDiffusion:
             + torch.exp(true_log_variance - log_variance)
             + (true_mean - mean).square() * torch.exp(-log_variance)
             - 1
-        )
+        )  # [..., C], of two Gaussians
         likelihood = discretized_gaussian_log_likelihood(x0, mean, 0.5 * log_variance)
         bound = torch.where(timesteps[..., None] == 0, -likelihood, divergence).mean(-1) / math.log(2)
         return error, bound
 
     @staticmethod
     def _at(timesteps: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
-        """The tables' values at `timesteps`, float32, with a trailing channel dimension."""
+        """The tables' values at `timesteps` `[...]`: `[..., 1]` float32 each."""
         return torch.stack(tables).float().to(timesteps.device)[:, timesteps, None].unbind()
 
 
 def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Log of the mass that a Gaussian puts on x's bin of width 2/255, the outermost bins open (as in DDPM). The CDF is
-    the tanh approximation that improved DDPM trains with."""
+    """Log of the probability of the bin of width 2/255 around `x` under a Gaussian; the outermost bins are open (DDPM,
+    arXiv:2006.11239, equation 13). The CDF is improved DDPM's tanh approximation."""
 
     def cdf(value: Tensor) -> Tensor:
         value = (value - mean) * torch.exp(-log_scale)
@@ -314,6 +321,8 @@ def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tens
 
 
 class TimestepEmbedding(nn.Module):
+    """Timesteps `[...]` to `[..., W]`."""
+
     def __init__(self, width: int):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
@@ -321,12 +330,12 @@ class TimestepEmbedding(nn.Module):
     def forward(self, timesteps: Tensor) -> Tensor:
         features = get_timestep_embedding(
             timesteps.flatten(), 256, flip_sin_to_cos=True, downscale_freq_shift=0
-        )  # [timesteps, 256]
+        )  # [N, 256] for N timesteps
         return self.mlp(features.to(self.mlp[0].weight.dtype)).unflatten(0, timesteps.shape)
 
 
 class ResidualBlock(GradientCheckpointingLayer):
-    """MLP with adaptive layer norm: shift, scale and gate come from the condition."""
+    """MLP over `[..., W]` with adaptive layer norm: the condition `[..., W]` gives shift, scale and gate."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -340,6 +349,8 @@ class ResidualBlock(GradientCheckpointingLayer):
 
 
 class FinalLayer(nn.Module):
+    """Adaptive layer norm and projection: `[..., W]` to `[..., out_channels]`."""
+
     def __init__(self, width: int, out_channels: int):
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
@@ -352,7 +363,7 @@ class FinalLayer(nn.Module):
 
 
 class DenoisingMLP(nn.Module):
-    """Predicts noise and variance of a noised token `[..., C]` at `timesteps` `[...]`, given `z` `[..., D]`."""
+    """Predicts noise and variance `[..., 2C]` of a noised token `[..., C]` at `timesteps` `[...]`, given `z` `[..., D]`."""
 
     def __init__(self, channels: int, z_dim: int, width: int, depth: int):
         super().__init__()
@@ -372,7 +383,7 @@ class DenoisingMLP(nn.Module):
 
 
 class DiffusionHead(nn.Module):
-    """The diffusion loss of MAR (arXiv:2406.11838, section 3.2), and the sampler that goes with it."""
+    """The diffusion loss of MAR (arXiv:2406.11838, section 3.2), and its sampler."""
 
     def __init__(self, config: HarmonMarConfig):
         super().__init__()
@@ -399,11 +410,12 @@ class DiffusionHead(nn.Module):
 
         Args:
             z: `[N, D]`, or `[2N, D]` with guidance, the conditional half first.
-            noise: `[N, 1 + steps, C]`, the starting point and the noise of each step in the order of the steps.
+            noise: `[N, 1 + steps, C]`, the initial noise, then that of each step in the order of the steps.
             guidance_scale: s in ε = ε_uncond + s (ε_cond - ε_uncond). The variance is the conditional one.
             temperature: factor on the noise of the steps.
 
-        Returns `[N, C]` float32.
+        Returns:
+            `[N, C]` float32.
         """
         diffusion = diffusion or self.sampling_diffusion
         x = noise[:, 0]  # [N, C]

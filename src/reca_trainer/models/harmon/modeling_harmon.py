@@ -1,6 +1,7 @@
 """Harmon (arXiv:2503.21979) with the losses of Reconstruction Alignment.
 
 What is unusual about this model:
+
 - One encoder for both directions. Understanding reads all image tokens; generation reads the visible ones of a masked image.
 - The language model sits between MAR encoder and decoder and sees image tokens causally, like text.
 - An image token is continuous: a small diffusion head predicts it from the decoder's output.
@@ -40,14 +41,14 @@ from reca_trainer.models.harmon.processing_harmon import MAX_SIDE, HarmonProcess
 
 
 class HarmonModel(UnifiedModel):
-    """Harmon: `vae` (KL-16, frozen), `mar`, `llm` (Qwen2) and the projections between the latter two.
+    """Harmon: `vae` (KL-16, frozen), `mar`, `llm` (Qwen2), and the projections `proj_in` and `proj_out` around `llm`.
 
     Reconstruction and captions read the same understanding embeddings, through the same weights that generate: RecA
     trains all of them (`llm`, `mar`, `proj_in`, `proj_out`) and keeps understanding with a caption loss beside
     the reconstruction loss.
 
-    LoRA goes to every linear layer of language model, MAR and projections, because generation runs through all of
-    them; the text head (tied to the embedding) and the autoencoder stay as they are.
+    LoRA adapts every linear layer of language model, MAR and projections, because generation runs through all of them,
+    but not the text head (tied to the embedding) and the autoencoder.
     """
 
     config_class = HarmonConfig
@@ -131,14 +132,16 @@ class HarmonModel(UnifiedModel):
     ) -> UnifiedOutput:
         """RecA: read the image's own embeddings and the instruction, then predict the image's hidden tokens.
 
-        The embeddings enter each row of `input_ids` at its one `config.image_token_id`. Without `condition_pixel_values` the
-        condition is the target image. `latents`, what `encode_batch` gives, stand for `pixel_values`.
+        Args:
+            input_ids, attention_mask: `[B, t]`, the prompts; the embeddings replace the one `config.image_token_id` of a row.
+            condition_pixel_values: `[B, 3, H', W']`; by default the condition is the target image.
+            latents: `[B, h, w, C]`, the result of `encode_batch`, an alternative to `pixel_values`.
         """
         latents = self.encode_target(pixel_values) if latents is None else latents  # [B, h, w, C]
         if condition_pixel_values is None:
             understanding = self.understand(latents)  # [B, L + K, H]
         else:
-            understanding = self.encode_condition(condition_pixel_values)
+            understanding = self.encode_condition(condition_pixel_values)  # [B, L' + K, H]
         understanding = self._scale_gradient(understanding)
         return self._diffusion_loss(corruption, latents, input_ids, attention_mask, understanding)
 
@@ -161,7 +164,12 @@ class HarmonModel(UnifiedModel):
         attention_mask: Tensor | None,
         understanding: Tensor | None = None,
     ) -> UnifiedOutput:
-        """MAR's diffusion loss of latents `[B, h, w, C]`, the mean over hidden tokens and noise draws."""
+        """MAR's diffusion loss (arXiv:2406.11838) of latents `[B, h, w, C]`, the mean over hidden tokens and noise draws.
+
+        Args:
+            corruption: see `sample_corruption`.
+            input_ids, attention_mask: `[B, t]`, the prompts, with an image's place if there is `understanding` `[B, S, H]`.
+        """
         visible = Visible.of(corruption["mask"]).to(self.device)
         corruption = {name: value.to(self.device) for name, value in corruption.items()}
         context, context_mask, _ = self._embed(input_ids, attention_mask, understanding)  # [B, T, H], [B, T]
@@ -193,8 +201,8 @@ class HarmonModel(UnifiedModel):
         attention_mask: Tensor | None = None,
         condition_pixel_values: Tensor | None = None,
     ) -> UnifiedOutput:
-        """Next-token cross-entropy of the answers. The image, if there is one, enters each row of `input_ids` at its one
-        `config.image_token_id`."""
+        """Image-to-text, or text alone: next-token cross-entropy of the answers. The image's embeddings replace the one
+        `config.image_token_id` of a row of `input_ids` `[B, t]`."""
         understanding = None
         if condition_pixel_values is not None:
             understanding = self._scale_gradient(self.encode_condition(condition_pixel_values))  # [B, L + K, H]
@@ -221,7 +229,7 @@ class HarmonModel(UnifiedModel):
         return self.vae.decode(latents.to(self.vae.dtype)).sample.float()
 
     def encode_batch(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """See `UnifiedModel.encode_batch`: `latents` `[B, h, w, C]`. What MAR's encoder makes of them is trained."""
+        """See `UnifiedModel.encode_batch`: `latents` `[B, h, w, C]`. MAR's encoder, which reads them, is trained."""
         return {"latents": self.encode_target(batch["pixel_values"])}
 
     def understand(self, latents: Tensor) -> Tensor:
@@ -229,6 +237,7 @@ class HarmonModel(UnifiedModel):
         return self.proj_in(self.mar.encode(latents)).roll(-self.mar.buffer_size, dims=1)
 
     def _scale_gradient(self, x: Tensor) -> Tensor:
+        """`x` itself, whose gradient is multiplied by `config.understanding_grad_scale`."""
         return x.detach() + self.config.understanding_grad_scale * (x - x.detach())
 
     # --- the language model between MAR's encoder and decoder ---
@@ -240,10 +249,13 @@ class HarmonModel(UnifiedModel):
         image_embeds: Tensor | None,
         labels: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Embed texts `[B, t]` and put an image's `[B, S, H]` embeddings where its placeholder is.
+        """Embed texts `[B, t]` and replace an image's placeholder by its embeddings `[B, S, H]`.
 
         Returns:
             Embeddings `[B, T, H]`, attention mask and labels `[B, T]`; T is t, or with an image `t - 1 + S`.
+
+        Raises:
+            ValueError: a row has no placeholder for its image, or more than one.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -268,7 +280,7 @@ class HarmonModel(UnifiedModel):
         return embeds, attention_mask, labels
 
     def _predict(self, latents: Tensor, visible: Visible, context: Tensor, context_mask: Tensor) -> Tensor:
-        """What the diffusion head is conditioned on, `[B, L, D]`, from the visible tokens and the context."""
+        """The diffusion head's condition `[B, L, D]`, from the visible tokens and the context `[B, T, H]`."""
         encoded = self.mar.encode(latents, visible)  # [B, K + V, E]
         fused = self._fuse(encoded, visible, context_mask, context)  # [B, K + V, E]
         return self.mar.decode(fused, visible, tuple(latents.shape[1:3]))
@@ -281,8 +293,8 @@ class HarmonModel(UnifiedModel):
         context: Tensor | None = None,
         cache: DynamicCache | None = None,
     ) -> Tensor:
-        """Add to the encoded tokens `[B, K + V, E]` what the language model makes of them after the context, which is
-        given as embeddings `[B, T, H]` or as a filled cache, with its mask `[B, T]`."""
+        """The encoded tokens `[B, K + V, E]` plus the language model's output for them behind the context, which is given as
+        embeddings `[B, T, H]` or as a filled cache, with its mask `[B, T]`."""
         buffers = self.mar.buffer_size
         tokens = self.proj_in(encoded).roll(-buffers, dims=1)  # [B, V + K, H]: buffers last
         valid = torch.ones(tokens.shape[:2], dtype=context_mask.dtype, device=tokens.device)
@@ -290,8 +302,8 @@ class HarmonModel(UnifiedModel):
             valid[:, :-buffers] = visible.valid
         mask = torch.cat([context_mask, valid], dim=1)  # [B, T + V + K]
         inputs = tokens if context is None else torch.cat([context, tokens.to(context.dtype)], dim=1)
-        position_ids = positions(mask)[:, -inputs.shape[1] :]
-        # By position: releases of transformers differ in the name of the cache.
+        position_ids = positions(mask)[:, -inputs.shape[1] :]  # [B, T + V + K], or [B, V + K] behind a cache
+        # Positional arguments: releases of transformers differ in the name of the cache.
         output = self.llm.model(None, mask, position_ids, cache, inputs, use_cache=cache is not None)
         hidden = output.last_hidden_state[:, -tokens.shape[1] :]  # [B, V + K, H]
         return encoded + self.proj_out(hidden.roll(buffers, dims=1))
@@ -301,9 +313,9 @@ class HarmonModel(UnifiedModel):
     def sample_corruption(self, batch: dict[str, Any], generator: Generators = None) -> dict[str, Tensor]:
         """Draw which tokens to hide, and the timesteps and noise of the diffusion loss.
 
-        Returns `mask` `[B, L]` bool, `timesteps` `[B, M, L]` int64, `noise` `[B, M, L, C]` float32; nothing for
-        `caption`. Each sample has its own mask rate, where the original draws one per batch: a sample's draws then do
-        not depend on its batch.
+        Returns:
+            `mask` `[B, L]` bool, `timesteps` `[B, M, L]` int64, `noise` `[B, M, L, C]` float32; nothing for `caption`. The
+            original draws one mask rate a batch. Here each sample has its own, so that its draws do not depend on its batch.
         """
         config = self.config.mar_config
         if "latents" in batch:
@@ -338,6 +350,7 @@ class HarmonModel(UnifiedModel):
         return int(corruption["mask"].sum())
 
     def decays(self, name: str, shape: torch.Size) -> bool:
+        """See `UnifiedModel.decays`; the diffusion head has none."""
         return len(shape) != 1 and "diffloss" not in name
 
     def example_batch(
@@ -378,15 +391,15 @@ class HarmonModel(UnifiedModel):
         height: int | None = None,
         width: int | None = None,
     ) -> list[Image.Image]:
-        """Generate images, see `UnifiedModel.generate_images`.
+        """See `UnifiedModel.generate_images`.
 
         Args:
-            num_inference_steps: iterations that reveal tokens, at most one per token.
+            num_inference_steps: iterations that reveal tokens, at most as many as tokens.
             guidance_scale: classifier-free guidance against "Generate an image."; 1 turns it off.
             guidance_schedule: `"constant"`, or `"linear"` from 1 to `guidance_scale` as tokens are revealed.
             temperature: factor on the diffusion head's step noise.
-            negative_prompt: captions for the prompt that guidance leads away from; it shows no image.
-            height, width: in pixels, multiples of the autoencoder's stride; the processor's `image_size` by default.
+            negative_prompt: captions that guidance leads away from, without an image.
+            height, width: in pixels, multiples of the autoencoder's stride; by default the processor's `image_size`.
         """
         count, stride = len(text or images), self.config.mar_config.vae_stride
         text = text or [""] * count
@@ -396,13 +409,13 @@ class HarmonModel(UnifiedModel):
         prompts, understanding = processor.prompt_ids(text, task), None
         if task == "reconstruct":
             pixel_values = processor(images=images, instruction="", task=task, size=size)["pixel_values"]
-            understanding = self.encode_condition(pixel_values.to(self.device))
-        context, context_mask = self._embed_prompts(processor, prompts, understanding)
+            understanding = self.encode_condition(pixel_values.to(self.device))  # [B, L + K, H]
+        context, context_mask = self._embed_prompts(processor, prompts, understanding)  # [B, T, H], [B, T]
         if guidance_scale != 1:
             dropped = [negative_prompt is None] * count
             prompts = processor.prompt_ids(negative_prompt or [""] * count, "generate", dropped)
             unconditional = self._embed_prompts(processor, prompts, None)
-            context, context_mask = stack_prompts((context, context_mask), unconditional)
+            context, context_mask = stack_prompts((context, context_mask), unconditional)  # [2B, T, H], [2B, T]
         latents = self.sample_latents(
             context,
             context_mask,
@@ -412,12 +425,16 @@ class HarmonModel(UnifiedModel):
             guidance_scale=guidance_scale,
             guidance_schedule=guidance_schedule,
             temperature=temperature,
-        )
+        )  # [B, h, w, C]
         return to_images(self.decode_target(latents))
 
     def sample_noise(self, batch_size: int, grid: tuple[int, int], generator: Generators = None) -> dict[str, Tensor]:
-        """Draw everything random in sampling: `order` `[B, L]` int64 (tokens are revealed from its end) and `noise`
-        `[B, L, 1 + steps, C]` float32 (the diffusion head's noise for each token)."""
+        """Draw everything random in sampling.
+
+        Returns:
+            `order` `[B, L]` int64, from whose end tokens are revealed, and `noise` `[B, L, 1 + steps, C]` float32, each token's
+            initial noise and step noise in the diffusion head.
+        """
         length = grid[0] * grid[1]
         steps = len(self.mar.diffloss.sampling_diffusion.timestep_map)
         shape = (length, 1 + steps, self.config.mar_config.vae_embed_dim)
@@ -438,11 +455,15 @@ class HarmonModel(UnifiedModel):
         guidance_schedule: str = "constant",
         temperature: float = 1.0,
     ) -> Tensor:
-        """Sample latents `[B, h, w, C]`, deterministic given `order` and `noise` from `sample_noise`.
+        """Sample latents `[B, h, w, C]` float32; `order` and `noise` of `sample_noise` are all that is random.
 
         Args:
             context: `[B, T, H]`, or `[2B, T, H]` with guidance, the conditional half first.
-            context_mask: the same without H, false at padding on the right.
+            context_mask: `[B, T]` or `[2B, T]`, 0 at padding on the right.
+            grid: `(h, w)`.
+
+        Raises:
+            ValueError: no such `guidance_schedule`.
         """
         if guidance_schedule not in ("constant", "linear"):
             raise ValueError(f"guidance_schedule must be 'constant' or 'linear', got {guidance_schedule!r}.")
@@ -462,7 +483,7 @@ class HarmonModel(UnifiedModel):
             cache.crop(-encoded.shape[1])
             z = self.mar.decode(fused, visible, grid)  # [copies · B, L, D]
 
-            rows = torch.arange(batch_size, device=order.device)[:, None]
+            rows = torch.arange(batch_size, device=order.device)[:, None]  # [B, 1]
             chosen = order[:, remaining:hidden].sort(dim=1).values  # [B, n]
             z = z.view(copies, batch_size, length, -1)[:, rows, chosen].flatten(0, 2)  # [copies · B · n, D]
             scale = guidance_scale
@@ -477,6 +498,7 @@ class HarmonModel(UnifiedModel):
     def _embed_prompts(
         self, processor: HarmonProcessor, prompts: list[list[int]], image_embeds: Tensor | None, side: Side = "right"
     ) -> tuple[Tensor, Tensor]:
+        """Embeddings `[B, T, H]` and mask `[B, T]` of prompts with the embeddings of their images."""
         ids, mask = processor.pad(prompts, side)
         return self._embed(ids.to(self.device), mask.to(self.device), image_embeds)[:2]
 
@@ -510,7 +532,7 @@ class HarmonModel(UnifiedModel):
 
 
 def positions(attention_mask: Tensor) -> Tensor:
-    """Position ids `[B, T]` that count the tokens which `attention_mask` keeps, padding aside."""
+    """Position ids `[B, T]` that count the tokens of an attention mask without its padding."""
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
 

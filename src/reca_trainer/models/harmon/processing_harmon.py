@@ -1,8 +1,8 @@
 """From PIL images and strings to Harmon's batches.
 
-The original tokenises a turn whole, so the names of special tokens in captions, instructions, questions and answers are
-read as these tokens, and so they are here: `a cat <|im_end|>` closes its turn. `<image>` names no token: in a conversation's
-question it is where the picture goes, elsewhere it is a word.
+Names of special tokens in captions, instructions, questions and answers are read as these tokens, as in the original, which
+tokenises a turn whole: `a cat <|im_end|>` closes its turn. `<image>` names no token: in the question of a conversation it is
+the place of the picture, elsewhere it is a word.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from reca_trainer.models.harmon.configuration_harmon import HarmonConfig
 
 USER, ANSWER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 UNCONDITIONAL = "Generate an image."
-MAX_SIDE = 8192  # pixels of a picture's square: that of a strip of 20,000 x 3 would take gigabytes
+MAX_SIDE = 8192  # pixels of the square around a picture: a strip of 20,000 x 3 would take gigabytes
 IMAGE_POSITION = 3  # after <|im_start|>, "user" and the line break
 
 
@@ -34,13 +34,13 @@ class HarmonProcessor(UnifiedProcessor):
         tokenizer: a Qwen2 tokenizer with `<|im_start|>` and `<|im_end|>`.
         image_size (`int`): pixels per side of every image.
         image_token_id (`int`): marks the image's place in `input_ids`; the model puts the embeddings there.
-        max_prompt_length (`int`): tokens of a prompt, the image counted as one; longer text is cut, the chat turn
-            around it stays whole.
-        max_caption_length (`int`): tokens of a conversation, the image counted as one; what is behind them is cut. A
-            question at inference has as many.
+        max_prompt_length (`int`): tokens of a prompt, the image counted as one; a longer text is cut, the chat turn around
+            it is not.
+        max_caption_length (`int`): tokens of a conversation, or of a question at inference, the image counted as one; a
+            longer one loses its end.
 
     Raises:
-        ValueError: the tokenizer lacks one of the two.
+        ValueError: the tokenizer lacks one of the two tokens.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class HarmonProcessor(UnifiedProcessor):
         """The processor of a `HarmonConfig.tiny`.
 
         Args:
-            tokenizer: any; a copy of it gets `<|im_start|>` and `<|im_end|>` if it lacks them.
+            tokenizer: any tokenizer; its copy gets `<|im_start|>` and `<|im_end|>` if it lacks them.
 
         Raises:
             ValueError: the tokenizer has more entries than the config's vocabulary.
@@ -102,12 +102,13 @@ class HarmonProcessor(UnifiedProcessor):
         """Build one task's batch, see `UnifiedProcessor`.
 
         `reconstruct` squeezes the whole picture and has no `condition_pixel_values`: the condition is the target image,
-        which the model encodes once; without images it is the prompts alone. `generate` cuts a box out of the picture,
-        `caption` pads the picture with grey and works without images. A dropped text, or an empty instruction, gives the prompt "Generate an image.".
+        which the model encodes once. Without images it gives the prompts alone. `generate` cuts a box out of the picture.
+        `caption` pads the picture with grey; it needs no images. A dropped text, or an empty instruction, gives the prompt
+        "Generate an image.".
 
         Raises:
             ValueError: an unknown task, images or texts that are missing or differ in number, or a conversation that
-                cannot be worded or does not show its image where the model was trained to see it.
+                `conversation_problem` refuses.
         """
         if task not in self.tasks:
             raise ValueError(f"task is {task!r}; expected one of {', '.join(self.tasks)}.")
@@ -133,14 +134,13 @@ class HarmonProcessor(UnifiedProcessor):
         if task == "reconstruct":
             pictures = [self.squeeze(image.convert("RGB"), size) for image in images]
         else:
-            places = one_per_sample(crop, count)
-            cuts = zip(images, places, strict=True)
-            pictures = [self.cut(image.convert("RGB"), size, place) for image, place in cuts]
+            places = zip(images, one_per_sample(crop, count), strict=True)
+            pictures = [self.cut(image.convert("RGB"), size, place) for image, place in places]
         return {**batch, "pixel_values": to_pixels(pictures)}
 
     def conversation_problem(self, conversation: Conversation) -> str | None:
-        """See `UnifiedProcessor.conversation_problem`: what cannot be worded, an image that is not where the model was
-        trained to see it, or no answer among the tokens that are kept."""
+        """See `UnifiedProcessor.conversation_problem`: the reasons of `exchanges_of` and `check_image`, or no answer among the
+        tokens that are kept."""
         try:
             exchanges = exchanges_of(conversation)
             check_image(exchanges)
@@ -154,17 +154,19 @@ class HarmonProcessor(UnifiedProcessor):
     # text
 
     def prompt_ids(self, text: list[str], task: str, dropped: list[bool] | None = None) -> list[list[int]]:
-        """Token ids of image prompts: captions (`generate`), or instructions with an image before them
-        (`reconstruct`). Dropped ones, and empty instructions, become "Generate an image."."""
+        """Token ids of prompts for images: captions (`generate`), or instructions behind an image (`reconstruct`). A dropped
+        text, or an empty instruction, becomes "Generate an image."."""
         samples = list(zip(text, one_per_sample(dropped, len(text), False), strict=True))
         if task == "generate":
             requests = [
                 UNCONDITIONAL if drop else f"Generate an image: {caption.strip()}" for caption, drop in samples
             ]
             return [self._turn(request, self.max_prompt_length) for request in requests]
-        # The model was trained with a line break before the instruction but the image put after the first three
-        # tokens, and "user\n\n" is three tokens: both breaks come before the image.
-        requests = [UNCONDITIONAL if drop or not asked.strip() else f"\n{asked}" for asked, drop in samples]
+        # In training a line break precedes the instruction, and the image is inserted behind the first three tokens. These
+        # are "<|im_start|>", "user" and "\n\n", so both line breaks come before the image.
+        requests = [
+            UNCONDITIONAL if drop or not instruction.strip() else f"\n{instruction}" for instruction, drop in samples
+        ]
         turns = [self._turn(request, self.max_prompt_length - 1) for request in requests]
         return [[*ids[:IMAGE_POSITION], self.image_token_id, *ids[IMAGE_POSITION:]] for ids in turns]
 
@@ -174,11 +176,11 @@ class HarmonProcessor(UnifiedProcessor):
         return [self._turn(image + question, self.max_caption_length, with_image) for question in text]
 
     def conversation(self, conversation: Conversation) -> tuple[list[int], list[int]]:
-        """Token ids and labels of a conversation, cut to `max_caption_length`. Supervised are the answers and the
-        `<|im_end|>` after each.
+        """Token ids and labels of a conversation, cut to `max_caption_length`. Each answer and its `<|im_end|>` are
+        supervised.
 
         Raises:
-            ValueError: a role other than user and assistant, no answer, or two image marks in one question.
+            ValueError: see `exchanges_of`.
         """
         return self._word(exchanges_of(conversation))
 
@@ -194,15 +196,15 @@ class HarmonProcessor(UnifiedProcessor):
 
     def _captions(self, images: list[Image.Image] | None, conversations: list[Conversation]) -> dict[str, Tensor]:
         rows = []
-        for place, conversation in enumerate(conversations):
+        for index, conversation in enumerate(conversations):
             try:
                 exchanges = exchanges_of(conversation)
                 check_image(exchanges, images is not None)
                 rows.append(self._word(exchanges))
             except ValueError as error:
-                raise ValueError(f"Conversation {place} of the batch has {error}.") from error
+                raise ValueError(f"Conversation {index} of the batch has {error}.") from error
         input_ids, attention_mask = self.pad([ids for ids, _ in rows])
-        labels = pad_rows([supervised for _, supervised in rows], -100)
+        labels = pad_rows([labels for _, labels in rows], -100)
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         return batch if images is None else {**batch, "condition_pixel_values": self.condition_pixels(images)}
 
@@ -217,7 +219,7 @@ class HarmonProcessor(UnifiedProcessor):
         return self.shorten(ids, max_length - len(end)) + end
 
     def _tokenize_turn(self, turn: str) -> list[int]:
-        """A turn with the image at its first image mark."""
+        """Token ids of a turn, with the image's placeholder at its first image mark."""
         before, mark, after = turn.partition(IMAGE_MARK)
         image = [self.image_token_id] if mark else []
         return [*self._tokenize(before), *image, *self._tokenize(after)]
@@ -228,11 +230,11 @@ class HarmonProcessor(UnifiedProcessor):
     # images
 
     def condition_pixels(self, images: list[Image.Image]) -> Tensor:
-        """Images to be understood: padded to a square with grey, then resized. `[B, 3, S, S]`."""
+        """Images for the understanding encoder, padded to a square with grey and resized: `[B, 3, side, side]`."""
         return to_pixels([self.pad_to_square(image.convert("RGB")) for image in images])
 
     def squeeze(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
-        """Resize to `(height, width)` whatever the aspect ratio, by way of a square of the longer side as in the
+        """Resize to `(height, width)` without keeping the aspect ratio, first to a square of the longer side as in the
         original recipe."""
         longer = min(max(image.size), MAX_SIDE)
         return image.resize((longer, longer)).resize((size[1], size[0]))
@@ -256,7 +258,7 @@ class HarmonProcessor(UnifiedProcessor):
 
 
 def exchanges_of(conversation: Conversation) -> list[tuple[str, str]]:
-    """`(question, answer)` of each answer of a conversation, as the training data was read.
+    """A conversation as pairs `(question, answer)`, made as for the original's training data.
 
     Answers before the first question and questions after the last answer are left out; questions in a row become one.
     An image mark moves to the front of its message, whose text is then stripped.

@@ -24,11 +24,14 @@ class JanusConfig(transformers.JanusConfig):
         """A Janus of about one and a half million parameters, for tests and for the recipe's embedded default.
 
         Args:
-            vocab_size: of the tokenizer given to `JanusProcessor.tiny`, plus six special tokens that come last.
-                The default is that of its own tokenizer of single bytes.
-            image_size: side of the images, a multiple of `patch_size`.
-            patch_size: pixels, along each side, of both one understanding token and one image token, as in the published
-                models; a power of 2.
+            vocab_size: that of the tokenizer given to `JanusProcessor.tiny`, plus six special tokens that come last. The
+                default is that of its default tokenizer of single bytes.
+            image_size: side of the images in pixels, a multiple of `patch_size`.
+            patch_size: pixels along each side of an understanding embedding and of an image token, which are of one size as in
+                the published models; a power of 2.
+
+        Raises:
+            ValueError: `image_size` is no multiple of `patch_size`.
         """
         if image_size % patch_size:
             raise ValueError(f"image_size must be a multiple of {patch_size}, got {image_size}.")

@@ -1,6 +1,6 @@
-"""The published layout of Janus is transformers' own (`deepseek-community/Janus-Pro-1B`, `-7B`): no key is renamed.
+"""Janus' published layout, which is that of transformers (`deepseek-community/Janus-Pro-1B`, `-7B`): no key is renamed.
 
-Reading it is strict all the same: missing, unexpected or wrongly shaped weights are an error.
+Unlike transformers it is read strictly: missing, unexpected or wrongly shaped weights are an error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from reca_trainer.models.weights import load_strict, open_weights, write_weights
 
 
 def is_published(file_names: set[str], config: dict[str, Any]) -> bool:
-    # Weights stored quantised are read by transformers' own loader.
+    """Whether `config.json` is Janus'. Quantised weights are left to transformers' loader."""
     return config.get("model_type") == JanusConfig.model_type and "quantization_config" not in config
 
 
@@ -38,6 +38,7 @@ def read_published(folder: Path, **kwargs: Any) -> JanusForConditionalGeneration
 
 
 def read_published_processor(folder: Path, **kwargs: Any) -> JanusProcessor:
+    """The processor of a transformers checkpoint of Janus; `kwargs` as for `from_pretrained`."""
     return JanusProcessor.from_pretrained(folder, **kwargs)
 
 
@@ -47,12 +48,12 @@ def write_published(
     folder: Path,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Write what plain transformers loads, and generates text and images from."""
+    """Write a checkpoint from which transformers alone generates text and images."""
     write_weights(model, folder, max_shard_size=max_shard_size)
     processor.save_pretrained(folder)
-    # A model built from a config has none of what transformers' `generate` looks for.
+    # A model built from a configuration lacks the entries that transformers' `generate` needs.
     generation = copy.deepcopy(model.generation_config)
-    generation._from_model_config = False  # or it is read without the entries that are particular to Janus
+    generation._from_model_config = False  # otherwise transformers drops the entries that only Janus has
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(generation, name) is None:
             setattr(generation, name, getattr(processor.tokenizer, name))

@@ -1,9 +1,9 @@
-"""Janus and Janus-Pro on transformers' own implementation, whose weights, config and `generate` stay as they are.
+"""Janus (arXiv:2410.13848) and Janus-Pro (arXiv:2501.17811) on transformers' implementation, whose weights, configuration
+and `generate` are unchanged.
 
-Reconstruction alignment of Janus is our derivation from the method: the paper has no Janus results and its authors
-list Janus-Pro as to do. The understanding embeddings of an image (SigLIP, aligner) stand where images stand in a user
-turn, the instruction follows, and the language model predicts the VQ tokens v_1 ... v_N of the same image after the
-token that begins an image:
+Reconstruction alignment of Janus is derived here from the method: the paper has no Janus results. A user turn shows the
+image as its understanding embeddings (SigLIP, aligner), the instruction follows, and behind the token that begins an image
+the language model predicts the VQ tokens v_1 ... v_N of the same image:
 
     L_RecA = -1/N sum_n log p(v_n | E(x), instruction, v_1 ... v_{n-1})        through `generation_head`
 """
@@ -41,12 +41,12 @@ from reca_trainer.models.janus.processing_janus import JanusProcessor
 class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForConditionalGeneration):
     """transformers' Janus as a `UnifiedModel`, with no parameter added.
 
-    Without a `task` its `forward` is that of transformers, and so is `generate`.
+    `forward` without a `task` and `generate` are those of transformers.
 
     Understanding and generation share the language model, so RecA trains it with an image-to-text loss beside the
     reconstruction loss. The vision tower, its aligner and the VQ model are frozen. LoRA adapts the language model;
-    `generation_head`, `generation_aligner` or `model.aligner` are trained in full beside it when they are named in
-    `LoraConfig(modules_to_save=...)`.
+    `LoraConfig(modules_to_save=...)` names modules to train in full beside it, such as `generation_head`,
+    `generation_aligner` or `model.aligner`.
     """
 
     config_class = JanusConfig
@@ -64,8 +64,8 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
 
     @classmethod
     def published_config(cls) -> JanusConfig:
-        """See `UnifiedModel.published_config`: that of Janus-Pro-7B. Without arguments transformers' configuration is
-        that of no published checkpoint."""
+        """See `UnifiedModel.published_config`: that of Janus-Pro-7B. The defaults of transformers' configuration belong to no
+        published checkpoint."""
         width = 4096
         return JanusConfig(
             text_config=LlamaConfig(
@@ -99,8 +99,8 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
 
         Args:
             task: one of `self.tasks`.
-            corruption: empty, a next-token loss draws nothing.
-            batch: what `JanusProcessor` returns for the task.
+            corruption: the draws of condition dropout, if there is any; a next-token loss has none.
+            batch: the batch that `JanusProcessor` makes for the task.
 
         Returns:
             `UnifiedOutput` with `prediction` the logits `[B, N, num_embeddings]` and `target` the image tokens
@@ -110,7 +110,7 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
             return transformers.JanusForConditionalGeneration.forward(self, **batch)
         return UnifiedModel.forward(self, task, corruption, **batch)
 
-    # `generate` reads off the signature of `forward` what to prepare: positions, masks, encoded images.
+    # `generate` decides by the signature of `forward` what to prepare: positions, masks, encoded images.
     forward.__signature__ = inspect.signature(transformers.JanusForConditionalGeneration.forward)
 
     # --- losses ---
@@ -128,7 +128,10 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
         """RecA: read the image's own embeddings and the instruction, then predict the image's tokens one after the other.
 
         Args:
-            condition_embeds, tokens: instead of `condition_pixel_values` and `pixel_values`, what `encode_batch` gives.
+            input_ids, attention_mask: `[B, T]`, prompts with S image placeholders that end with begin-of-image, padded on
+                the left.
+            condition_embeds, tokens: `[B, S, D]` and `[B, N]`, results of `encode_batch`, alternatives to
+                `condition_pixel_values` and `pixel_values`.
         """
         tokens = self.encode_target(pixel_values) if tokens is None else tokens  # [B, N]
         if condition_embeds is None:
@@ -188,16 +191,15 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
     # --- encodings ---
 
     def encode_condition(self, condition_pixel_values: torch.Tensor) -> torch.Tensor:
-        """Images `[B, 3, h, w]` as the vision tower wants them -> what the language model reads, `[B, S, D]`."""
+        """See `UnifiedModel.encode_condition`: `[B, S, D]`."""
         return self.model.get_image_features(condition_pixel_values, return_dict=True).pooler_output
 
     @torch.no_grad()
     def encode_target(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Images `[B, 3, H, W]` in [-1, 1] -> VQ tokens `[B, N]` int64, row by row.
 
-        A latent becomes the code of the smallest angle to it: codes have unit length where the VQ model decodes them
-        (`get_codebook_entry`), as in the original Janus, while `JanusVQVAE.encode` of transformers compares the raw
-        codebook.
+        A latent becomes the code with the smallest angle to it. The original Janus, and `get_codebook_entry` of transformers,
+        which decodes, normalise codes to unit length; `JanusVQVAE.encode` of transformers does not.
 
         Raises:
             ValueError: the images are not of the size that the model generates.
@@ -211,7 +213,7 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
                     f"pixel_values of shape {tuple(pixel_values.shape)} give {height}x{width} image tokens; this "
                     f"Janus generates {side}x{side}."
                 )
-            codes = torch.arange(vq.quantize.num_embeddings, device=pixel_values.device)
+            codes = torch.arange(vq.quantize.num_embeddings, device=pixel_values.device)  # [K]
             codebook = F.normalize(vq.quantize.embedding(codes).float(), dim=-1)  # [K, C]
             directions = F.normalize(latents.flatten(2).transpose(1, 2).float(), dim=-1)  # [B, N, C]
             return (directions @ codebook.T).argmax(dim=-1)
@@ -232,7 +234,8 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
     # --- the language model ---
 
     def embed_prompt(self, input_ids: torch.Tensor, understanding_embeds: torch.Tensor | None = None) -> torch.Tensor:
-        """Token embeddings `[B, T, D]`, with the understanding embeddings `[B, S, D]` in place of the placeholders."""
+        """Embeddings `[B, T, D]` of `input_ids` `[B, T]`, with understanding embeddings `[B, S, D]` in place of image
+        placeholders."""
         embeds = self.get_input_embeddings()(input_ids)
         if understanding_embeds is None:
             return embeds
@@ -243,11 +246,12 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
     def _run_language_model(
         self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, cache: DynamicCache | None = None
     ) -> torch.Tensor:
-        """Hidden states `[B, T, D]`. With padding, positions count from a sample's first token."""
+        """Hidden states `[B, T, D]` of `inputs_embeds` `[B, T, D]` behind the S tokens of `cache`. With an `attention_mask`
+        `[B, S + T]` padding takes no position."""
         positions = None
         if attention_mask is not None:
-            positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
-        # By position: releases of transformers differ in the name of the cache.
+            positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]  # [B, T]
+        # Positional arguments: releases of transformers differ in the name of the cache.
         output = self.model.language_model(
             None, attention_mask, positions, cache, inputs_embeds, use_cache=cache is not None
         )
@@ -260,6 +264,7 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
         return {}
 
     def count_supervised(self, batch: dict[str, Any], corruption: dict[str, torch.Tensor]) -> int:
+        """Supervised tokens of a caption, else the image tokens."""
         if "labels" in batch:
             return count_answer_tokens(batch["labels"])
         return len(batch["tokens" if "tokens" in batch else "pixel_values"]) * self.config.vq_config.num_patches**2
@@ -299,16 +304,16 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
         negative_prompt: list[str] | None = None,
         num_inference_steps: int | None = None,
     ) -> list[Image.Image]:
-        """Generate one image per prompt, or per image from its understanding embeddings (`task="reconstruct"`).
+        """See `UnifiedModel.generate_images`.
 
         Args:
-            text: prompts, of which empty ones become unconditional; for reconstruction the instructions, none by default.
-            images: for reconstruction, cropped to their central square.
+            text: an empty prompt becomes the unconditional one.
+            images: cropped to their central square.
             generator: CPU generator, or one per image.
-            guidance_scale: s in `uncond + s (cond - uncond)` of the logits. The unconditional prompt has padding in
-                place of everything but the first token and begin-of-image. 1 turns guidance off.
+            guidance_scale: s in `uncond + s (cond - uncond)` of the logits; 1 turns guidance off. The unconditional prompt is
+                padding but for the first token and begin-of-image.
             temperature: divides the logits; 0 takes the likeliest token.
-            negative_prompt: prompts, without an image, instead of the unconditional one.
+            negative_prompt: prompts without an image, in place of the unconditional one.
             num_inference_steps: one per image token; other values are refused.
 
         Raises:
@@ -322,13 +327,13 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
         if task == "reconstruct":
             images = processor.squares(images)
         inputs = processor.prompts(text or [""] * len(images), images, generation_mode="image").to(self.device)
-        input_ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        input_ids, mask = inputs["input_ids"], inputs["attention_mask"]  # [B, T] both
         understanding = None
         if task == "reconstruct":
-            understanding = self.encode_condition(inputs["pixel_values"])
+            understanding = self.encode_condition(inputs["pixel_values"])  # [B, S, D]
         else:
             input_ids = self._without_empty(processor, input_ids, text)
-        prompt = self.embed_prompt(input_ids, understanding)
+        prompt = self.embed_prompt(input_ids, understanding)  # [B, T, D]
         if guidance_scale != 1:
             if negative_prompt is None:
                 blank, blank_mask = self.embed_prompt(processor.unconditional(input_ids)), mask
@@ -336,6 +341,7 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
                 inputs = processor.prompts(negative_prompt, generation_mode="image").to(self.device)
                 blank = self.embed_prompt(self._without_empty(processor, inputs["input_ids"], negative_prompt))
                 blank_mask = inputs["attention_mask"]
+            # [2B, T, D] and [2B, T]
             prompt, mask = (stack_padded(parts, side="left") for parts in ((prompt, blank), (mask, blank_mask)))
         tokens = self._sample_tokens(
             prompt,
@@ -346,12 +352,12 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
             guidance_scale=guidance_scale,
             temperature=temperature,
             generator=generator,
-        )
+        )  # [B, N]
         return to_images(self.decode_target(tokens))
 
     @staticmethod
     def _without_empty(processor: JanusProcessor, input_ids: torch.Tensor, text: list[str]) -> torch.Tensor:
-        """The prompts `[B, T]`, unconditional where their text is empty."""
+        """The prompts `[B, T]`, unconditional in the rows whose text is empty."""
         empty = torch.tensor([not prompt for prompt in text], device=input_ids.device)
         return torch.where(empty[:, None], processor.unconditional(input_ids), input_ids)
 
@@ -365,7 +371,7 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
         max_new_tokens: int = 128,
         temperature: float = 0.0,
     ) -> list[str]:
-        """Answer each question in `text`, about the image at the same place in `images` if given.
+        """See `UnifiedModel.generate_text`.
 
         Args:
             generator: CPU generator, or one per question.
@@ -398,10 +404,15 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
         guidance_scale: float = 1.0,
         stop: int | None = None,
     ) -> torch.Tensor:
-        """Sample token after token: `[B, max_tokens]` int64, or shorter when all samples met `stop`.
+        """Sample token after token: `[B, max_tokens]` int64, or fewer once all samples have met `stop`.
 
-        The prompt is `[B, T, D]`; with guidance `[2B, T, D]`, first the conditional half, then the unconditional one.
-        Every sample draws its own uniform numbers up front, so what it becomes does not depend on its batch.
+        Every sample draws its own uniform numbers up front, so that its tokens do not depend on its batch.
+
+        Args:
+            prompt: `[B, T, D]`, or `[2B, T, D]` with guidance, the conditional half first.
+            attention_mask: `[B, T]` or `[2B, T]`, 0 at padding on the left.
+            head: output layer, `[B, D]` -> `[B, vocabulary]`.
+            embed: turns tokens `[B, 1]` into the next inputs `[B, 1, D]`.
         """
         is_guided = guidance_scale != 1
         batch_size = len(prompt) // 2 if is_guided else len(prompt)
@@ -412,14 +423,14 @@ class JanusForConditionalGeneration(UnifiedModel, transformers.JanusForCondition
         cache, inputs, tokens = DynamicCache(config=self.config.text_config), prompt, []
         finished = torch.zeros(batch_size, dtype=torch.bool, device=prompt.device)
         for step in range(max_tokens):
-            hidden = self._run_language_model(inputs, attention_mask, cache)
+            hidden = self._run_language_model(inputs, attention_mask, cache)  # [B or 2B, T or 1, D]
             logits = head(hidden[:, -1]).float()  # [B or 2B, vocabulary]
             if is_guided:
                 logits = guided(*logits.chunk(2), guidance_scale)  # [B, vocabulary]
             if temperature == 0:
-                token = logits.argmax(dim=-1)
-            else:
-                cumulative = (logits / temperature).softmax(dim=-1).double().cumsum(dim=-1)  # inverse-CDF sampling
+                token = logits.argmax(dim=-1)  # [B]
+            else:  # inverse-CDF sampling
+                cumulative = (logits / temperature).softmax(dim=-1).double().cumsum(dim=-1)  # [B, vocabulary]
                 quantile = uniform[:, step : step + 1] * cumulative[:, -1:]  # [B, 1]
                 token = torch.searchsorted(cumulative, quantile).squeeze(-1)  # [B]
             if stop is not None:

@@ -1,7 +1,7 @@
-"""Images and strings to Janus batches, in the words of transformers' own Janus processor.
+"""From PIL images and strings to Janus' batches, worded by the chat template of transformers' Janus processor.
 
-The names of special tokens in captions, instructions, questions and answers are words: `a cat <image_placeholder>` shows no
-image. transformers reads them as these tokens; there is no original of Janus' training to follow.
+Names of special tokens in captions, instructions, questions and answers are words: `a cat <image_placeholder>` shows no
+image. transformers reads them as these tokens. Janus' training code, which could decide, is not published.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from reca_trainer.models.common.texts import fits, word_ids
 from reca_trainer.models.contract import Conversation, UnifiedProcessor, conversations_of, one_per_sample
 from reca_trainer.models.janus.configuration_janus import TINY_SPECIAL_TOKENS, JanusConfig
 
-MASK = "\ue000"  # of the private use area: stands around what a text must not be read as
+MASK = "\ue000"  # a character for private use, which encloses what stands for the name of a special token
 
 _BYTES = pre_tokenizers.ByteLevel.alphabet()
 TINY_CHAT_TEMPLATE = (
@@ -38,23 +38,23 @@ TINY_CHAT_TEMPLATE = (
 class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
     """transformers' `JanusProcessor` with the task interface of `UnifiedProcessor`.
 
-    Sequences, in the words of the chat template (`boi` begins an image, N = 576 image tokens):
+    Sequences, worded by the chat template (`boi` begins an image, `eoi` ends it, N = 576 image tokens):
 
     - reconstruct: `bos, user turn: [boi, N placeholders, eoi, instruction], assistant turn: boi`
     - generate: `bos, user turn: prompt, assistant turn: boi`
     - caption: `bos, system prompt, user turn: [boi, N placeholders, eoi, question], assistant turn: answer, eos, …`,
       padded on the right
 
-    The first two are padded on the left, so that `boi` is last. A dropped text has padding tokens, which are attended to, in
-    place of everything between `bos` and the last `boi`, the image included.
+    The first two are padded on the left, so that `boi` is last. Where a text is dropped, everything between `bos` and the
+    last `boi`, the image too, becomes padding tokens that are attended to.
 
-    It saves and loads as transformers' own, whose call with free-form text is `transformers.JanusProcessor.__call__`.
+    The processor saves and loads as transformers' does. `transformers.JanusProcessor.__call__` takes free-form text.
 
     Attributes:
         max_length: tokens of a conversation, its image included: Janus was trained on sequences of 4,096 tokens
             (arXiv:2410.13848, section 4.1).
-        max_text_length: tokens of a caption, instruction or question. Beside it such a sequence has room for an image that
-            is read and one that is drawn.
+        max_text_length: tokens of a caption, instruction or question, which leaves room in such a sequence for an image that
+            is read and one that is generated.
     """
 
     max_length: int = 4096
@@ -65,7 +65,7 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
         """The processor of a `JanusConfig.tiny`, with a chat template in the style of Janus.
 
         Args:
-            tokenizer: gets Janus' six special tokens behind its vocabulary; single bytes by default.
+            tokenizer: its copy gets Janus' six special tokens behind its vocabulary; by default tokens are single bytes.
 
         Raises:
             ValueError: tokenizer and config differ in vocabulary size.
@@ -115,10 +115,10 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
         crop: list[float | None] | None = None,
         dropped: list[bool] | None = None,
     ) -> dict[str, Any]:
-        """Build the batch of one task; keys, shapes and arguments as in `UnifiedProcessor.__call__`.
+        """See `UnifiedProcessor.__call__`.
 
-        Targets are squares cut out of the images, and a reconstruction's condition shows the same square: Janus
-        generates squares without borders. Captioned images are padded to a square, as Janus was trained to see them.
+        Targets are squares cut out of the images, and a reconstruction's condition shows the same square, because Janus
+        generates squares without borders. Captioned images are padded to a square, as in Janus' training.
 
         Raises:
             ValueError: the task or the size is unknown, images or texts are missing or differ in number, or
@@ -128,10 +128,10 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
             raise ValueError(f"task is {task!r}; Janus knows {', '.join(self.tasks)}.")
         if size is not None and tuple(size) != self.fixed_size:
             raise ValueError(f"Janus generates {self.fixed_size} images (height, width) only, got size={size}.")
-        needs = {"reconstruct": ("images",), "generate": ("text",), "caption": ("images", "text")}[task]
-        needs = () if task == "reconstruct" and instruction else needs
+        required = {"reconstruct": ("images",), "generate": ("text",), "caption": ("images", "text")}[task]
+        required = () if task == "reconstruct" and instruction else required
         for name, value in {"images": images, "text": text}.items():
-            if name in needs and not value:
+            if name in required and not value:
                 raise ValueError(f"task {task!r} needs {name}, one per sample.")
         if images and text and len(images) != len(text):
             raise ValueError(f"Got {len(images)} images and {len(text)} texts; pass one text per image.")
@@ -162,8 +162,8 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
         }
 
     def conversation_problem(self, conversation: Conversation) -> str | None:
-        """See `UnifiedProcessor.conversation_problem`. Questions and answers alternate, and every answer is supervised;
-        the image stands before the first question, wherever its mark is."""
+        """See `UnifiedProcessor.conversation_problem`. Questions and answers must alternate. Every answer is supervised; the
+        image precedes the first question, wherever its mark is."""
         return super().conversation_problem(conversation) or exchange_problem(conversation)
 
     def prompts(
@@ -173,8 +173,8 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
         generation_mode: str = "text",
         with_image: bool = False,
     ) -> BatchFeature:
-        """Tokenise one user turn per sample, up to where the answer starts (`"text"`) or the image tokens start
-        (`"image"`). Turns have an image's placeholders where there are `images`, or `with_image`.
+        """Tokenise one user turn per sample, up to where the answer (`generation_mode="text"`) or the image tokens
+        (`"image"`) start. Turns have placeholders for an image if there are `images`, or `with_image`.
 
         Returns:
             `input_ids` and `attention_mask` `[B, T]` int64, padded on the left, and with `images` also `pixel_values`
@@ -197,15 +197,14 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
         return BatchFeature(inputs)
 
     def squares(self, images: list[Image.Image], crop: list[float | None] | None = None) -> list[Image.Image]:
-        """The largest square of each image, at its `crop` along the longer side, at the size that the model generates."""
+        """The largest square of each image, at its `crop` along the longer side, resized to `fixed_size`."""
         height, width = self.fixed_size
         places = one_per_sample(crop, len(images))
         squares = [cut_to_shape(image, (height, width), place) for image, place in zip(images, places, strict=True)]
         return [square.convert("RGB").resize((width, height), Image.Resampling.BICUBIC) for square in squares]
 
     def unconditional(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Prompts `[B, T]` for images without their content, as Janus' guidance makes them: padding in place of
-        everything but `bos` and the last token."""
+        """Prompts `[B, T]` without their content, as in Janus' guidance: padding but for `bos` and the last token."""
         kept = input_ids == self.tokenizer.bos_token_id
         kept[:, -1] = True
         return input_ids.where(kept, self.tokenizer.pad_token_id)
@@ -221,7 +220,7 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
             sequence, target = [], []
             prompts = [ids[mask.bool()].tolist(), *self._later_prompts(texts)]
             for prompt, answer in zip(prompts, texts[1::2], strict=True):
-                # tokenised apart from the prompt: at inference the prompt is tokenised alone, too
+                # An answer is tokenised apart from its prompt, because at inference the prompt is tokenised alone.
                 answer_ids = [*word_ids(self.tokenizer, f" {answer}"), self.tokenizer.eos_token_id]
                 sequence += prompt + answer_ids
                 target += [-100] * len(prompt) + answer_ids
@@ -235,18 +234,22 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
         }
 
     def _later_prompts(self, texts: list[str]) -> list[list[int]]:
-        """What stands between the `eos` of an answer and the next answer, for questions and answers in turn."""
+        """The ids between the `eos` of an answer and the next answer, for alternating questions and answers.
+
+        Raises:
+            ValueError: the chat template does not word a conversation turn by turn.
+        """
         texts = [self._mask(text) for text in texts]
         prompts = []
-        for start in range(2, len(texts), 2):
-            question, answer, later = texts[start - 2 : start + 1]
+        for index in range(2, len(texts), 2):
+            question, answer, later = texts[index - 2 : index + 1]
             turns = [_message("user", question), _message("assistant", answer), _message("user", later)]
-            both = self.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-            before = self.apply_chat_template(turns[:1], add_generation_prompt=True, tokenize=False)
-            between = both.removeprefix(f"{before} {answer}").removeprefix(self.tokenizer.eos_token)
-            if between == both:
+            whole = self.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            start = self.apply_chat_template(turns[:1], add_generation_prompt=True, tokenize=False)
+            between = whole.removeprefix(f"{start} {answer}").removeprefix(self.tokenizer.eos_token)
+            if between == whole:
                 raise ValueError(
-                    f"The chat template words the start of a conversation otherwise: {both!r}, {before!r}."
+                    f"The chat template does not begin a conversation with its first turn: {whole!r}, {start!r}."
                 )
             prompts.append(self._encode(between))
         return prompts
@@ -259,18 +262,18 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
         return text[: words["offset_mapping"][last][1]]
 
     def _mask(self, text: str) -> str:
-        """A text whose special tokens are hidden from chat template and tokenizer; `_encode` reads them as words."""
+        """A text with the names of special tokens hidden from chat template and tokenizer; `_encode` reads them as words."""
         for number, name in enumerate(self._masked):
             text = text.replace(name, f"{MASK}{number}{MASK}")
         return text
 
     def _encode(self, wording: str) -> list[int]:
-        """Token ids of turns in the words of the chat template, with the places of their images."""
+        """Token ids of turns that the chat template has worded, with placeholders for their images."""
         image = self.image_start_token + self.num_image_tokens * self.image_token + self.image_end_token
         pieces = re.split(f"{MASK}([0-9]+){MASK}", wording.replace(self.image_token, image))
         ids: list[int] = []
-        for place, piece in enumerate(pieces):
-            if place % 2:
+        for index, piece in enumerate(pieces):
+            if index % 2:
                 ids += word_ids(self.tokenizer, self._masked[int(piece)])
             else:
                 ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"]
@@ -278,7 +281,7 @@ class JanusProcessor(UnifiedProcessor, transformers.JanusProcessor):
 
     @cached_property
     def _masked(self) -> list[str]:
-        """What `_mask` hides: the mask itself and the special tokens, of which a longer one may contain a shorter."""
+        """The strings that `_mask` hides: `MASK` and the special tokens, long ones first since they may contain short ones."""
         names = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         return [MASK, *sorted(names, key=len, reverse=True)]
 

@@ -60,13 +60,13 @@ class OpenUniConfig(CompositeConfig):
     """Configuration of an `OpenUniModel`. The defaults are those of OpenUni-B-512.
 
     Args:
-        internvl_config: an `InternVLConfig`, of the understanding model InternVL3.
+        internvl_config: an `InternVLConfig`: the understanding model InternVL3.
         connector_config: a `SiglipVisionConfig`: the connector's layers are those of a SigLIP encoder, as wide as
-            InternVL3's language model. What that class says of images and patches is unused.
+            InternVL3's language model. Its fields about images and patches are unused.
         transformer_config: arguments of diffusers' `SanaTransformer2DModel`.
         vae_config: arguments of diffusers' `AutoencoderDC`.
         scheduler_config: arguments of diffusers' `DPMSolverMultistepScheduler`, for sampling only.
-        num_queries: number of learnable queries, which is the length of SANA's condition.
+        num_queries: number of learnable queries, the length of SANA's condition.
     """
 
     model_type = "openuni"
@@ -94,7 +94,7 @@ class OpenUniConfig(CompositeConfig):
             values = getattr(self, name) or default
             setattr(self, name, {key: value for key, value in values.items() if not key.startswith("_")})
         super().__post_init__(**kwargs)
-        # transformers hands the dtype it loads in down one level only; further down the published dtype would win.
+        # transformers passes the dtype of a load down one level only; below it the published dtype would win.
         for nested in (self.internvl_config.text_config, self.internvl_config.vision_config):
             nested.dtype = None
 
@@ -104,7 +104,7 @@ class OpenUniConfig(CompositeConfig):
         embeddings and 16 queries.
 
         Args:
-            vocab_size: of the tokenizer given to `OpenUniProcessor.tiny`, plus three image tokens that come last.
+            vocab_size: that of the tokenizer given to `OpenUniProcessor.tiny`, plus three image tokens that come last.
         """
         layers = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
         blocks = ["ResBlock", "ResBlock", "EfficientViTBlock"]
@@ -148,12 +148,12 @@ class OpenUniConfig(CompositeConfig):
 
     @property
     def condition_size(self) -> int:
-        """Height and width, in pixels, of the image that the understanding encoder sees."""
+        """Height and width, in pixels, of the understanding encoder's input."""
         return self.internvl_config.vision_config.image_size[0]
 
     @property
     def num_image_tokens(self) -> int:
-        """Number of understanding embeddings an image becomes."""
+        """Number of understanding embeddings of an image."""
         vision = self.internvl_config.vision_config
         return int(self.condition_size // vision.patch_size[0] * self.internvl_config.downsample_ratio) ** 2
 

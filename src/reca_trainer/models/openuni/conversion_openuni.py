@@ -1,8 +1,8 @@
 """OpenUni's published layout.
 
-A checkpoint is one `.pth` file with what OpenUni trains: `meta_queries`, `connector.*`, `projector.*` and, after
-fine-tuning, `transformer.*`. The rest is published elsewhere: InternVL3 (in transformers' layout or its original one),
-SANA and DC-AE. Each is looked for in a sub-folder beside the file, unless a path or Hub id is given.
+A checkpoint is one `.pth` file of the weights that OpenUni trains: `meta_queries`, `connector.*`, `projector.*` and, after
+fine-tuning, `transformer.*`. The other parts have checkpoints of their own: InternVL3 (in transformers' layout or its
+original one), SANA and DC-AE. A path or Hub id names each, else a sub-folder beside the file holds it.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ HUB_KEYS = {
 
 
 def is_published(file_names: set[str], config: dict[str, Any]) -> bool:
-    """Whether a folder holds an OpenUni checkpoint: `openuni*.pth`. Files of other names are known by `TRAINING_KEYS`."""
+    """Whether a folder holds an OpenUni checkpoint, `openuni*.pth`. `TRAINING_KEYS` identify files of other names."""
     return any(re.fullmatch(r"openuni[^/]*\.pth", name) for name in file_names)
 
 
@@ -86,12 +86,12 @@ def read_published(
         folder: where the `.pth` file is.
         variant: which of several `.pth` files, see `choose_variant`; by default `openuni_finetune.pth`.
         internvl, sana, vae: folder or Hub id of InternVL3 (either layout), SANA and DC-AE. By default the sub-folders
-            `internvl3-hf` or `internvl3`, `sana` and `dc-ae`, else the ids OpenUni was trained with. SANA's own
-            weights are only read for a checkpoint without `transformer.*`.
+            `internvl3-hf` or `internvl3`, `sana` and `dc-ae`, else the repositories that OpenUni was trained with. SANA's
+            weights are read only for a checkpoint without `transformer.*`.
         kwargs: as for `from_pretrained`: `dtype`, `device_map`, `quantization_config`, …
 
     Raises:
-        CheckpointError: a part is not found, or keys are missing, unexpected or wrongly shaped.
+        CheckpointError: a part is missing, or keys are missing, unexpected or wrongly shaped.
     """
     parts = _Parts(Path(folder), variant, internvl, sana, vae)
     state_dict = {key: tensor for key, tensor in parts.trained.items() if not key.startswith(FROZEN)}
@@ -116,7 +116,7 @@ def read_published_processor(
     """The processor of a published checkpoint; arguments as for `read_published`."""
     parts = _Parts(Path(folder), variant, internvl, sana, vae)
     names = {"image_size": "image_size", "caption_max_length": "max_caption_length"}
-    settings = {ours: parts.settings[theirs] for theirs, ours in names.items() if theirs in parts.settings}
+    settings = {argument: parts.settings[key] for key, argument in names.items() if key in parts.settings}
     return OpenUniProcessor.from_config(parts.config(), Qwen2Tokenizer.from_pretrained(parts.internvl), **settings)
 
 
@@ -124,7 +124,7 @@ def write_published(
     model: OpenUniModel, processor: OpenUniProcessor, folder: str | Path, max_shard_size: int | str = "5GB"
 ) -> None:
     """Write `model` as an OpenUni checkpoint, with the parts it builds on in sub-folders, as `read_published` and the
-    original code read them. What OpenUni trains is one file by definition, and in memory while it is written."""
+    original code read them. The layout has the trained weights as one pickle, which is in memory while it is written."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = weights_of(model)
@@ -201,7 +201,7 @@ class _Parts:
         return Path(snapshot_download(str(given or default), allow_patterns=files))
 
     def config(self) -> OpenUniConfig:
-        """The configuration, from the parts' own and from the shapes in the checkpoint."""
+        """The configuration, from those of the parts and from the shapes in the checkpoint."""
         connector = self.settings.get("connector", {})
         layers = {key.split(".")[2] for key in self.trained if key.startswith("connector.layers.")}
         return OpenUniConfig(
@@ -210,7 +210,7 @@ class _Parts:
                 "hidden_size": self.width,
                 "intermediate_size": self.trained["connector.layers.0.mlp.fc1.bias"].shape[0],
                 "num_hidden_layers": len(layers),
-                # The published connectors have heads of 64 channels; the file does not say.
+                # Published connectors have heads of 64 channels, which their file does not say.
                 "num_attention_heads": connector.get("num_attention_heads", max(1, self.width // 64)),
                 "hidden_act": connector.get("hidden_act", "gelu_pytorch_tanh"),
                 "layer_norm_eps": connector.get("layer_norm_eps", 1e-6),
@@ -230,7 +230,11 @@ def _choose_checkpoint(folder: Path, variant: str | None) -> str:
 
 
 def _internvl_config(config: dict[str, Any], source: Path) -> dict[str, Any]:
-    """transformers' `InternVLConfig` values, from either layout's `config.json`."""
+    """Arguments of transformers' `InternVLConfig`, from either layout's `config.json`.
+
+    Raises:
+        CheckpointError: the file describes no InternVL3.
+    """
     if config.get("model_type") == "internvl":
         return config
     if config.get("model_type") != "internvl_chat":
@@ -247,7 +251,7 @@ def _internvl_config(config: dict[str, Any], source: Path) -> dict[str, Any]:
             **{key: vision[key] for key in same},
             "attention_bias": vision["qkv_bias"],
             "use_qk_norm": vision["qk_normalization"],
-            "use_mean_pooling": True,  # which in transformers means: no norm behind the last layer
+            "use_mean_pooling": True,  # in transformers this means that no norm follows the last layer
         },
         "text_config": text,
         "downsample_ratio": config["downsample_ratio"],
@@ -258,7 +262,7 @@ def _internvl_config(config: dict[str, Any], source: Path) -> dict[str, Any]:
 
 
 def _rename_internvl(weights: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Either layout of InternVL3 → the names that transformers has in memory."""
+    """Weights of either layout of InternVL3 under the module names of transformers."""
     renamed = {}
     for key, tensor in weights.items():
         for pattern, name in ORIGINAL_KEYS.items():

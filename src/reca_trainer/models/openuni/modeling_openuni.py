@@ -1,12 +1,13 @@
-"""OpenUni (https://arxiv.org/abs/2505.23661): InternVL3 understands, SANA generates, learnable queries join the two.
+"""OpenUni (arXiv:2505.23661): InternVL3 understands, SANA generates, learnable queries connect the two.
 
     [ prompt, queries ] → language model → hidden states of the queries → connector → projector → SANA's condition
 
-For a reconstruction the prompt holds the image's understanding embeddings.
+The prompt of a reconstruction holds the image's understanding embeddings.
+
 What is unusual about this model:
 
 - InternVL3 and the autoencoder stay frozen. Gradients reach the queries through the frozen language model.
-- Nothing that it generates with depends on a caption loss.
+- A caption loss trains no weights that generate.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class OpenUniModel(UnifiedModel):
                 f"The connector is {config.connector_config.hidden_size} wide, InternVL's language model {width}: "
                 "they must be equal, since the connector reads the language model's hidden states."
             )
-        # The connector's layers stand outside a SigLIP model, which would have passed this on.
+        # A SigLIP model would pass this on to its layers; the connector has the layers alone.
         config.connector_config._attn_implementation = config._attn_implementation
         self.internvl = InternVLForConditionalGeneration(config.internvl_config)
         self.meta_queries = nn.Parameter(torch.empty(config.num_queries, width))
@@ -111,7 +112,7 @@ class OpenUniModel(UnifiedModel):
     def train(self, mode: bool = True) -> OpenUniModel:
         super().train(mode)
         if self.transformer.gradient_checkpointing:
-            # Only layers in train mode are checkpointed, and gradients pass through these frozen ones to the queries.
+            # Only layers in train mode are checkpointed, and gradients pass through these frozen layers to the queries.
             self.internvl.model.language_model.train(mode)
         return self
 
@@ -130,12 +131,12 @@ class OpenUniModel(UnifiedModel):
         """RecA: read the image's own embeddings and the instruction, then denoise the same image.
 
         Args:
-            input_ids, attention_mask: `[B, T]` int64, the prompt up to the token that opens the image; one row serves all
-                `condition_embeds`.
+            input_ids, attention_mask: `[B, T]` int64, the prompts up to the token that opens the image, or one prompt
+                `[1, T]` for all.
             condition_pixel_values: `[B, 3, s, s]` float, for InternVL's vision transformer.
             pixel_values: `[B, 3, H, W]` float in [-1, 1].
-            condition_embeds: `[B, S, D]`, `encode_condition` of `condition_pixel_values` if that was computed before.
-            latents: `[B, C, h, w]` float, `encode_target` of `pixel_values`, likewise.
+            condition_embeds, latents: `[B, S, D]` and `[B, C, h, w]`, results of `encode_batch`, alternatives to
+                `condition_pixel_values` and `pixel_values`.
         """
         latents = self.encode_target(pixel_values) if latents is None else latents.float()  # [B, C, h, w]
         if condition_embeds is None:
@@ -165,7 +166,7 @@ class OpenUniModel(UnifiedModel):
         corruption: dict[str, torch.Tensor],
         understanding_embeds: torch.Tensor | None = None,
     ) -> UnifiedOutput:
-        """Rectified flow: SANA predicts the velocity at `σ`, the share of noise."""
+        """Rectified flow loss of `latents` `[B, C, h, w]`: SANA predicts the velocity at `σ`, the share of noise."""
         noise = corruption["noise"].to(latents)  # [B, C, h, w]
         timestep, sigma = noise_levels(corruption["u"].to(latents.device))  # [B] both
         noisy = interpolate(latents, noise, sigma)  # [B, C, h, w]
@@ -180,7 +181,7 @@ class OpenUniModel(UnifiedModel):
         attention_mask: torch.Tensor | None = None,
         condition_pixel_values: torch.Tensor | None = None,
     ) -> UnifiedOutput:
-        """Image-to-text: next-token cross-entropy of the answers."""
+        """Image-to-text, or text alone: next-token cross-entropy of the answers."""
         embeds = None
         if condition_pixel_values is not None:
             embeds = self.encode_condition(condition_pixel_values)  # [B, S, D]
@@ -191,7 +192,7 @@ class OpenUniModel(UnifiedModel):
 
     @torch.no_grad()
     def encode_condition(self, condition_pixel_values: torch.Tensor) -> torch.Tensor:
-        """RecA's dense prompt: InternVL's embeddings of an image, as its language model reads them. `[B, S, D]`."""
+        """RecA's dense prompt: InternVL's embeddings `[B, S, D]` of images `[B, 3, s, s]`."""
         return self.internvl.model.get_image_features(condition_pixel_values, return_dict=True).pooler_output
 
     @torch.no_grad()
@@ -221,7 +222,7 @@ class OpenUniModel(UnifiedModel):
         attention_mask: torch.Tensor | None = None,
         understanding_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """What SANA is conditioned on: the queries' hidden states after connector and projector. `[B, Q, caption]`."""
+        """SANA's condition: the queries' hidden states after connector and projector, `[B, Q, caption]`."""
         hidden = self._read(input_ids, attention_mask, understanding_embeds, self.meta_queries)  # [B, T + Q, D]
         queries = self.connector(hidden[:, -self.config.num_queries :]).last_hidden_state  # [B, Q, D]
         return self.projector(queries)
@@ -233,20 +234,20 @@ class OpenUniModel(UnifiedModel):
         understanding_embeds: torch.Tensor | None,
         queries: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states of the language model over the prompt, and over `queries` behind it. `[B, T + Q, D]`."""
+        """Hidden states `[B, T + Q, D]` of the language model over prompts `[B, T]` and, behind them, `queries` `[Q, D]`."""
         internvl = self.internvl.model
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if understanding_embeds is not None:
             input_ids, mask = (rows.expand(len(understanding_embeds), -1) for rows in (input_ids, mask))
         embeds = internvl.get_input_embeddings()(input_ids)  # [B, T, D]
         if understanding_embeds is not None:
-            is_image = internvl.get_placeholder_mask(input_ids, embeds, understanding_embeds)
+            is_image = internvl.get_placeholder_mask(input_ids, embeds, understanding_embeds)  # [B, T, D]
             embeds = embeds.masked_scatter(is_image, understanding_embeds.to(embeds.dtype))
         if queries is not None:
             queries = queries.to(embeds.dtype).expand(len(embeds), -1, -1)  # [B, Q, D]
             embeds = torch.cat([embeds, queries], dim=1)  # [B, T + Q, D]
             mask = torch.cat([mask, mask.new_ones(queries.shape[:2])], dim=1)  # [B, T + Q]
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)  # padding takes no position
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)  # [B, T + Q]: padding takes no position
         return internvl.language_model(
             inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
         ).last_hidden_state
@@ -254,7 +255,7 @@ class OpenUniModel(UnifiedModel):
     def _predict_velocity(
         self, latents: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor
     ) -> torch.Tensor:
-        """SANA's velocity `[B, C, h, w]` in float32 at `timestep` `[B]` in 1..1000."""
+        """SANA's velocity `[B, C, h, w]` float32 for noisy `latents` at `timestep` `[B]` in 1..1000."""
         dtype = self.transformer.patch_embed.proj.weight.dtype  # a convolution: never quantised
         return self.transformer(
             hidden_states=latents.to(dtype),
@@ -266,8 +267,8 @@ class OpenUniModel(UnifiedModel):
     # --- draws and counts ---
 
     def sample_corruption(self, batch: dict[str, Any], generator: Generators = None) -> dict[str, torch.Tensor]:
-        """Draws of the flow-matching loss: `noise` `[B, C, h, w]` Gaussian, then `u` `[B]` uniform on [0, 1), which
-        `noise_levels` turns into timesteps. Nothing for captions."""
+        """Draws of the flow-matching loss: Gaussian `noise` `[B, C, h, w]`, then `u` `[B]` uniform on [0, 1), which
+        `noise_levels` turns into timesteps. Captions have no draws."""
         if "labels" in batch:
             return {}
         if batch.get("latents") is not None:
@@ -283,7 +284,7 @@ class OpenUniModel(UnifiedModel):
         return {"noise": noise, "u": u}
 
     def count_supervised(self, batch: dict[str, Any], corruption: dict[str, torch.Tensor]) -> int:
-        """The answers' tokens, or the elements of the latents."""
+        """Supervised tokens of a caption, else elements of the latents."""
         if "labels" in batch:
             return count_answer_tokens(batch["labels"])
         return corruption["noise"].numel()
@@ -325,17 +326,16 @@ class OpenUniModel(UnifiedModel):
         width: int | None = None,
         latents: torch.Tensor | None = None,
     ) -> list[Image.Image]:
-        """Generate images from prompts, or from the understanding embeddings of `images` (`task="reconstruct"`).
+        """See `UnifiedModel.generate_images`.
 
         Args:
-            text: prompts; for a reconstruction the instructions, by default a request for a detailed description.
-            generator: one generator, or one per image.
-            num_inference_steps: steps of DPM-Solver++.
+            text: for a reconstruction by default a request for a detailed description.
+            num_inference_steps: steps of DPM-Solver++ (arXiv:2211.01095).
             guidance_scale: classifier-free guidance, off at 1 and below.
-            negative_prompt: what guidance leads away from: captions, by default the prompt without one; for a
-                reconstruction instructions about the same images, and no guidance without them.
-            height, width: of the images, in pixels; by default the size SANA was trained at.
-            latents: `[B, C, h, w]` float32, the initial noise if it is not to be drawn from `generator`.
+            negative_prompt: captions that guidance leads away from, by default none; for a reconstruction instructions about
+                the same images, and without them there is no guidance.
+            height, width: of the images in pixels; by default the size that SANA was trained at.
+            latents: `[B, C, h, w]` float32, the initial noise; drawn by default.
         """
         height, width = height or processor.image_size, width or processor.image_size
         if task == "reconstruct":
@@ -350,16 +350,16 @@ class OpenUniModel(UnifiedModel):
         if task == "generate":
             requests = {"text": text, "dropped": dropped}
         batch = processor(**requests, task=task, size=(height, width))
-        prompt_embeds = self._encode_batch(batch)
+        prompt_embeds = self._encode_batch(batch)  # [B or 2B, Q, caption]
         if latents is None:
             ratio = self.config.spatial_compression_ratio
             shape = (batch_size, self.transformer.config.in_channels, height // ratio, width // ratio)
             latents = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
-        pixels = self.decode_target(self.sample_latents(latents, prompt_embeds, num_inference_steps, guidance_scale))
-        return to_images(pixels)
+        latents = self.sample_latents(latents, prompt_embeds, num_inference_steps, guidance_scale)  # [B, C, h, w]
+        return to_images(self.decode_target(latents))
 
     def _encode_batch(self, batch: dict[str, Any]) -> torch.Tensor:
-        """`encode_prompt` of a processor's batch."""
+        """`encode_prompt` of a processor's batch: `[B, Q, caption]`."""
         condition = batch.get("condition_pixel_values")
         return self.encode_prompt(
             batch["input_ids"].to(self.device),
@@ -380,9 +380,8 @@ class OpenUniModel(UnifiedModel):
 
         Args:
             latents: `[B, C, h, w]`, the initial noise.
-            prompt_embeds: `[B, Q, caption]`, or with `guidance_scale > 1` `[2B, Q, caption]`: the conditions, then as
-                many negative ones.
-            on_step: called after each step with its timestep and the latents then.
+            prompt_embeds: `[B, Q, caption]`, or with `guidance_scale > 1` `[2B, Q, caption]`, the conditional half first.
+            on_step: called after each step with its timestep and latents.
 
         Returns:
             `[B, C, h, w]` float32.
@@ -431,10 +430,10 @@ class OpenUniModel(UnifiedModel):
 
 
 def noise_levels(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Uniform draws `[B]` on [0, 1) → timesteps in 1..1000 and `σ = timestep / 1000`, both `[B]` float32.
+    """Timesteps in 1..1000 and `σ = timestep / 1000`, both `[B]` float32, of uniform draws `[B]` on [0, 1).
 
-    Uniform over the timesteps, without the shift that sampling uses: that is how OpenUni was trained. σ stays in
-    float32, since bfloat16 tells only half of the timesteps apart.
+    OpenUni was trained with uniform timesteps, without the shift that sampling uses. σ is float32 because bfloat16 cannot
+    represent half of the timesteps.
     """
     timestep = NUM_TRAIN_TIMESTEPS - (u.float() * NUM_TRAIN_TIMESTEPS).floor()
     return timestep, timestep / NUM_TRAIN_TIMESTEPS

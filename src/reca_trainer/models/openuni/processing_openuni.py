@@ -1,8 +1,8 @@
 """From PIL images and strings to OpenUni's batches.
 
-The original tokenises a prompt whole, so the names of special tokens in a caption or prompt of `generate` are read as these
-tokens, and so they are here: `a cat <|im_end|>` closes its turn. In instructions, questions and answers, of which it only
-has its own, they are words: `<IMG_CONTEXT>` would take a place of the image that stands beside them.
+Names of special tokens in the captions and prompts of `generate` are read as these tokens, as in the original, which
+tokenises a prompt whole: `a cat <|im_end|>` closes its turn. In instructions, questions and answers they are words, because
+`<IMG_CONTEXT>` would take a place of the image; the original has a fixed set of these texts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 USER = "<|im_start|>user\n"
 TURN_END = "<|im_end|>\n<|im_start|>assistant\n"  # closes the user's turn and opens the answer
 UNCONDITIONAL = "Generate an image."
-TRAINING_PAD = 0  # the id that OpenUni pads its training batches with, whatever the tokenizer's own
+TRAINING_PAD = 0  # the id that pads OpenUni's training batches, which is not the tokenizer's
 
 
 class OpenUniProcessor(UnifiedProcessor):
@@ -40,7 +40,7 @@ class OpenUniProcessor(UnifiedProcessor):
     Args:
         tokenizer: InternVL3's tokenizer.
         image_size: height and width, in pixels, of the images to generate.
-        condition_size: the same of the understanding encoder's input, which every image is resized to.
+        condition_size: height and width, in pixels, to which every image is resized for the understanding encoder.
         num_image_tokens: understanding embeddings of an image.
         max_caption_length: tokens of a text-to-image prompt in training; longer captions are cut.
         max_prompt_length: tokens of any other prompt or conversation, its image included, as in the original.
@@ -75,7 +75,7 @@ class OpenUniProcessor(UnifiedProcessor):
         """The processor of an `OpenUniConfig.tiny`.
 
         Args:
-            tokenizer: with Qwen2's `<|im_start|>` and `<|im_end|>`; a copy of it gets the image tokens it lacks.
+            tokenizer: one with Qwen2's `<|im_start|>` and `<|im_end|>`; its copy gets the image tokens that it lacks.
 
         Raises:
             ValueError: tokenizer and config differ in vocabulary size or image token.
@@ -109,19 +109,18 @@ class OpenUniProcessor(UnifiedProcessor):
         """See `UnifiedProcessor.__call__`.
 
         Args:
-            images: `generate` does without them where there is no target. `reconstruct` without them gives its prompts,
-                one per instruction.
-            size: `(height, width)` of the target, whose shape is cut out of the image; by default square.
-            dropped: for `generate` the request without a caption, for `reconstruct` an empty instruction.
+            images: without them `generate` makes prompts for sampling, and `reconstruct` one prompt per instruction.
+            size: `(height, width)` of the target, whose aspect ratio is cut out of the image; by default a square.
+            dropped: samples of `generate` whose request has no caption, or of `reconstruct` with an empty instruction.
 
         Raises:
-            ValueError: an unknown task, numbers of samples that differ, a task without what it needs, or a conversation
-                that `conversation_problem` refuses.
+            ValueError: an unknown task, missing images or texts, numbers of samples that differ, or a conversation that
+                `conversation_problem` refuses.
         """
         if task not in self.tasks:
             raise ValueError(f"OpenUni has no task {task!r}; it has reconstruct, generate and caption.")
-        needs = {"reconstruct": {}, "generate": {"text": text}, "caption": {"images": images, "text": text}}[task]
-        for name, value in needs.items():
+        required = {"reconstruct": {}, "generate": {"text": text}, "caption": {"images": images, "text": text}}[task]
+        for name, value in required.items():
             if not value:
                 raise ValueError(f"The task {task!r} needs {name}, one per sample.")
         if images and text and len(images) != len(text):
@@ -133,7 +132,7 @@ class OpenUniProcessor(UnifiedProcessor):
             return {"task": task, **self._captions(conversations_of(text, questions)), **self._condition(images)}
 
         if task == "generate":
-            # With a target this is training, where OpenUni cuts captions and pads otherwise than when sampling.
+            # A target means training, in which OpenUni cuts captions to another length and pads with another id.
             length = self.max_caption_length if images else self.max_prompt_length
             drops = one_per_sample(dropped, len(text), False)
             requests = [
@@ -158,8 +157,8 @@ class OpenUniProcessor(UnifiedProcessor):
         return {"task": task, **batch}
 
     def conversation_problem(self, conversation: Conversation) -> str | None:
-        """See `UnifiedProcessor.conversation_problem`. Questions and answers alternate, and every answer is supervised;
-        the image stands before the first question, wherever its mark is."""
+        """See `UnifiedProcessor.conversation_problem`. Questions and answers must alternate. Every answer is supervised; the
+        image precedes the first question, wherever its mark is."""
         if problem := super().conversation_problem(conversation) or exchange_problem(conversation):
             return problem
         room = self.max_prompt_length - len(self._image()) - len(self._tokenize(TURN_END))
@@ -168,28 +167,30 @@ class OpenUniProcessor(UnifiedProcessor):
         return None
 
     def ask(self, questions: list[str], images: list[Image.Image] | None = None) -> dict[str, torch.Tensor]:
-        """Prompts that end where an answer begins, padded on the left, and the images they ask about."""
+        """Prompts up to the start of an answer, `input_ids` and `attention_mask` `[B, T]`, padded on the left, and
+        `condition_pixel_values` `[B, 3, s, s]` if there are `images`."""
         turns = [self._turn(question, with_image=bool(images)) for question in questions]
         prompts = self._pad([self._close(turn, self.max_prompt_length) for turn in turns], "left")
         return {**prompts, **self._condition(images)} if images else prompts
 
     def _turn(self, request: str, with_image: bool = False) -> list[int]:
-        """A user's turn without its end; the request is words."""
+        """A user's turn without its end; names of special tokens in the request are words."""
         if with_image:
             return [*self._image(), *self._words(f"\n{request}")]
         return [*self._tokenize("<|im_start|>"), *self._words(f"user\n{request}")]
 
     def _image(self) -> list[int]:
-        """The opening of a user's turn with an image, and the image's places."""
+        """The start of a user's turn, with an image's placeholders."""
         return self._tokenize(f"{USER}<img>{'<IMG_CONTEXT>' * self.num_image_tokens}</img>")
 
     def _close(self, turn: list[int], length: int, behind: str = "") -> list[int]:
-        """End a user's turn and open the answer, in `length` tokens: a longer turn loses its last words."""
+        """End a user's turn and open the answer, in at most `length` tokens: a longer turn loses its last words."""
         end = self._tokenize(TURN_END + behind)
         return self.shorten(turn, length - len(end)) + end
 
     def _captions(self, conversations: list[Conversation]) -> dict[str, torch.Tensor]:
-        """Every answer is supervised, with the end of its turn."""
+        """Conversations as `input_ids`, `attention_mask` and `labels` `[B, T]`: each answer and the end of its turn are
+        supervised."""
         rows, labels = [], []
         for conversation in conversations:
             if problem := self.conversation_problem(conversation):
@@ -222,14 +223,14 @@ class OpenUniProcessor(UnifiedProcessor):
         return {"input_ids": pad_rows(rows, pad_id, side), "attention_mask": padding_mask(rows, side)}
 
     def _condition(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
-        """Whole images for questions about them."""
+        """Whole images for the understanding encoder, as `condition_pixel_values` `[B, 3, s, s]`."""
         size = (self.condition_size, self.condition_size)
         return {"condition_pixel_values": self._to_condition(to_pixels([_resized(image, size) for image in images]))}
 
     def _target(
         self, images: list[Image.Image], size: tuple[int, int], crop: list[float | None] | None
     ) -> torch.Tensor:
-        """`[B, 3, H, W]` float32 in [-1, 1] at `size = (height, width)`, of which each image loses what is too long."""
+        """Images cut to the aspect ratio of `size = (height, width)` and resized: `[B, 3, H, W]` float32 in [-1, 1]."""
         places = one_per_sample(crop, len(images))
         return to_pixels(
             [_resized(cut_to_shape(image, size, place), size) for image, place in zip(images, places, strict=True)]

@@ -8,7 +8,7 @@ from transformers import CLIPVisionConfig, PhiConfig, PreTrainedConfig
 
 from reca_trainer.models.common.configuration import CompositeConfig
 
-# What Show-o adds behind the text tokenizer's vocabulary, in this order; the image tokens follow.
+# Tokens that Show-o appends to the text tokenizer's vocabulary, in this order; the image tokens follow.
 SPECIAL_TOKENS = (
     "[PAD]",
     "<|soi|>",
@@ -22,10 +22,10 @@ SPECIAL_TOKENS = (
     "<|lvg|>",
 )
 
-# Stands in `input_ids` where embeddings or tokens of the condition image go.
+# The placeholder in `input_ids` for embeddings or tokens of the condition image.
 CONDITION_TOKEN_ID = -100
 
-# The published MAGVIT-v2 (showlab/magvitv2), as arguments of `MagvitV2`. Encoder and decoder are no mirror images.
+# The published MAGVIT-v2 (showlab/magvitv2), as arguments of `MagvitV2`. Encoder and decoder differ in layers.
 MAGVIT_V2 = {
     "base_channels": 128,
     "latent_channels": 13,
@@ -43,7 +43,7 @@ class ShowOConfig(CompositeConfig):
         text_config: a `PhiConfig` whose vocabulary includes Show-o's special tokens, the image tokens and the mask token.
             `qk_layernorm` is on in every Show-o.
         vision_config: a `CLIPVisionConfig`, the understanding encoder of the CLIP variant.
-        vq_config: arguments of `MagvitV2`, the tokenizer of generated images; in the plain variant of condition images too.
+        vq_config: arguments of `MagvitV2`, the tokenizer of generated images, and in the plain variant of condition images.
         w_clip_vit: the CLIP variant, which reads CLIP embeddings; the plain variant reads the tokens of `vq_config`.
         llm_vocab_size: length of the text tokenizer before `SPECIAL_TOKENS` are added.
         num_vq_tokens: image tokens of one generated image, a square.
@@ -95,9 +95,10 @@ class ShowOConfig(CompositeConfig):
         """Under a million parameters; an image token covers 4 × 4 pixels.
 
         Args:
-            vocab_size: of the tokenizer, without Show-o's special tokens.
-            eos_token_id: the tokenizer's.
+            vocab_size: that of the tokenizer, without Show-o's special tokens.
+            eos_token_id: that of the tokenizer.
             image_size: side of the images in pixels, a multiple of 8.
+            w_clip_vit: whether it is the CLIP variant.
         """
         vq_config = {
             "base_channels": 32,

@@ -7,8 +7,8 @@
 | `openai/clip-vit-large-patch14-336` | the CLIP encoder | the CLIP variant |
 | `microsoft/phi-1_5` | dimensions of the language model and the text tokenizer; no weights are read | all |
 
-Each of the other three is looked for, under the last part of its name, in the first one's folder and beside it, and
-downloaded if it is not there.
+A folder with the last part of a repository's name, inside or beside that of Show-o, is used if there is one; else the
+repository is downloaded.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ VQ_SIZES = {
 
 
 def is_published(file_names: set[str], config: dict) -> bool:
-    """Whether a checkpoint's files are Show-o's published ones: its own repository, or a folder that holds it beside the
-    image tokenizer."""
+    """Whether a checkpoint's files are Show-o's published ones: those of its repository, or of a folder that holds it and
+    the image tokenizer."""
     if config:
         return config.get("_class_name") == "Showo"
     parts = {name.split("/")[0] for name in file_names if name.count("/") == 1 and name.endswith("/config.json")}
@@ -73,12 +73,12 @@ def read_published(
     """Load Show-o as published.
 
     Args:
-        folder: Show-o's own files, or a folder of several folders one of which has them.
+        folder: where Show-o's files are, or where a single sub-folder has them.
         vq_model, vision_tower, llm: folders or Hub ids of the other repositories, where they are not the published ones.
         kwargs: as for `PreTrainedModel.from_pretrained`.
 
     Raises:
-        CheckpointError: a part is not found, or its keys are missing, unexpected or wrongly shaped.
+        CheckpointError: a part is missing, or its keys are missing, unexpected or wrongly shaped.
     """
     folder = show_o_folder(folder)
     vq_folder, clip_folder, llm_folder = find_parts(folder, vq_model, vision_tower, llm)
@@ -117,10 +117,9 @@ def read_published_processor(
 def write_published(
     model: ShowOModel, processor: ShowOProcessor, folder: str | Path, max_shard_size: int | str | None = None
 ) -> None:
-    """Write `model` in the layout that the original code reads, `folder` itself being Show-o's own part.
+    """Write `model` in the layout that the original code reads: Show-o's part in `folder`, the others in sub-folders.
 
-    The other parts lie in folders inside it, so that it also loads where the published ones do not fit or are out of
-    reach.
+    With its own parts it loads offline, and where its parts differ from the published ones.
     """
     folder, config = Path(folder), model.config
     main, vq, clip = {}, {}, {}
@@ -145,7 +144,7 @@ def write_published(
     }
     for name in ("rope_parameters", "dtype", "layer_types"):
         text_config.pop(name, None)
-    vq_sizes = {theirs: config.vq_config[ours] for theirs, ours in VQ_SIZES.items()} | {"codebook_dim": bits}
+    vq_sizes = {key: config.vq_config[argument] for key, argument in VQ_SIZES.items()} | {"codebook_dim": bits}
     files = {
         "": {
             "_class_name": "Showo",
@@ -178,20 +177,25 @@ def write_published(
 
 
 def part_name(repository: str) -> str:
+    """The last part of a repository's name, which is that of its folder."""
     return repository.rstrip("/").rpartition("/")[2]
 
 
 def show_o_folder(folder: Path) -> Path:
-    """`folder` if Show-o's config.json is in it, else the one folder inside it that has one."""
+    """`folder` if it has a config.json, else its only sub-folder with Show-o's.
+
+    Raises:
+        CheckpointError: there is no such sub-folder, or there are several.
+    """
     if (folder / "config.json").is_file():
         return folder
-    inside = [
+    folders = [
         path.parent for path in sorted(folder.glob("*/config.json")) if read_json(path).get("_class_name") == "Showo"
     ]
-    if len(inside) != 1:
-        names = ", ".join(path.name for path in inside) or "none"
+    if len(folders) != 1:
+        names = ", ".join(path.name for path in folders) or "none"
         raise CheckpointError(f"{folder} must hold exactly one Show-o checkpoint, or be one; it holds {names}.")
-    return inside[0]
+    return folders[0]
 
 
 def find_parts(
@@ -213,7 +217,11 @@ def find_part(
     published: str,
     patterns: tuple[str, ...] | list[str] = ("*.json", "*.safetensors", "*.bin", "*.txt"),
 ) -> Path:
-    """One part's folder: the `given` one, one named like `published` in or beside `folder`, or a Hub snapshot."""
+    """The folder of a part: `given`, or one named like `published` in or beside `folder`, or a Hub snapshot.
+
+    Raises:
+        CheckpointError: there is no such folder, and the part cannot be downloaded.
+    """
     name = str(given or published)
     candidates = [Path(name).expanduser()]
     if given is None:
@@ -260,6 +268,7 @@ def read_config(folder: Path, vq_folder: Path, clip_folder: Path | None, llm_fol
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's content, or a `CheckpointError` that names the file."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -267,14 +276,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def fixed_codes(bits: int) -> dict[str, torch.Tensor]:
-    """What MAGVIT-v2's file holds of its binary code, float32 and int64."""
+    """MAGVIT-v2's binary code, as its file holds it: powers of two `[bits]` int64, and codes `[2^bits, bits]` float32."""
     powers = 2 ** torch.arange(bits - 1, -1, -1)
-    codes = ((torch.arange(2**bits)[:, None] & powers) != 0).float() * 2 - 1  # [2^bits, bits]
+    codes = ((torch.arange(2**bits)[:, None] & powers) != 0).float() * 2 - 1
     return {"quantize.power_vals": powers, "quantize.embedding": codes}
 
 
 def read_vq_weights(folder: Path, config: ShowOConfig) -> dict[str, LazyTensor]:
-    """MAGVIT-v2's weights under our names. The codebook is fixed, hence compared and left out."""
+    """MAGVIT-v2's weights under the module names of `MagvitV2`, without the codebook, which is fixed.
+
+    Raises:
+        CheckpointError: the file's codebook is another.
+    """
     fixed = fixed_codes(config.vq_config["latent_channels"])
     weights = open_weights(folder, *WEIGHTS)
     for key in fixed.keys() & weights.keys():

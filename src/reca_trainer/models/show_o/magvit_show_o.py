@@ -76,7 +76,7 @@ class MagvitV2Decoder(nn.Module):
 
 
 class MagvitV2(nn.Module):
-    """MAGVIT-v2 with lookup-free quantisation: a token is the signs of `bits` channels, the first the most significant."""
+    """MAGVIT-v2 with lookup-free quantisation: the signs of `bits` channels are a token's bits, most significant first."""
 
     def __init__(
         self,
@@ -97,12 +97,12 @@ class MagvitV2(nn.Module):
         )
 
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`[B, 3, H, W]` in [-1, 1] -> tokens `[B, N]` int64 in `[0, 2^bits)`, row by row."""
+        """Images `[B, 3, H, W]` in [-1, 1] -> tokens `[B, N]` int64 in `[0, 2^bits)`, row by row."""
         positive = self.encoder(pixel_values).flatten(2) > 0  # [B, bits, N]
         return (positive * self._powers()[:, None]).sum(1)
 
     def decode(self, tokens: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
-        """Tokens `[B, N]` of a `grid` `(h, w)`, by default a square -> `[B, 3, H, W]`, about [-1, 1]."""
+        """Tokens `[B, N]` of a `grid` `(h, w)`, by default a square -> images `[B, 3, H, W]`, about [-1, 1]."""
         height, width = grid or (math.isqrt(tokens.shape[1]),) * 2
         return self.decoder(self.codes(tokens).unflatten(2, (height, width)))
 

@@ -1,17 +1,17 @@
-"""Show-o (arXiv 2408.12528): one Phi reads text causally and predicts masked image tokens in any order.
+"""Show-o (arXiv:2408.12528): one Phi reads text causally and predicts masked image tokens in any order.
 
 What is unusual about this model:
 
 - One sequence, one vocabulary, one output layer for text and MAGVIT-v2 image tokens. Understanding and generation share
   every weight of the language model.
-- Attention is causal over text and full within an image ("omni-attention"); what exactly counts as the image differs
-  between tasks and variants, see `ShowOModel.attention_mask`.
-- Phi's query and key norms are on, whatever Phi's own configuration says.
+- Attention is causal over text and full within an image ("omni-attention"); `ShowOModel.attention_mask` says which tokens
+  belong to the image in each task and variant.
+- Phi's query and key norms are on, although Phi's configuration says otherwise.
 - The CLIP variant reads CLIP embeddings of an image, the plain variant its MAGVIT-v2 tokens. Reconstruction in the CLIP
   variant sends no gradient into its inputs: the projector and the embeddings learn from image-to-text alone.
 
-Shapes: B samples, L tokens of a sequence, P of them the condition image, n the target image, D model width, M supervised
-positions of a batch.
+Shapes: B samples, L tokens of a sequence, P tokens of the condition image and n of the target image among them, D model
+width, M supervised positions of a batch.
 """
 
 from __future__ import annotations
@@ -113,20 +113,22 @@ class ShowOModel(UnifiedModel):
         """RecA: read the image's own embeddings and the instruction, then predict the image's masked tokens.
 
         Args:
-            condition_features, tokens: instead of `condition_pixel_values` and `pixel_values`, what `encode_batch` gives.
+            input_ids, attention_mask: `[B, L]`, see `ShowOProcessor`.
+            condition_features, tokens: results of `encode_batch`, alternatives to `condition_pixel_values` and
+                `pixel_values`.
         """
         tokens = self.encode_target(pixel_values) if tokens is None else tokens  # [B, n]
         if condition_features is None:
             condition = self.encode_condition(condition_pixel_values)  # [B, P, D]
         else:
-            condition = self._project(condition_features)
+            condition = self._project(condition_features)  # [B, P, D]
         mask = corruption["mask"].to(tokens.device)  # [B, n]
-        masked = tokens.masked_fill(mask, self.config.mask_token_id)
+        masked = tokens.masked_fill(mask, self.config.mask_token_id)  # [B, n]
         embeds = self.embed(input_ids, condition, masked)  # [B, L, D]
         if self.config.w_clip_vit:
             embeds = embeds.detach()  # as in the official run
         attention_mask = drop_condition(corruption, attention_mask, input_ids == CONDITION_TOKEN_ID)
-        hidden = self.attend(embeds, self.attention_mask("reconstruct", input_ids, attention_mask))
+        hidden = self.attend(embeds, self.attention_mask("reconstruct", input_ids, attention_mask))  # [B, L, D]
         hidden = hidden[:, -1 - tokens.shape[1] : -1]  # [B, n, D]: the image tokens without their markers
         return token_cross_entropy(self.language_model.lm_head, hidden, tokens, condition, supervised=mask)
 
@@ -140,9 +142,9 @@ class ShowOModel(UnifiedModel):
         """Text-to-image: predict the masked tokens behind the caption, and the two markers around them."""
         tokens = self.encode_target(pixel_values)  # [B, n]
         mask = corruption["mask"].to(tokens.device)  # [B, n]
-        masked = tokens.masked_fill(mask, self.config.mask_token_id)
+        masked = tokens.masked_fill(mask, self.config.mask_token_id)  # [B, n]
         embeds = self.embed(input_ids, target=masked)  # [B, L, D]
-        hidden = self.attend(embeds, self.attention_mask("generate", input_ids, attention_mask))
+        hidden = self.attend(embeds, self.attention_mask("generate", input_ids, attention_mask))  # [B, L, D]
         segment = tokens.shape[1] + 2
         labels = input_ids[:, -segment:].clone()  # [B, n + 2]
         labels[:, 1:-1] = tokens.masked_fill(~mask, -100)
@@ -161,39 +163,40 @@ class ShowOModel(UnifiedModel):
         if condition_pixel_values is not None:
             condition = self.encode_condition(condition_pixel_values)  # [B, P, D]
         embeds = self.embed(input_ids, condition)  # [B, L, D]
-        hidden = self.attend(embeds, self.attention_mask("caption", input_ids, attention_mask))
+        hidden = self.attend(embeds, self.attention_mask("caption", input_ids, attention_mask))  # [B, L, D]
         return token_cross_entropy(self.language_model.lm_head, hidden[:, :-1], labels[:, 1:], condition)
 
     # --- encodings ---
 
     def encode_condition(self, condition_pixel_values: torch.Tensor) -> torch.Tensor:
-        """See `UnifiedModel.encode_condition`, `[B, P, D]`: what the projector makes of CLIP's embeddings, or in the plain
-        variant the embeddings of the image's tokens."""
+        """See `UnifiedModel.encode_condition`: CLIP's embeddings behind the projector, or in the plain variant the embeddings
+        of the image's tokens, `[B, P, D]`."""
         return self._project(self.condition_features(condition_pixel_values))
 
     @torch.no_grad()
     def condition_features(self, condition_pixel_values: torch.Tensor) -> torch.Tensor:
-        """What is frozen in `encode_condition`: CLIP's embeddings `[B, P, D_clip]`, or in the plain variant the image's
-        tokens `[B, P]`."""
+        """The frozen part of `encode_condition`: CLIP's embeddings `[B, P, D_clip]`, or in the plain variant the image's tokens
+        `[B, P]`."""
         if not self.config.w_clip_vit:
             return self.encode_target(condition_pixel_values)
         tower = self.vision_tower(condition_pixel_values.to(self.vision_tower.dtype), output_hidden_states=True)
         return tower.hidden_states[-2][:, 1:]  # without the class token
 
     def _project(self, features: torch.Tensor) -> torch.Tensor:
+        """The trained part of `encode_condition`: results of `condition_features` to `[B, P, D]`."""
         table = self.language_model.model.embed_tokens
         return self.mm_projector(features.to(table.weight.dtype)) if self.config.w_clip_vit else table(features)
 
     @torch.no_grad()
     def encode_target(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`[B, 3, H, W]` in [-1, 1] -> ids of their image tokens `[B, n]`."""
+        """Images `[B, 3, H, W]` in [-1, 1] -> ids `[B, n]` int64 of their tokens."""
         with torch.autocast(pixel_values.device.type, enabled=False):
             dtype = self.vq_model.decoder.conv_in.weight.dtype
             return self.vq_model.encode(pixel_values.to(dtype)) + self.config.image_token_offset
 
     def encode_batch(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """See `UnifiedModel.encode_batch`: `condition_features`, before the projector, which is trained, and `tokens`
-        `[B, n]`."""
+        `[B, n]` int64."""
         return {
             "condition_features": self.condition_features(batch["condition_pixel_values"]),
             "tokens": self.encode_target(batch["pixel_values"]),
@@ -211,18 +214,15 @@ class ShowOModel(UnifiedModel):
     def embed(
         self, input_ids: torch.Tensor, condition: torch.Tensor | None = None, target: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Fill in a sequence's images and embed it.
+        """Embed sequences with their images filled in: `[B, L, D]`.
 
         Args:
             input_ids: `[B, L]`, see `ShowOProcessor`.
-            condition: `[B, P, D]`, what `encode_condition` returns, for the places of `CONDITION_TOKEN_ID`.
-            target: image-token ids `[B, n]`, for the places of the mask token.
-
-        Returns:
-            The sequence `[B, L, D]`.
+            condition: `[B, P, D]` of `encode_condition`, which replaces `CONDITION_TOKEN_ID`.
+            target: image-token ids `[B, n]`, which replace the mask token.
 
         Raises:
-            ValueError: there are more or fewer images, or tokens of one, than sequences have places for.
+            ValueError: the numbers of images or of their tokens are not those that the sequences have places for.
         """
         places = input_ids == CONDITION_TOKEN_ID
         check_places(places, condition, "condition")
@@ -237,16 +237,15 @@ class ShowOModel(UnifiedModel):
         return embeds.masked_scatter(places[..., None], condition.to(embeds.dtype))
 
     def attention_mask(self, task: str, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """Omni-attention: who sees whom, `[B, 1, L, L]` bool.
+        """Omni-attention: which position (query) sees which (key), `[B, 1, L, L]` bool.
 
-        Every position sees what precedes it. Besides that,
+        Every position sees those before it. In addition,
 
-        - `generate`, and `reconstruct` in the plain variant: the positions of an image see each other, markers included;
-        - `reconstruct` in the CLIP variant: all see the condition, the target's tokens without markers see each other;
-        - `caption`: all see the condition, which in the plain variant means everything up to its end marker.
+        - `generate`, and `reconstruct` in the plain variant: the positions of an image and its markers see each other;
+        - `reconstruct` in the CLIP variant: all see the condition, and the target's tokens see each other;
+        - `caption`: all see the condition; in the plain variant all see everything up to the condition's end marker.
 
-        No position sees padding, except one that would see nothing else. In `caption` padding is last, so that it needs
-        no mask.
+        No position sees padding, except one that would see nothing else. In `caption` padding is last and needs no mask.
         """
         config = self.config
         length = input_ids.shape[1]
@@ -263,43 +262,45 @@ class ShowOModel(UnifiedModel):
             allowed = causal | condition[:, None]
         else:
             number = begins.cumsum(1)
-            image = number * (number - ends.cumsum(1) + ends)  # 1 for the first image, 2 for the second, else 0
+            image = number * (number - ends.cumsum(1) + ends)  # 1 in the first image, 2 in the second, 0 outside
             allowed = causal
         allowed = allowed | ((image[:, :, None] == image[:, None]) & (image[:, None] > 0))  # [B, L, L]
-        visible = allowed & attention_mask.bool()[:, None]
+        visible = allowed & attention_mask.bool()[:, None]  # [B, L, L]
         return torch.where(visible.any(-1, keepdim=True), visible, allowed)[:, None]
 
     def attend(
         self, embeds: torch.Tensor, mask: torch.Tensor | None, cache: DynamicCache | None = None
     ) -> torch.Tensor:
-        """The language model without its output layer, `[B, T, D]` -> `[B, T, D]`, behind what `cache` holds."""
+        """Hidden states `[B, T, D]` of the language model for inputs `[B, T, D]` behind the S tokens of `cache`. The `mask`
+        `[B, 1, T, S + T]` bool says which positions see which; `None` lets all see all."""
         if mask is not None:
             blocked = torch.finfo(embeds.dtype).min
             mask = torch.zeros(mask.shape, dtype=embeds.dtype, device=mask.device).masked_fill(~mask, blocked)
-        # By position: releases of transformers differ in the name of the cache.
+        # Positional arguments: releases of transformers differ in the name of the cache.
         output = self.language_model.model(None, mask, None, cache, embeds, use_cache=cache is not None)
         return output.last_hidden_state
 
     def drop_text(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, drop: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Text-to-image sequences whose caption is left out where `drop` `[B]` is true: `PAD.. t2i bos eos soi ..`."""
+        """Text-to-image sequences `[B, L]` and their mask, without a caption where `drop` `[B]` bool is true:
+        `PAD.. t2i bos eos soi ..`."""
         config = self.config
         prefix = int((input_ids[0] == config.special_token_id("<|soi|>")).int().argmax())
         drop = drop.to(input_ids.device)[:, None]
-        kept = torch.tensor(
+        head = torch.tensor(
             [config.special_token_id("<|t2i|>"), config.bos_token_id, config.eos_token_id], device=input_ids.device
         )
         empty = input_ids.clone()
         empty[:, : prefix - 3] = config.special_token_id("[PAD]")
-        empty[:, prefix - 3 : prefix] = kept
+        empty[:, prefix - 3 : prefix] = head
         valid = (empty != config.special_token_id("[PAD]")).to(attention_mask.dtype)
         return torch.where(drop, empty, input_ids), torch.where(drop, valid, attention_mask)
 
     def _without_condition(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Everything before the target's start marker as padding."""
+        """Sequences `[B, L]` and their mask with everything before the target's start marker turned into padding."""
         prefix = int((input_ids[0] == self.config.mask_token_id).int().argmax()) - 1
         input_ids, attention_mask = input_ids.clone(), attention_mask.clone()
         input_ids[:, :prefix] = self.config.special_token_id("[PAD]")
@@ -309,7 +310,7 @@ class ShowOModel(UnifiedModel):
     # --- draws and counts ---
 
     def sample_corruption(self, batch: dict[str, Any], generator: Generators = None) -> dict[str, torch.Tensor]:
-        """Draws per image which of its tokens are masked, `mask` `[B, n]` bool."""
+        """Draw which tokens of each image are masked: `mask` `[B, n]` bool. Captions have no draws."""
         if batch.get("task") == "caption" or "labels" in batch:
             return {}
         if "tokens" in batch:
@@ -326,7 +327,7 @@ class ShowOModel(UnifiedModel):
         return {"mask": per_sample(draw, batch_size, generator)}
 
     def count_supervised(self, batch: dict[str, Any], corruption: dict[str, torch.Tensor]) -> int:
-        """The answers' tokens, or the masked image tokens, in `generate` with the two markers around them."""
+        """Supervised tokens of a caption, else the masked image tokens; `generate` adds the image's two markers."""
         if "labels" in batch:
             return count_answer_tokens(batch["labels"])
         mask = corruption["mask"]
@@ -334,7 +335,8 @@ class ShowOModel(UnifiedModel):
         return int(mask.sum()) + (0 if has_condition else 2 * len(mask))
 
     def decays(self, name: str, shape: torch.Size) -> bool:
-        return not name.endswith("bias")  # norms decay, too
+        """See `UnifiedModel.decays`; norms decay too."""
+        return not name.endswith("bias")
 
     def example_batch(
         self,
@@ -343,8 +345,8 @@ class ShowOModel(UnifiedModel):
         min_image_size: int | None = None,
         text_length: int = 32,
     ) -> dict[str, Any]:
-        """See `UnifiedModel.example_batch`. The plain variant's condition is half as large as its target; the CLIP variant
-        makes all texts 125 tokens long."""
+        """See `UnifiedModel.example_batch`. The plain variant's condition has half the target's side; the CLIP variant pads
+        all texts to 125 tokens."""
         config = self.config
         side, padding = config.image_size, 0
         check_only_size(side, max_image_size, min_image_size)
@@ -388,13 +390,13 @@ class ShowOModel(UnifiedModel):
         """See `UnifiedModel.generate_images`. `edit` is inpainting; the authors use 16 steps and guidance 1.75 for it.
 
         Args:
-            mask_images: one per image for `edit`, or one for all; what is white is generated anew, guided by `text`.
+            mask_images: for `edit`, one per image or one for all; white areas are generated anew from `text`.
             guidance_scale: classifier-free guidance away from an empty caption; off at 0.
-            temperature: of the noise in the confidences that decide which tokens are kept; it fades over the steps.
+            temperature: of the noise in the confidences that decide which tokens are kept; it decreases over the steps.
             negative_prompt: captions in place of the empty one.
 
         Raises:
-            ValueError: masks are missing, or are not for `edit`.
+            ValueError: `mask_images` are missing for `edit`, or given for another task.
         """
         if (mask_images is None) == (task == "edit"):
             needs = "needs mask_images" if task == "edit" else "takes no mask_images"
@@ -402,11 +404,11 @@ class ShowOModel(UnifiedModel):
         condition, known = None, None
         if task == "reconstruct":
             batch = processor(images=images, instruction=text, task="reconstruct")
-            condition = self.encode_condition(batch["condition_pixel_values"].to(self.device))
+            condition = self.encode_condition(batch["condition_pixel_values"].to(self.device))  # [B, P, D]
         else:
             batch = processor.prompts(text)
             if task == "edit":
-                known = self.encode_target(processor.crop(images).to(self.device))
+                known = self.encode_target(processor.crop(images).to(self.device))  # [B, n]
                 masks = read_images("mask_images", mask_images)
                 masks = self.token_mask(spread({"images": images, "mask_images": masks})["mask_images"])
                 known = known.masked_fill(masks, self.config.mask_token_id)
@@ -447,15 +449,16 @@ class ShowOModel(UnifiedModel):
             input_ids, attention_mask: `[B, L]`, sequences of `generate` or, with `condition`, of `reconstruct`.
             noise: each step's draws, see `sampling_noise`.
             known: `[B, n]` ids to start from; by default the mask token everywhere.
-            negative: `input_ids` and `attention_mask` `[B, M]` of what guidance leads away from, sequences of `generate`;
+            condition: `[B, P, D]` of `encode_condition`, for reconstructions.
+            negative: `input_ids` and `attention_mask` `[B, L']` of the sequences of `generate` that guidance leads away from;
                 by default those of an empty caption.
 
         Yields:
             After each step the ids `[B, n]` that it predicts, and the same with the mask token where it is not confident,
-            which the next step starts from. The last step's prediction is the image.
+            from which the next step starts. The last step's prediction is the image.
         """
         config = self.config
-        if negative is not None:  # all prompts get one length, on the left
+        if negative is not None:  # all sequences are padded to one length L, on the left
             pad = config.special_token_id("[PAD]")
             input_ids, negative_ids = stack_padded((input_ids, negative[0]), pad, "left").chunk(2)
             attention_mask, negative_mask = stack_padded((attention_mask, negative[1]), side="left").chunk(2)
@@ -471,7 +474,7 @@ class ShowOModel(UnifiedModel):
                 negative = self.drop_text(*blank, torch.ones(len(tokens)).bool())
             embeds = torch.cat([embeds, self.embed(negative[0])])  # [2B, L, D]
             mask = torch.cat([mask, self.attention_mask("generate", *negative)])  # [2B, 1, L, L]
-        # What precedes the target never sees it: its keys and values are computed once.
+        # Tokens before the target never see it, so their keys and values are computed once.
         prefix = embeds.shape[1] - count - 2
         cache = DynamicCache(config=config.text_config)
         self.attend(embeds[:, :prefix], mask[:, :, :prefix, :prefix], cache)
@@ -504,8 +507,8 @@ class ShowOModel(UnifiedModel):
     def sampling_noise(
         self, batch_size: int, generator: Generators = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The draws of `generate_tokens`, endlessly: per step Exp(1) variates `[B, n, codebook]`, which choose the tokens,
-        and uniform ones `[B, n]`, which choose what is kept."""
+        """Endless draws for `generate_tokens`: for each step Exp(1) variates `[B, n, codebook]`, which choose the tokens, and
+        uniform ones `[B, n]`, which choose the tokens to keep."""
         count, codebook = self.config.num_vq_tokens, self.config.codebook_size
 
         def exponential(sample_generator: torch.Generator | None) -> torch.Tensor:
@@ -518,7 +521,7 @@ class ShowOModel(UnifiedModel):
             yield per_sample(exponential, batch_size, generator), per_sample(uniform, batch_size, generator)
 
     def token_mask(self, mask_images: list[Image.Image]) -> torch.Tensor:
-        """White areas of masks -> the tokens under them `[B, n]` bool; masks are cut like their images."""
+        """The tokens `[B, n]` bool under the white areas of masks, which are cropped as their images are."""
         side = math.isqrt(self.config.num_vq_tokens)
         masks = [resize_and_crop(image, self.config.image_size).convert("L") for image in mask_images]
         levels = np.stack([np.asarray(mask) for mask in masks])  # [B, H, W]
@@ -536,7 +539,7 @@ class ShowOModel(UnifiedModel):
         max_new_tokens: int = 100,
         temperature: float = 0.0,
     ) -> list[str]:
-        """See `UnifiedModel.generate_text`. Greedy at `temperature` 0, as the authors' evaluation is, else sampled."""
+        """See `UnifiedModel.generate_text`: greedy at `temperature` 0, as in the authors' evaluation, else sampled."""
         conditions: list[torch.Tensor | None] = [None] * len(text)
         if images is not None:  # [1, P, D] each
             conditions = self.encode_condition(processor.understanding_pixels(images).to(self.device)).split(1)
@@ -557,7 +560,7 @@ class ShowOModel(UnifiedModel):
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> tuple[list[int], torch.Tensor]:
-        """Continue one sequence `[1, T]` up to its EOS: the new ids, and the logits `[new, vocabulary]` they are from."""
+        """Continue one sequence `[1, T]` up to its EOS: the new ids, and their logits `[new, vocabulary]`."""
         cache = DynamicCache(config=self.config.text_config)
         embeds = self.embed(input_ids, condition)
         mask = self.attention_mask("caption", input_ids, None)
@@ -571,7 +574,7 @@ class ShowOModel(UnifiedModel):
 
 
 def check_places(places: torch.Tensor, images: torch.Tensor | None, name: str) -> None:
-    """Whether each sequence has as many `places` `[B, L]` as its image `[B, P, …]` has tokens."""
+    """Raise `ValueError` unless each sequence has as many `places` `[B, L]` as its image `[B, P, …]` has tokens."""
     batch_size, tokens = (len(places), 0) if images is None else images.shape[:2]
     if batch_size != len(places) or bool((places.sum(1) != tokens).any()):
         raise ValueError(
@@ -581,14 +584,14 @@ def check_places(places: torch.Tensor, images: torch.Tensor | None, name: str) -
 
 
 def mask_ratio(time: float | torch.Tensor) -> float | torch.Tensor:
-    """The cosine schedule, `cos(π t / 2)`: what share of an image's tokens is masked at time `t` in [0, 1]."""
+    """The share of an image's tokens that is masked at time `t` in [0, 1]: `cos(π t / 2)`."""
     if isinstance(time, torch.Tensor):
         return torch.cos(time * (math.pi / 2)).clamp(min=0)
     return max(math.cos(math.pi / 2 * time), 0.0)
 
 
 def mask_tokens(time: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Which tokens are masked, `[B, n]` bool: at least one, and of each sample `mask_ratio(time)` of all, at random.
+    """The tokens to mask, `[B, n]` bool: a random share `mask_ratio(time)` of each sample's, but at least one.
 
     Args:
         time: `[B]` uniform in [0, 1).
@@ -601,7 +604,7 @@ def mask_tokens(time: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 def sample_tokens(
     logits: torch.Tensor, exponential: torch.Tensor, uniform: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sample `softmax(logits)` by the exponential race, and rate the samples by `log p + temperature · Gumbel noise`.
+    """Sample `softmax(logits)` by exponential races; a sample's confidence is `log p + temperature · Gumbel noise`.
 
     Args:
         logits: `[B, n, codebook]`.
@@ -611,9 +614,9 @@ def sample_tokens(
     Returns:
         Codebook indices `[B, n]` int64 and their confidences `[B, n]`.
     """
-    probabilities = logits.softmax(-1)
-    sampled = (probabilities / exponential).argmax(-1)
-    chosen = probabilities.gather(-1, sampled[..., None])[..., 0]
+    probabilities = logits.softmax(-1)  # [B, n, codebook]
+    sampled = (probabilities / exponential).argmax(-1)  # [B, n]
+    chosen = probabilities.gather(-1, sampled[..., None])[..., 0]  # [B, n]
     tiny = 1e-20
     gumbel = -(-(uniform.clamp(min=tiny).log())).clamp(min=tiny).log()
     return sampled, chosen.clamp(min=tiny).log() + temperature * gumbel

@@ -1,7 +1,7 @@
 """From PIL images and strings to Show-o's batches.
 
-`input_ids` is the whole sequence: `CONDITION_TOKEN_ID` stands where the condition image goes, the mask token where the
-target's tokens go. With `P` condition slots and `n` image tokens:
+`input_ids` is the whole sequence, with `CONDITION_TOKEN_ID` in place of the condition image and the mask token in place of
+the target's tokens. For `P` tokens of the condition and `n` of the target:
 
 | task | CLIP variant | plain variant |
 |---|---|---|
@@ -9,12 +9,11 @@ target's tokens go. With `P` condition slots and `n` image tokens:
 | generate | `PAD.. t2i bos caption eos soi n eoi` | the same |
 | caption | `mmu system soi P eoi text PAD..` | `mmu soi P eoi text PAD..` |
 
-Targets are the whole picture squeezed to a square. Only `caption` cuts: the centre of the picture, as its encoders were
-trained.
+Targets are whole pictures squeezed to a square. Only `caption` crops a picture, to its centre, as in the encoders' training.
 
-The names of special tokens in captions, instructions, questions and answers are words: `a cat <|endoftext|>` has no further
-EOS. The original reads them as these tokens, which its own masks and labels do not survive: they find images by their
-markers, and answers by the EOS.
+Names of special tokens in captions, instructions, questions and answers are words: `a cat <|endoftext|>` has no further EOS.
+The original reads them as these tokens, and its masks and labels then go wrong, because they find images by their markers
+and answers by their EOS.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from reca_trainer.models.common.texts import fits, word_ids
 from reca_trainer.models.contract import IMAGE_MARK, Conversation, UnifiedProcessor, conversations_of, one_per_sample
 from reca_trainer.models.show_o.configuration_show_o import CONDITION_TOKEN_ID, SPECIAL_TOKENS, ShowOConfig
 
-# The sentences that precede an image during the CLIP variant's visual instruction tuning, which are LLaVA's.
+# LLaVA's system prompt, which precedes an image in the CLIP variant's visual instruction tuning.
 SYSTEM_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -51,9 +50,14 @@ class ShowOProcessor(UnifiedProcessor):
         clip_image_size, clip_patch_size: of the CLIP encoder, in pixels; `clip_image_size` is `None` in the plain variant.
         max_text_length: tokens of the text part of a sequence; by default as in the official runs, 576 (CLIP variant) or
             381 (plain variant).
-        recon_text_length: tokens to which everything but the condition is padded in front of the target (CLIP variant).
+        recon_text_length: tokens in front of a reconstruction's target without the condition's; shorter texts are padded to
+            it (CLIP variant).
         down_scale: the plain variant's information bottleneck: the condition is the target shrunk by this factor.
-        resize_back: enlarge the shrunk condition to `image_size` again, which keeps its number of tokens.
+        resize_back: whether the shrunk condition is enlarged to `image_size` again, which keeps its number of tokens.
+
+    Raises:
+        ValueError: the tokenizer has no EOS or its special tokens are not where Show-o has them, or a shrunk condition is
+            smaller than a token.
     """
 
     def __init__(
@@ -156,16 +160,16 @@ class ShowOProcessor(UnifiedProcessor):
 
         Args:
             text: `caption` without `images` is language modelling.
-            instruction: for `caption` the question; without one the caption alone is read and supervised. One that is too
-                long for `reconstruct` is cut in front of the assistant's header.
-            crop: without effect, since nothing is cut at random.
-            dropped: the samples whose caption or instruction is empty.
-            padding: `True` pads to the longest sequence of the batch, `"max_length"` to that of the official runs, which
-                gives the same losses.
+            instruction: for `caption` the question; without one the caption alone is read and supervised. For `reconstruct` a
+                long instruction is cut in front of the assistant's header.
+            crop: has no effect, because nothing is cropped at random.
+            dropped: the samples whose caption or instruction becomes empty.
+            padding: `True` pads to the longest sequence of the batch, `"max_length"` to the length of the official runs. The
+                losses are the same.
 
         Raises:
-            ValueError: an unknown task, a task without what it needs, numbers of samples that differ, a `size` that is
-                not the model's, or a conversation that cannot be worded.
+            ValueError: an unknown task, missing images or texts, numbers of samples that differ, a `size` that is not the
+                model's, or a conversation that `conversation_problem` refuses.
         """
         if task not in self.tasks:
             raise ValueError(f"Show-o has no task {task!r}; it has {', '.join(self.tasks)}.")
@@ -202,8 +206,8 @@ class ShowOProcessor(UnifiedProcessor):
         return batch
 
     def conversation_problem(self, conversation: Conversation) -> str | None:
-        """See `UnifiedProcessor.conversation_problem`. Besides what cannot be worded, an answer that begins behind what
-        is kept of a conversation cannot be learned."""
+        """See `UnifiedProcessor.conversation_problem`: the reasons of `_rounds`, or no answer among the tokens that are
+        kept."""
         try:
             question, _ = self._rounds(conversation)[0]
         except ValueError as error:
@@ -213,7 +217,7 @@ class ShowOProcessor(UnifiedProcessor):
         return None
 
     def prompts(self, text: list[str], padding: bool | str = True) -> dict[str, torch.Tensor]:
-        """Text-to-image sequences; a caption that is too long is cut in front of its EOS."""
+        """Text-to-image sequences: `input_ids` and `attention_mask` `[B, L]`. A long caption is cut in front of its EOS."""
         rows = []
         for caption in text:
             words = self.shorten(self._tokenize(caption), self.max_text_length - 2)
@@ -223,10 +227,11 @@ class ShowOProcessor(UnifiedProcessor):
     def reconstruction_prompts(
         self, instructions: list[str | None], padding: bool | str = True
     ) -> dict[str, torch.Tensor]:
-        """RecA sequences: the condition's place, the instruction, the target's place."""
+        """RecA sequences (the condition's place, the instruction, the target's place): `input_ids` and `attention_mask`
+        `[B, L]`."""
         clip = self.clip_image_size is not None
         head = [self.mmu_id, self.soi_id, *self._condition(reconstruct=True), self.eoi_id]
-        # The CLIP variant pads the whole head to a length, in which the three markers count.
+        # The CLIP variant pads everything but the condition to one length, in which the head's three markers count.
         room = (self.recon_text_length - 3 if clip else self.max_text_length) - 2
         rows = []
         for instruction in instructions:
@@ -245,7 +250,8 @@ class ShowOProcessor(UnifiedProcessor):
         with_image: bool,
         padding: bool | str = True,
     ) -> dict[str, torch.Tensor]:
-        """Image-to-text sequences with `labels`: answers and their EOS, or all of a caption that answers no question.
+        """Image-to-text sequences: `input_ids`, `attention_mask` and `labels` `[B, L]`. Supervised are answers with their EOS,
+        or all of a caption that answers no question.
 
         Raises:
             ValueError: a conversation cannot be worded.
@@ -257,7 +263,7 @@ class ShowOProcessor(UnifiedProcessor):
         for caption, question, conversation in zip(text, questions, conversations, strict=True):
             if isinstance(caption, str) and not (question or "").strip():
                 ids = self.shorten([self.eos_id, *self._tokenize(caption), self.eos_id], room)
-                if with_image:  # a text alone loses its EOS, too
+                if with_image:  # a long text without an image loses its EOS
                     ids[-1] = self.eos_id
                 label = ids
             else:
@@ -271,8 +277,8 @@ class ShowOProcessor(UnifiedProcessor):
         return batch
 
     def questions(self, text: list[str], with_image: bool) -> list[torch.Tensor]:
-        """Sequences `[1, T]` that end where an answer starts, with questions of up to `max_text_length` tokens. The plain
-        variant reads questions about images behind an EOS and a line break."""
+        """Sequences `[1, T]` up to the start of an answer, with questions of at most `max_text_length` tokens. In the plain
+        variant an EOS and a line break precede a question about an image."""
         head, separator = self._image_head() if with_image else [], ""
         if with_image and self.clip_image_size is None:
             head, separator = [*head, self.eos_id], "\n"
@@ -286,7 +292,7 @@ class ShowOProcessor(UnifiedProcessor):
 
     @property
     def max_conversation_length(self) -> int:
-        """Tokens of a conversation about an image, behind which it is cut."""
+        """Tokens that are kept of a conversation about an image."""
         return self.max_length - len(self._image_head())
 
     def squeeze(self, images: list[Image.Image]) -> torch.Tensor:
@@ -295,8 +301,8 @@ class ShowOProcessor(UnifiedProcessor):
         return to_pixels([image.convert("RGB").resize(side, Image.Resampling.BICUBIC) for image in images])
 
     def shrink(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The condition of a reconstruction from its target `[B, 3, H, W]`: bilinear, and still in [-1, 1] (the official
-        run does not normalise it as CLIP would)."""
+        """The condition `[B, 3, h, w]` of a reconstruction from its target `[B, 3, H, W]`: resized bilinearly, and still in
+        [-1, 1], because the official run does not normalise it for CLIP."""
         if self.clip_image_size is not None:
             return F.interpolate(pixel_values, (self.clip_image_size,) * 2, mode="bilinear", align_corners=False)
         if self.down_scale == 1:
@@ -308,12 +314,12 @@ class ShowOProcessor(UnifiedProcessor):
         return F.interpolate(shrunk, (self.image_size,) * 2, mode="bilinear", align_corners=False)
 
     def understanding_pixels(self, images: list[Image.Image]) -> torch.Tensor:
-        """`[B, 3, h, w]` float32 for questions about images: as CLIP normalises them, or as image tokens are made."""
+        """`[B, 3, h, w]` float32 for questions about images: normalised for CLIP, or in the plain variant as in `crop`."""
         if self.clip_image_size is None:
             return self.crop(images)
         side = self.clip_image_size
         sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-        # Its own conversion would look for a transparent colour, which RGB made from a palette may still name.
+        # CLIP's conversion to RGB would look for a transparent colour, which an image made from a palette may still name.
         clip = CLIPImageProcessorPil(**sizes, do_convert_rgb=False)
         return clip([without_ends(image) for image in images], return_tensors="pt")["pixel_values"]
 
@@ -325,7 +331,7 @@ class ShowOProcessor(UnifiedProcessor):
         return word_ids(self.tokenizer, text)
 
     def _question(self, text: str, length: int) -> list[int]:
-        """A question with the assistant's header behind it: of one that is too long the header stays whole."""
+        """A question followed by the assistant's header, in `length` tokens; a long question is cut, the header is not."""
         ids, header = self._tokenize(f"{text} ASSISTANT:"), self._tokenize(" ASSISTANT:")
         return ids if len(ids) <= length else self.shorten(ids, length - len(header)) + header
 
@@ -348,21 +354,21 @@ class ShowOProcessor(UnifiedProcessor):
     def _conversation(self, conversation: Conversation) -> tuple[list[int], list[int]]:
         ids, labels = [], []
         for question, answer in self._rounds(conversation):
-            asked, answered = self._tokenize(question), [*self._tokenize(answer), self.eos_id]
-            ids += asked + answered
-            labels += [-100] * len(asked) + answered
+            question_ids, answer_ids = self._tokenize(question), [*self._tokenize(answer), self.eos_id]
+            ids += question_ids + answer_ids
+            labels += [-100] * len(question_ids) + answer_ids
         return ids, labels
 
     def _rounds(self, conversation: Conversation) -> list[tuple[str, str]]:
-        """What is read and what is then said, round by round. An empty answer leaves the assistant's header open and
-        ends no round; an answer in front of the first question is left out.
+        """A conversation as worded pairs `(question, answer)`. An empty answer ends no pair: its header becomes part of the
+        next question. An answer before the first question is left out.
 
         Raises:
-            ValueError: a conversation from which the original learns nothing; the message says why.
+            ValueError: the original learns nothing from the conversation; the message says why.
         """
         roles = [message["role"] for message in conversation]
-        if strange := set(roles) - {"user", "assistant"}:
-            raise ValueError(f"a message of {min(strange)}")
+        if unknown := set(roles) - {"user", "assistant"}:
+            raise ValueError(f"a message of {min(unknown)}")
         skipped = int(roles[:1] == ["assistant"])
         roles = roles[skipped:]
         for previous, role in zip(["assistant", *roles], roles, strict=False):
@@ -396,16 +402,16 @@ def without_dropped(texts: list[str | None], dropped: list[bool]) -> list[str | 
 
 
 def without_ends(image: Image.Image) -> Image.Image:
-    """RGB, and of a very long strip only the middle, which is all that a crop keeps: the shorter side of 20,000 × 3 pixels
-    resized to 512 would take gigabytes."""
+    """The image in RGB. A very long strip loses its ends, which a centre crop does not keep: resizing a strip of 20,000 × 3
+    pixels to a shorter side of 512 would take gigabytes."""
     width, height = image.size
-    image, keep = image.convert("RGB"), 64 * min(width, height)
-    left, top = max(width - keep, 0) // 2, max(height - keep, 0) // 2
+    image, longest = image.convert("RGB"), 64 * min(width, height)
+    left, top = max(width - longest, 0) // 2, max(height - longest, 0) // 2
     return image.crop((left, top, width - left, height - top)) if left or top else image
 
 
 def resize_and_crop(image: Image.Image, side: int) -> Image.Image:
-    """RGB, the central square of `side` pixels after the shorter side was resized to it, bicubic."""
+    """The image in RGB, its shorter side resized to `side` pixels, bicubic, and cropped to the central square."""
     image = without_ends(image)
     width, height = image.size
     size = (side, int(side * height / width)) if width < height else (int(side * width / height), side)
