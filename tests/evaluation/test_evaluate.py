@@ -11,8 +11,9 @@ from reca_trainer.callbacks import ReconstructionScores
 from reca_trainer.cli import main
 from reca_trainer.cli.compare import make_parser as comparison_parser
 from reca_trainer.cli.evaluate import make_parser
-from reca_trainer.evaluation.arguments import EvaluationArguments, parse_sampling, parse_value
+from reca_trainer.evaluation.arguments import EvaluationArguments, parse_sampling
 from reca_trainer.evaluation.evaluate import spread
+from reca_trainer.evaluation.generation import parse_value
 from reca_trainer.evaluation.geneval import TAGS, prompts
 from reca_trainer.evaluation.image_scores import image_scores, load_lpips, mean_lab
 

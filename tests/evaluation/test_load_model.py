@@ -31,6 +31,17 @@ def test_the_adapter_is_what_is_loaded(tmp_path):
     assert not loaded.training
 
 
+def test_weights_put_on_the_device_one_by_one_give_the_same_picture():
+    placed, processor = load_model(CHECKPOINT, None, "float32")
+    whole = AutoUnifiedModel.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+    options = {"text": "boat", "height": 32, "width": 32, "num_inference_steps": 2}
+    first, second = (
+        model.generate_images(processor, generator=torch.Generator().manual_seed(0), **options)[0]
+        for model in (placed, whole)
+    )
+    assert first.tobytes() == second.tobytes()
+
+
 def test_an_adapter_with_renamed_or_missing_keys_is_refused(tmp_path):
     saved_adapter(tmp_path)
     weights = load_file(tmp_path / "adapter_model.safetensors")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from reca_trainer.evaluation import dpg, geneval, understanding
+from reca_trainer.evaluation.generation import parse_value
 
 
 @dataclass(kw_only=True)
@@ -195,13 +195,3 @@ def parse_sampling(pairs: Iterable[str]) -> dict[str, Any]:
             raise ValueError(f"--sampling takes NAME=VALUE, not {pair!r}.")
         sampling[name] = parse_value(value)
     return sampling
-
-
-def parse_value(value: Any) -> Any:
-    """What a string says: JSON where it is (`"[0.0, 1.0]"` → `[0.0, 1.0]`), else itself. No string stays what it is."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value

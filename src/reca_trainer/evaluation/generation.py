@@ -258,3 +258,13 @@ def score_images(
 
 def batched(items: list[Any], size: int) -> Iterable[list[Any]]:
     return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def parse_value(value: Any) -> Any:
+    """What a string says: JSON where it is (`"[0.0, 1.0]"` → `[0.0, 1.0]`), else itself. No string stays what it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value

@@ -31,8 +31,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm.auto import tqdm
 
-from reca_trainer.evaluation.arguments import parse_value
-from reca_trainer.evaluation.generation import image_seed, load_model, processes
+from reca_trainer.evaluation.generation import image_seed, load_model, parse_value, processes
 from reca_trainer.evaluation.protocols import find_protocol
 from reca_trainer.files import replacing
 from reca_trainer.images import decode_image
