@@ -116,10 +116,13 @@ class RecATrainer(RunCheckpoints, HeldOutLosses, HubUploads, Trainer):
         eval_images = None if eval_dataset is None else open_eval_sets(eval_dataset, args)
         if eval_images is None and args.eval_size:
             self.images, eval_images = self.images.split(args.eval_size, args.seed)
-        if eval_images is None and args.eval_strategy != "no":
-            raise ValueError(
-                f"eval_strategy={args.eval_strategy.value!r} needs images: pass an eval_dataset, or set eval_size to hold some out."
-            )
+        if eval_images is None:
+            if args.eval_strategy != "no":
+                raise ValueError(
+                    f"eval_strategy={args.eval_strategy.value!r} needs images: pass an eval_dataset, or set eval_size to hold "
+                    "some out."
+                )
+            args.eval_on_start = False  # recipes set it, and a user who turns evaluation off means all of it
         check_metric(args, judge is not None)
         if judge is not None and not (args.preview_steps or args.score_images):
             raise ValueError("A judge has nothing to look at: set preview_steps or score_images, or leave it out.")

@@ -205,7 +205,10 @@ class TaskDatasets:
     def split(self, eval_size: int, seed: int) -> tuple[TaskDatasets, TaskDatasets]:
         """Hold `eval_size` rows of every dataset out: training and evaluation images."""
         if self.is_streaming:
-            raise ValueError("eval_size cannot hold rows out of a stream; pass an eval_dataset.")
+            raise ValueError(
+                "eval_size cannot hold rows out of a stream. Pass an eval_dataset, or do without evaluation: "
+                "eval_size=0 and eval_strategy='no' (--eval_size 0 --eval_strategy no)."
+            )
         parts: dict[int, tuple[Dataset, Dataset]] = {}
         whole = {**self.datasets, **self._whole}  # so that no image is in both halves, for another task
         for dataset in whole.values():
