@@ -58,6 +58,7 @@ MODEL = "tests/test_model_options.py::test_another_value_changes_the_model"
 METHODS = "tests/test_trainer_methods.py::"
 TWO = "tests/reliability/test_processes.py::test_options_of_several_processes_change_what_is_observed"
 LAUNCHES = "tests/reliability/test_processes.py::test_our_launch_configurations_equal_one_process"
+FROZEN = "tests/reliability/test_processes.py::test_a_frozen_process_ends_the_run_within_the_timeout"
 HUB = "tests/test_hub.py::test_adapter_and_merged_model_travel"
 
 CHANGED = {
@@ -129,7 +130,7 @@ RUN = {
     "tf32": NeedsHardware("an Ampere GPU", "tests/test_options.py::test_values_that_mean_nothing_are_refused"),
     "torch_empty_cache_steps": NeedsHardware("a GPU, whose cache is emptied"),
     "dataloader_pin_memory": NeedsHardware("a GPU"),
-    "ddp_timeout": NeedsHardware("GPUs: accelerate passes it to NCCL alone"),
+    "ddp_timeout": NeedsHardware("several processes", FROZEN),
     "ddp_backend": NeedsHardware("GPUs: on CPUs there is gloo alone"),
     "fsdp": NeedsHardware("GPUs", "tests/test_options.py::test_values_that_mean_nothing_are_refused"),
     "fsdp_config": NeedsHardware("GPUs", "tests/test_options.py::test_values_that_mean_nothing_are_refused"),

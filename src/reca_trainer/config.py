@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
@@ -276,6 +279,8 @@ class RecAConfig(TrainingArguments):
         if not hasattr(TrainingArguments, "activation_checkpointing"):
             self.gradient_checkpointing = bool(self.activation_checkpointing or self.gradient_checkpointing)
             self.gradient_checkpointing_kwargs = self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs
+        if self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU"):  # `TrainingArguments` gives gloo no timeout
+            PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()
         refuse_meaningless(self)
         least = {

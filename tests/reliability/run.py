@@ -4,12 +4,15 @@ Leaves the saved adapter, `losses.json`, `rows-RANK.json` (what was trained on, 
 runs, checkpoints in OUTPUT_DIR. The options are those of `RecAConfig`, and
 
 - `resume`, `streaming`, `full` (train the generator without an adapter), `quantized` (train an adapter on an NF4 base),
+- `sharded`: by FSDP2, as our launch file says, on the CPU,
+- `push_merged`: `[address, token, repository]` of a Hub that the merged model is pushed to in the end,
 - `family` (whose tiny model is trained, by default BAGEL's), `rows` (of the dataset),
 - `bad_rows`: rows whose image is no image,
 - `die_at`: kill -9 at the so-manyth file operation below OUTPUT_DIR,
 - `nonfinite`: `[process, step]` whose loss is to be NaN,
 - `measure`: every so many steps, note memory, open files, threads and time of the process and its workers,
 - `hold_at`: the step that begins and never ends; the file `held` says that it has begun,
+- `freeze_at`: `[process, step]` in which the process is stopped as by SIGSTOP,
 - `file_limit`: bytes a file may have; writing more fails, as on a full disk.
 """
 
@@ -26,16 +29,19 @@ from pathlib import Path
 from types import MappingProxyType
 
 import datasets
+import huggingface_hub
 import numpy as np
 import psutil
 import torch
+import yaml
+from accelerate import DistributedType, PartialState
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from peft import LoraConfig
 from PIL import Image
 from transformers import BitsAndBytesConfig, TrainerCallback
 
-from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor, RecAConfig, RecATrainer
+from reca_trainer import AutoUnifiedModel, AutoUnifiedProcessor, RecAConfig, RecATrainer, recipes
 from tests.hostile_images import encoded
 
 CHECKPOINTS = Path(__file__).parents[1] / "golden"
@@ -155,23 +161,42 @@ def main(output_dir: str, options: dict) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     nonfinite, measure = options.pop("nonfinite", None), options.pop("measure", 0)
-    hold_at = options.pop("hold_at", 0)
+    hold_at, freeze_at = options.pop("hold_at", 0), options.pop("freeze_at", None)
+    if options.pop("sharded", False):
+        shard_on_cpu()
+        options["use_cpu"] = False
+    push_merged = options.pop("push_merged", None)
     run = trainer(output_dir, streaming, full, options.pop("rows", 23), **options)
     if nonfinite:
         poison(run, *nonfinite)
     if hold_at:
         run.add_callback(Hold(hold_at))
+    if freeze_at:
+        run.add_callback(Freeze(*freeze_at))
     measured = Measure(measure)
     if measure:
         run.add_callback(measured)
     run.train(resume_from_checkpoint=resume)
     run.save_model()
+    if push_merged:
+        endpoint, token, repository = push_merged
+        for name, value in {"ENDPOINT": endpoint, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+            setattr(huggingface_hub.constants, name, value)
+        run.push_merged_to_hub(repository, token=token)
     if run.is_world_process_zero():
         losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
         (Path(output_dir) / "losses.json").write_text(json.dumps(losses))
     usage = {"cpu_seconds": time.process_time(), "file_operations": operations[0], "samples": measured.samples}
     (Path(output_dir) / "usage.json").write_text(json.dumps(usage))
     (Path(output_dir) / f"rows-{run.args.process_index}.json").write_text(json.dumps(run.rows))
+
+
+def shard_on_cpu() -> None:
+    """accelerate shards on GPUs alone, and here takes the CPU for one."""
+    launch = yaml.safe_load((recipes.FOLDER / "accelerate" / "fsdp2.yaml").read_text())
+    os.environ |= {name.upper(): str(value) for name, value in launch["fsdp_config"].items()}
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    PartialState._prepare_backend = lambda *args: ("gloo", DistributedType.MULTI_GPU)
 
 
 class Measure(TrainerCallback):
@@ -200,6 +225,15 @@ class Hold(TrainerCallback):
             (Path(args.output_dir) / "held").touch()
             while True:
                 signal.pause()
+
+
+class Freeze(TrainerCallback):
+    def __init__(self, process: int, step: int):
+        self.where = process, step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if (args.process_index, state.global_step + 1) == self.where:
+            os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def poison(run: Recorder, process: int, step: int) -> None:

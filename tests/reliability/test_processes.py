@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from reca_trainer import AutoUnifiedModel
+from reca_trainer.saving.run_checkpoints import last_complete_checkpoint
 from tests.reliability.run import CHECKPOINT, fork, start, start_together, trainer
 from tests.test_option_effects import make
 
@@ -32,7 +33,8 @@ def run(folder, processes=1, expect=0, **options):
     # Pictures of several shapes: what one process accumulates is what two share.
     options = {"max_steps": 7, "per_device_train_batch_size": 2, **options}
     options["gradient_accumulation_steps"] = 2 * options.get("gradient_accumulation_steps", 1) // processes
-    started = [start(folder, **options)] if processes == 1 else start_together(folder, processes, **options)
+    together = processes > 1 or options.get("sharded")
+    started = start_together(folder, processes, **options) if together else [start(folder, **options)]
     for process in started:
         process.join()
     log = "".join(path.read_text() for path in sorted(folder.glob("log*.txt")))
@@ -136,6 +138,19 @@ def test_a_step_that_is_not_finite_on_one_process_is_left_out_by_all(tmp_path):
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     for name, weight in first.items():
         torch.testing.assert_close(second[name], weight, rtol=0, atol=TOLERANCE, msg=name)
+
+
+@pytest.mark.slow
+def test_a_frozen_process_ends_the_run_within_the_timeout(tmp_path):
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "ddp_timeout": 5}
+    first, frozen = start_together(tmp_path, 2, freeze_at=[1, 3], **options)
+    first.join(120)
+    try:
+        assert first.exitcode, (tmp_path / "log-0.txt").read_text()  # `None` if it still waits
+        assert "5000ms" in (tmp_path / "log-0.txt").read_text()
+    finally:
+        first.kill(), frozen.kill()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
 def test_the_best_model_is_loaded_by_all(tmp_path):

@@ -197,7 +197,8 @@ def host_bytes(cost: Cost, args: argparse.Namespace) -> float:
 
 def disk(cost: Cost, args: argparse.Namespace) -> str:
     """What checkpoints and the model that comes of them take up."""
-    size = cost.model_on_disk + cost.optimizer + (cost.trained_parameters * 4 if args.ema_decay else 0.0)
+    copies = 2 if args.launch == "fsdp2" and args.num_processes > 1 else 1  # the weights as shards, and as a model
+    size = copies * cost.model_on_disk + cost.optimizer + (cost.trained_parameters * 4 if args.ema_decay else 0.0)
     line = (
         f"disk: a checkpoint {size / 1e9:.2f} GB, of which the optimiser has {cost.optimizer / 1e9:.2f} GB, without which "
         "(save_only_model) a run cannot be resumed"

@@ -133,7 +133,7 @@ class HubUploads(Trainer if TYPE_CHECKING else object):
         token = hub.checked_token(token or self.args.hub_token)
         if self.is_world_process_zero():
             shutil.rmtree(folder, ignore_errors=True)  # of an upload that failed before
-        self.save_model(str(folder / "adapter"), _internal_call=True)
+        self.save_model(str(folder / "trained"), _internal_call=True)
         if not self.is_world_process_zero():
             return None
         base, model = adapters.unwrap(self.model), folder / "model"
@@ -141,13 +141,13 @@ class HubUploads(Trainer if TYPE_CHECKING else object):
         try:
             if isinstance(self.model, PeftModel):
                 source = base.name_or_path or base
-                merge_adapter(source, folder / "adapter", model, into, token=token, **options)
+                merge_adapter(source, folder / "trained", model, into, token=token, **options)
             else:
-                export(base, model, **options)
+                export(folder / "trained", model, **options)
         except BaseException:
             shutil.rmtree(folder)
             raise
-        shutil.rmtree(folder / "adapter")
+        shutil.rmtree(folder / "trained")
         # A family from outside the package names its published files as it likes.
         others = [*hub.uploaded_files(model)[1], *upload.pop("also", ())]
         self._write_card(model, repo_id, merged=True)

@@ -20,6 +20,7 @@ import xxhash
 from accelerate.utils import broadcast_object_list
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME
+from torch.distributed.fsdp import StateDictType
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -32,6 +33,7 @@ from reca_trainer.data.instructions import CAPTION_QUESTIONS, INSTRUCTIONS
 from reca_trainer.data.streaming import StreamingBatches
 from reca_trainer.files import give_usual_rights, sync
 from reca_trainer.interruption import Interrupted, Interruption
+from reca_trainer.saving.shards import check_shards
 
 try:
     import fcntl
@@ -453,6 +455,15 @@ class RunCheckpoints(Trainer if TYPE_CHECKING else object):
         else:
             self.control.should_training_stop = True
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `Trainer`, which writes no model where FSDP's checkpoints are sharded."""
+        with contextlib.ExitStack() as stack:
+            if self.is_fsdp_enabled:
+                plugin = self.accelerator.state.fsdp_plugin
+                stack.callback(setattr, plugin, "state_dict_type", plugin.state_dict_type)
+                plugin.state_dict_type = StateDictType.FULL_STATE_DICT
+            super().save_model(output_dir, _internal_call)
+
     def _save_checkpoint(self, model, trial) -> None:
         """Write the checkpoint aside and rename it when all of it is on disk: a folder called `checkpoint-N` is whole.
 
@@ -522,6 +533,7 @@ class RunCheckpoints(Trainer if TYPE_CHECKING else object):
             "loss weights": self.loss_weights,
             "instructions": f"{len(reconstruct)}, digest {digest_of_entries(reconstruct)}",
             "caption questions": f"{len(CAPTION_QUESTIONS)}, digest {digest_of_entries(CAPTION_QUESTIONS)}",
+            "FSDP's state dict": self.accelerator.state.fsdp_plugin.state_dict_type.name if self.is_fsdp_enabled else None,
             "trained weights": weight_dtypes(self.model, trained=True),
             "frozen weights": weight_dtypes(self.model, trained=False),
             "digest of frozen weights": self._frozen,
@@ -593,6 +605,7 @@ class RunCheckpoints(Trainer if TYPE_CHECKING else object):
 
     def _check_same_run(self, checkpoint: Path, steps: int) -> None:
         """Raises `ValueError` if a run of `steps` steps would not go on from `checkpoint` as the one that wrote it."""
+        check_shards(checkpoint)
         written = read_seal(checkpoint)
         if written["weights_only"]:
             raise ValueError(
