@@ -38,6 +38,13 @@ def test_the_report_holds_neither_tokens_nor_names_nor_paths(capsys, monkeypatch
     assert re.search(r"memory +[\d.]+ GB at most, planned [\d.]+ GB", printed)
 
 
+def test_layers_that_stay_unquantised_give_the_unquantised_loss():
+    options = {"num_inference_steps": 2, "lora_r": 2, "quantize": True, "skipped": [".*"]}
+    report = doctor.examine_model(CHECKPOINT, torch.float32, **options)
+    full, packed = (value for name, value in report if name == "reconstruction loss")
+    assert packed == f"{full.split(',')[0]} in NF4, with the same noise"
+
+
 def test_two_reports_of_one_model_are_the_same():
     reports = [
         {

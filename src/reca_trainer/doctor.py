@@ -15,7 +15,7 @@ import resource
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +189,7 @@ def examine_model(
     num_inference_steps: int = 4,
     lora_r: int = 64,
     quantize: bool = False,
+    skipped: Sequence[str] | None = None,
 ) -> Findings:
     """What a model makes of one picture and one prompt with fixed noise, and one step of LoRA, beside what was planned.
 
@@ -196,6 +197,7 @@ def examine_model(
         dtype: of the weights.
         max_image_size: of the picture's target, for families whose targets keep the picture's shape.
         quantize: also the reconstruction loss with the base in NF4, as QLoRA trains it.
+        skipped: `llm_int8_skip_modules`, layers that this base has unquantised.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     processor = AutoUnifiedProcessor.from_pretrained(name)
@@ -241,8 +243,9 @@ def examine_model(
     yield "memory", f"{used / 1e9:.2f} GB at most, planned {cost.process(device.type) / 1e9:.2f} GB"
     if quantize:
         config = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=skipped,
+        )  # fmt: skip
         packed = AutoUnifiedModel.from_pretrained(name, dtype=dtype, quantization_config=config).eval()
         yield "reconstruction loss", f"{_loss(packed, batch, draws, packed.device):.5f} in NF4, with the same noise"
 
