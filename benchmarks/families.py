@@ -38,6 +38,8 @@ SAMPLING = {
     "show_o": {"num_inference_steps": 12, "guidance_scale": 0.0},
     "openuni": {"num_inference_steps": 12, "guidance_scale": 1.0},
     "janus_lora": {"guidance_scale": 1.0},
+    "lance": {"num_inference_steps": 12, "guidance_scale": 1.0, "timestep_shift": 1.0},
+    "qwen_image": {"num_inference_steps": 12, "guidance_scale": 1.0},
 }
 
 

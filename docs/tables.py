@@ -103,7 +103,8 @@ def families() -> list[str]:
     """Those of the package."""
     from reca_trainer.models import registry
 
-    return sorted(name for name in registry.families() if (DOCS.parent / "src/reca_trainer/models" / name).is_dir())
+    packages = {name: registry.family(name).__name__ for name in registry.families()}
+    return sorted(name for name, package in packages.items() if package.startswith("reca_trainer.models."))
 
 
 def sides(family: str) -> list[int | None]:

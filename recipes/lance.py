@@ -11,34 +11,28 @@ The real run on your own images, a folder or a dataset id:
 """
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
 from reca_trainer.cli.train import run
 from reca_trainer.models.lance import Config, Model, Processor
 from reca_trainer.toy.pretraining import pretrain
 from reca_trainer.toy.tokenizer import make_tokenizer
+from reca_trainer.toy.video_autoencoder import decode, encode
 
 
 def build():
     tokenizer = make_tokenizer()
     tokens = ("<|vision_start|>", "<|vision_end|>", "<|im_end|>")
     config = Config.tiny(len(tokenizer), *map(tokenizer.convert_tokens_to_ids, tokens))
+    # Latents of 2 × 2 pixels, four to a token, and few layers: in as much time, the ones of 4 × 4 pixels learn no colours.
+    config.vae_config |= {"dim_mult": [1], "temperal_downsample": [], "scale_factor_spatial": 2, "num_res_blocks": 0}
+    config.vae_config |= {"base_dim": 24, "decoder_base_dim": 24}
+    config.latent_patch_size = 2
     model = Model(config)
-    channels = config.vae_config["z_dim"]
+    layer, channels = model.vae.quant_conv, config.vae_config["z_dim"]
     with torch.no_grad():  # only the posterior's mean is fitted: its variance is as good as none
-        model.vae.quant_conv.weight[channels:].zero_()
-        model.vae.quant_conv.bias[channels:].fill_(-12.0)
+        layer.weight[channels:].zero_()
+        layer.bias[channels:].fill_(-12.0)
     return model, Processor.tiny(config, tokenizer)
-
-
-def encode(model, pixels):
-    return model.vae.encode(pixels[:, :, None]).latent_dist.mode()[:, :, 0]
-
-
-def decode(model, latents):
-    # As `vae.decode`, but for its clamp to [-1, 1]: pixels that begin beyond it would learn nothing.
-    frames = model.vae.decoder(model.vae.post_quant_conv(latents[:, :, None]), first_chunk=True)
-    return unpatchify(frames, model.vae.config.patch_size)[:, :, 0]
 
 
 def tiny(**steps):

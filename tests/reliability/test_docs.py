@@ -103,7 +103,7 @@ def test_memory_is_what_plan_says(family):
 
 @pytest.mark.parametrize("recipe", GPUS)
 def test_a_recipe_is_told_with_the_smallest_gpu_that_plan_says(recipe, capsys):
-    family = next(name for name in TABLES.families() if recipe.startswith(name))
+    family = next(name for name in TABLES.families() if recipe.startswith(name.replace("-", "_")))
     for count in (1, 8):
         spread = ["--num_processes", str(count), "--launch", "fsdp2"]
         plan.main(["--config", recipe, "--model", family, "--gpu", "80GB", *spread])

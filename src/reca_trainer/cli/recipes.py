@@ -20,6 +20,7 @@ GPUS = {
     "lance_full": "80 GB",
     "lance_lora": "24 GB",
     "openuni_1_6b": "48 GB",
+    "qwen_image_edit_qlora": "24 GB",
     "show_o_clip_512": "48 GB",
 }
 
