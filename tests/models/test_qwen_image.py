@@ -2,6 +2,7 @@
 for bit; what its adapters and checkpoints are elsewhere."""
 
 import copy
+import re
 import shutil
 
 import datasets
@@ -359,6 +360,14 @@ def test_other_pipelines_are_refused_by_name(published, tmp_path):
         AutoUnifiedModel.from_pretrained(folder)
 
 
+# Keys that ComfyUI takes for Qwen-Image: `transformer.`, a linear layer of its transformer, `lora_A` and `lora_B`
+# (model_lora_keys_unet in comfy/lora.py, comfy/ldm/qwen_image/model.py at 01f4512, comfy/weight_adapter/lora.py at 0323d87).
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+LAYERS = [
+    *(f"attn.{name}" for name in ATTENTION),
+    *(f"{s}_mlp.net.{n}" for s in ("img", "txt") for n in ("0.proj", "2")),
+]
+COMFYUI = rf"transformer\.transformer_blocks\.\d+\.({'|'.join(map(re.escape, LAYERS))})\.lora_[AB]\.weight"
 KINDS = {
     "plain": {"r": 2, "lora_alpha": 8},
     "rslora": {"r": 4, "lora_alpha": 6, "use_rslora": True},
@@ -375,8 +384,8 @@ def test_an_adapter_loads_in_diffusers(kind, model, published, tmp_path):
     ((name, file),) = uploaded_files(tmp_path / "lora")[0].items()
     assert name == "pytorch_lora_weights.safetensors"
     keys = load_file(file).keys()
-    assert "transformer.transformer_blocks.0.attn.add_q_proj.lora_A.weight" in keys  # as ComfyUI has them too
-    assert all(key.startswith("transformer.") and key.endswith(("lora_A.weight", "lora_B.weight")) for key in keys)
+    assert all(re.fullmatch(COMFYUI, key) for key in keys)
+    assert {re.fullmatch(COMFYUI, key)[1] for key in keys} == set(LAYERS)  # every kind of layer
     pipeline = pipelines(copy.deepcopy(model))[0]
     pipeline.load_lora_weights(tmp_path / "lora")
     inputs = {

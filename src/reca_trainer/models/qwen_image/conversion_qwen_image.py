@@ -3,10 +3,12 @@
 | folder | content |
 |---|---|
 | `transformer`, `vae`, `scheduler` | as diffusers saves them |
-| `text_encoder` | Qwen2.5-VL, in the key names of transformers 4 |
+| `text_encoder` | Qwen2.5-VL, `visual.…`, `model.…` and `lm_head`, the key names of transformers before 4.52 |
 | `tokenizer`, `processor` | Qwen2's tokenizer; the same once more, with how Qwen2.5-VL takes pictures |
 
-An adapter's published layout is one file, which `load_lora_weights` of diffusers and ComfyUI read.
+The names of `text_encoder` are those that DiffSynth-Studio, a trainer of Qwen-Image, renames (`QwenImageTextEncoderStateDictConverter` at
+3ee3cc3); the newer ones are read as well. An adapter's published layout is one file, which `load_lora_weights` of diffusers and
+ComfyUI read.
 """
 
 from __future__ import annotations

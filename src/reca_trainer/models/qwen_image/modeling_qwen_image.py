@@ -161,7 +161,6 @@ class QwenImageModel(UnifiedModel):
         Raises:
             ValueError: there is an instruction beside the `condition_embeds`.
         """
-        latents = self.encode_target(pixel_values) if latents is None else latents.float()  # [B, C, h, w]
         if condition_embeds is None:
             states, mask, embeds = self.encode_prompt(input_ids, prompt_start, attention_mask, condition_pixel_values)
             ids = input_ids[:, int(prompt_start[0]) :]  # [B, T']
@@ -176,7 +175,7 @@ class QwenImageModel(UnifiedModel):
                     "instruction_dropout=1, or leave cache_latents off."
                 )
         mask = drop_condition(corruption, mask, ids == self._image_token)
-        return self._flow_matching(latents, states, mask, corruption, embeds)
+        return self._flow_matching(corruption, pixel_values, latents, states, mask, embeds)
 
     def _generate(
         self,
@@ -188,9 +187,8 @@ class QwenImageModel(UnifiedModel):
         latents: torch.Tensor | None = None,
     ) -> UnifiedOutput:
         """Text-to-image: denoise the picture behind its caption. The arguments are as in `_reconstruct`."""
-        latents = self.encode_target(pixel_values) if latents is None else latents.float()  # [B, C, h, w]
         states, mask, _ = self.encode_prompt(input_ids, prompt_start, attention_mask)
-        return self._flow_matching(latents, states, mask, corruption)
+        return self._flow_matching(corruption, pixel_values, latents, states, mask)
 
     def _edit(
         self,
@@ -208,21 +206,22 @@ class QwenImageModel(UnifiedModel):
         Args:
             source_pixel_values: `[B, 3, H', W']` float in [-1, 1]; the others as in `_reconstruct`.
         """
-        latents = self.encode_target(pixel_values) if latents is None else latents.float()  # [B, C, h, w]
         source = self.encode_target(source_pixel_values)  # [B, C, h', w']
         states, mask, embeds = self.encode_prompt(input_ids, prompt_start, attention_mask, condition_pixel_values)
-        return self._flow_matching(latents, states, mask, corruption, embeds, source)
+        return self._flow_matching(corruption, pixel_values, latents, states, mask, embeds, source)
 
     def _flow_matching(
         self,
-        latents: torch.Tensor,
+        corruption: dict[str, torch.Tensor],
+        pixel_values: torch.Tensor | None,
+        latents: torch.Tensor | None,
         prompt_embeds: torch.Tensor,
         mask: torch.Tensor | None,
-        corruption: dict[str, torch.Tensor],
         understanding_embeds: torch.Tensor | None = None,
         source: torch.Tensor | None = None,
     ) -> UnifiedOutput:
         """Rectified flow: the transformer predicts the velocity `noise - latents` at `σ`, the share of noise."""
+        latents = self.encode_target(pixel_values) if latents is None else latents.float()  # [B, C, h, w]
         noise, sigma = corruption["noise"].to(latents), corruption["sigmas"].to(latents)  # [B, C, h, w], [B]
         noisy = interpolate(latents, noise, sigma)  # [B, C, h, w]
         prediction = self.velocity(pack(noisy), sigma, prompt_embeds, mask, latents.shape[-2:], source)  # [B, N, 4C]
@@ -370,7 +369,7 @@ class QwenImageModel(UnifiedModel):
     # --- draws and counts ---
 
     def sample_corruption(self, batch: dict[str, Any], generator: Generators = None) -> dict[str, torch.Tensor]:
-        """Draws of the flow-matching loss: `noise` `[B, C, h, w]` Gaussian, then `sigmas` `[B]` logit-normal (section 3.2
+        """Draws of the flow-matching loss: `noise` `[B, C, h, w]` Gaussian, then `sigmas` `[B]` logit-normal (section 4.1
         of the report), nearer to noise for larger pictures, as the scheduler shifts them. Nothing for captions."""
         if "labels" in batch:
             return {}
