@@ -104,7 +104,7 @@ def test_a_kill_while_saving_is_survived(tmp_path, moment, saving_run):
 def test_many_random_kills_are_survived(tmp_path, name, record_property):
     killed_at = survive(tmp_path, SCENARIOS[name], kills=12, seed=len(name))
     record_property("kills", killed_at)
-    assert {step for step, _ in killed_at} > {0}, "no kill fell behind the first checkpoint"
+    assert any(step for step, _ in killed_at), "no kill fell behind the first checkpoint"
 
 
 @pytest.mark.slow
