@@ -43,7 +43,9 @@ from reca_trainer.toy.tokenizer import make_tokenizer
 from reca_trainer.toy.world import QUESTION_KINDS, SPARSE, Scene, World
 
 WIDTH, LAYERS, HEADS, FEED_FORWARD = 192, 5, 6, 576
-PATCH = 12  # pixels of an image token's side, for understanding and for generation: two a grid cell
+# Pixels of a token's side. The understanding encoder says each object once, as a text does: a generator that learned from
+# text takes what is said four times for four times the evidence, and unlearns to heed a single word.
+CONDITION_PATCH, PATCH = 24, 12
 QUESTIONS = (0, 0, 1, 1, 2, 3)  # indices of QUESTION_KINDS, drawn from: places are asked for most
 PLACES = (0, 0, 0, 1)
 
@@ -59,7 +61,7 @@ class Arguments:
     autoencoder_steps: int = 2400
     language_steps: int = 2200
     vision_steps: int = 1500
-    generator_steps: int = 6000
+    generator_steps: int = 4000
     scenes: int = field(default=16_000, metadata={"help": "different scenes that the generator is trained on"})
 
 
@@ -96,7 +98,7 @@ def build(world: World) -> tuple[Model, Processor]:
             num_hidden_layers=3,
             num_attention_heads=HEADS,
             image_size=side,
-            patch_size=PATCH,
+            patch_size=CONDITION_PATCH,
             vision_use_head=False,
         ),
         vae_config={
@@ -116,7 +118,7 @@ def build(world: World) -> tuple[Model, Processor]:
         },
         latent_patch_size=PATCH // 4,
         max_latent_size=side // PATCH,
-        vit_max_num_patch_per_side=side // PATCH,
+        vit_max_num_patch_per_side=side // CONDITION_PATCH,
         timestep_shift=3.0,  # where little but noise is seen it is decided what goes where
         bos_token_id=ids("<|im_start|>"),
         eos_token_id=ids("<|im_end|>"),
@@ -127,8 +129,8 @@ def build(world: World) -> tuple[Model, Processor]:
     model.vae = build_autoencoder(config.vae_config)  # initialised as convolutions are
     # Words must be as loud as the fixed positions that are added to image tokens (norm about 10).
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
-    rule = (side, side, PATCH)
-    return model, Processor(tokenizer, generation_size=rule, condition_size=rule, understanding_size=rule)
+    sizes = {"condition_size": (side, side, CONDITION_PATCH), "understanding_size": (side, side, CONDITION_PATCH)}
+    return model, Processor(tokenizer, generation_size=(side, side, PATCH), **sizes)
 
 
 def pixels_of(world: World, scenes: list[Scene]) -> torch.Tensor:
@@ -163,7 +165,7 @@ def describe(processor: Processor, world: World, scenes: list[Scene]) -> dict[st
 def visual_words(model: Model, processor: Processor, world: World, scenes: list[Scene]) -> torch.Tensor:
     """What an ideal image encoder says at each patch, object, place and background of its cell, as the sum of those
     words' embeddings: `[B, S, D]`."""
-    ids, grid, side = processor.tokenizer.convert_tokens_to_ids, world.grid, world.resolution // PATCH
+    ids, grid, side = processor.tokenizer.convert_tokens_to_ids, world.grid, world.resolution // CONDITION_PATCH
     words = np.full((len(scenes), grid**2, 6), -1, dtype=np.int64)
     for index, scene in enumerate(scenes):
         objects = {item.cell: [item.size, item.colour, item.shape] for item in scene.objects}
