@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from reca_trainer.toy.score import INSTRUCTION, score
 
 METRICS = ("dense_soft", "short_mean", "facts_kept", "question_accuracy")
 DECISIVE = METRICS[:2]
-TRAINED = {"whole": (3e-4, None), "lora": (3e-4, LoraConfig(r=64, lora_alpha=128))}  # learning rate, adapter
+TRAINED = {"whole": (1e-4, None), "lora": (3e-4, LoraConfig(r=64, lora_alpha=128))}  # learning rate, adapter
 
 
 # The stages of each run: arguments of `RecAConfig`, and what `stage_options` reads beside them.
@@ -53,6 +53,8 @@ RUNS: dict[str, list[dict[str, Any]]] = {
     "reca_no_instruction": [{**RECA, "instruction_dropout": 1.0}],
     "reca_one_instruction": [{**RECA, "instruction": INSTRUCTION}],
     "reca_frozen_layer": [{**RECA, "freeze_modules": ["language_model.model.layers.0"]}],
+    "reca_sparse_condition": [{**RECA, "instruction_dropout": 1.0, "condition_token_dropout": 0.25}],
+    "reca_and_sft": [{"text_to_image_weight": 1.0, "task_mix": "reconstruct=1,generate=1"}],
 }
 
 
@@ -74,10 +76,16 @@ class Arguments:
     workers: int = field(default=1, metadata={"help": "runs at a time, one thread each"})
 
 
-class Job(NamedTuple):
+@dataclass(frozen=True)
+class Job:
+    """A run from a base: its stages, none where the base itself is scored, and what they train at which learning rate."""
+
     base: str
     run: str
-    trained: str | None = None  # of the base itself
+    stages: list[dict[str, Any]]
+    trained: str | None = None
+    learning_rate: float | None = None
+    adapter: LoraConfig | None = None
     seed: int | None = None
 
 
@@ -120,32 +128,33 @@ def perform(job: Job, arguments: Arguments, folder: Path) -> None:
     """Train a run stage by stage, each from what the one before has saved, and write `folder/result.json`."""
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
-    base, start, stages, losses = Path(job.base), time.time(), RUNS[job.run], []
+    base, start, losses, flos = Path(job.base), time.time(), [], 0.0
     pretraining = json.loads((base / "pretraining.json").read_text())
     world = toy.World(**pretraining["world"])
     model, processor = toy.load(base)
     scores, name = Scores(world, arguments), str(base)
     with (folder / "log.txt").open("w") as log, contextlib.redirect_stdout(log), sdpa_kernel(SDPBackend.MATH):
-        if not stages:
+        if not job.stages:
             scores.add(model, processor, 0, True)
-        for index, stage in enumerate(stages):
+        for index, stage in enumerate(job.stages):
             options, density = stage_options(stage, processor, folder)
-            rate, adapter = TRAINED[job.trained]
-            steps = arguments.steps * (index + 1) // len(stages) - scores.steps_before
+            steps = arguments.steps * (index + 1) // len(job.stages) - scores.steps_before
             config = RecAConfig(output_dir=str(folder / f"stage_{index}"), seed=job.seed, max_steps=steps,
-                                per_device_train_batch_size=arguments.batch_size, learning_rate=rate,
+                                per_device_train_batch_size=arguments.batch_size, learning_rate=job.learning_rate,
                                 lr_scheduler_type="cosine", model_init_kwargs={"dtype": "float32"}, bf16=True,
                                 caption_column="text", use_cpu=True, save_strategy="no", report_to="none",
                                 disable_tqdm=True, **options)  # fmt: skip
             dataset = world.dataset("train", arguments.scenes, seed=1, density=density)
-            adapter = None if index else adapter  # a later stage goes on with the one it opens
+            adapter = None if index else job.adapter  # a later stage goes on with the one it opens
             trainer = RecATrainer(name, config, train_dataset=dataset, callbacks=[scores], peft_config=adapter)
             trainer.train()
             trainer.save_model()
             losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+            flos += trainer.state.total_flos
             name = config.output_dir
     title = f"{folder.parent.name}, pretraining seed {pretraining['arguments']['seed']}"
-    result = {**job._asdict(), "base": title, "curve": scores.curve, "losses": losses}
+    names = {"base": title, "run": job.run, "trained": job.trained, "learning_rate": job.learning_rate, "seed": job.seed}
+    result = {**names, "curve": scores.curve, "losses": losses, "flos": flos}
     with replacing(folder / "result.json") as file:
         file.write_text(json.dumps({**result, "seconds": round(time.time() - start)}))
 
@@ -209,20 +218,29 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def main(arguments: Arguments) -> str:
-    output, jobs = Path(arguments.output_dir), {}
-    for seed in range(arguments.seeds):
-        for index, base in enumerate(arguments.bases):
-            for name in arguments.runs:
-                for trained in arguments.trained:
-                    job = Job(base, name, trained, seed) if RUNS[name] else Job(base, name)
-                    jobs[output / f"base-{index}" / "-".join(str(part) for part in job[1:] if part is not None)] = job
+def perform_all(jobs: dict[Path, Job], arguments: Arguments) -> list[dict[str, Any]]:
+    """The results of all jobs, by folder; those that are there already are not run again."""
     todo = {folder: job for folder, job in jobs.items() if not (folder / "result.json").is_file()}
     with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
         running = [pool.submit(perform, job, arguments, folder) for folder, job in todo.items()]
         for done in tqdm(as_completed(running), total=len(jobs), initial=len(jobs) - len(todo), unit="run"):
             done.result()
-    results = [json.loads((folder / "result.json").read_text()) for folder in jobs]
+    return [json.loads((folder / "result.json").read_text()) for folder in jobs]
+
+
+def main(arguments: Arguments) -> str:
+    output, jobs = Path(arguments.output_dir), {}
+    for seed in range(arguments.seeds):
+        for index, base in enumerate(arguments.bases):
+            for name in arguments.runs:
+                folder, stages = output / f"base-{index}", RUNS[name]
+                if not stages:
+                    jobs[folder / name] = Job(base, name, stages)
+                    continue
+                for trained in arguments.trained:
+                    job = Job(base, name, stages, trained, *TRAINED[trained], seed)
+                    jobs[folder / f"{name}-{trained}-{seed}"] = job
+    results = perform_all(jobs, arguments)
     (output / "results.json").write_text(json.dumps(results) + "\n")
     (output / "table.md").write_text(report(results))
     if find_spec("matplotlib"):
