@@ -387,7 +387,8 @@ def test_an_adapter_loads_in_diffusers(kind, model, published, tmp_path):
     assert all(re.fullmatch(COMFYUI, key) for key in keys)
     assert {re.fullmatch(COMFYUI, key)[1] for key in keys} == set(LAYERS)  # every kind of layer
     pipeline = pipelines(copy.deepcopy(model))[0]
-    pipeline.load_lora_weights(tmp_path / "lora")
+    weights = {"weight_name": "pytorch_lora_weights.safetensors"}  # which older diffusers ask for without a network
+    pipeline.load_lora_weights(tmp_path / "lora", **weights)
     inputs = {
         "hidden_states": torch.randn(1, 15, 32, generator=seed()),
         "encoder_hidden_states": torch.randn(1, 9, 64, generator=seed(1)),

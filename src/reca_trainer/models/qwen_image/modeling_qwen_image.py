@@ -308,7 +308,10 @@ class QwenImageModel(UnifiedModel):
         )
         if pictures is None:
             return output.last_hidden_state, None
-        return output.last_hidden_state, pad_sequence(list(output.image_outputs.pooler_output), batch_first=True)
+        vision = getattr(output, "image_outputs", None)
+        if vision is None:  # older transformers keep them to themselves
+            vision = self.text_encoder.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+        return output.last_hidden_state, pad_sequence(list(vision.pooler_output), batch_first=True)
 
     def _move_text_encoder(self, device: torch.device) -> None:
         """Take Qwen2.5-VL off the accelerator, since steps on `encode_batch` do without it, and back when it is asked. Shards

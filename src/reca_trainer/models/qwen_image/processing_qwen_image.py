@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from reca_trainer.models.common.conversations import exchange_problem, without_mark
 from reca_trainer.models.common.padding import pad_rows, padded_batch, padding_mask
@@ -307,9 +307,10 @@ class QwenImageProcessor(UnifiedProcessor):
         the area of `condition_resolution²`, then in whole embeddings."""
         shape = image.size if size is None else size[::-1]
         height, width = bounded_size(*shape, self.condition_resolution, self.stride)
-        levels = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
+        picture = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
         side = self.understanding_stride
-        vision = Qwen2VLImageProcessorPil(size={"shortest_edge": side**2, "longest_edge": UNBOUNDED})
-        array = vision.resize(levels.transpose(2, 0, 1), vision.size, vision.resample, side)
+        vision = Qwen2VLImageProcessorPil()
+        whole = smart_resize(height, width, side, min_pixels=side**2, max_pixels=UNBOUNDED)
+        array = np.asarray(picture.resize(whole[::-1], vision.resample)).transpose(2, 0, 1)
         array = vision.rescale(array, vision.rescale_factor)
         return torch.from_numpy(np.ascontiguousarray(vision.normalize(array, vision.image_mean, vision.image_std)))
