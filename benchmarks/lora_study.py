@@ -21,12 +21,9 @@ import numpy as np
 from peft import LoraConfig
 from transformers import HfArgumentParser
 
-from reca_trainer import toy
-
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import paper_experiments as experiments
 
-LAYERS = r"language_model\.model\.layers\.{layers}\.{parts}"
 ATTENTION, MLP = r"self_attn\.[qkvo]_proj_moe_gen", r"mlp_moe_gen\.(gate|up|down)_proj"
 NORMS = ["q_norm_moe_gen", "k_norm_moe_gen", "input_layernorm_moe_gen", "post_attention_layernorm_moe_gen", "norm_moe_gen"]
 PROJECTIONS = ["vae2llm", "llm2vae", "time_embedder"]
@@ -35,7 +32,8 @@ RECA = {"instruction_dropout": 1.0, "condition_token_dropout": 0.25}
 
 
 def where(layers: str, parts: str) -> str:
-    return LAYERS.format(layers=layers, parts=parts)
+    """The linear layers that these regular expressions name, of the generation expert."""
+    return rf"language_model\.model\.layers\.{layers}\.{parts}"
 
 
 def in_turns(share: float) -> dict[str, Any]:
@@ -77,20 +75,12 @@ SETTINGS = {
 
 
 @dataclass
-class Arguments:
-    output_dir: str = field(metadata={"help": "where runs and reports are written"})
-    bases: list[str] = field(
-        default_factory=lambda: [str(toy.CHECKPOINT)],
-        metadata={"help": "checkpoints of recipes/pretrain_shapes.py, of different pretraining seeds"},
-    )
+class Arguments(experiments.Experiment):
     settings: list[str] = field(default_factory=lambda: list(SETTINGS), metadata={"choices": list(SETTINGS)})
     winners: int = field(default=3, metadata={"help": "settings that are run on all bases, beside the whole generator"})
-    seeds: int = field(default=3, metadata={"help": "training seeds a winner"})
     steps: int = 300
-    batch_size: int = 32
-    scenes: int = field(default=4000, metadata={"help": "training scenes"})
     size: int = field(default=100, metadata={"help": "prompts a category; dense prompts are twice as many"})
-    workers: int = field(default=1, metadata={"help": "runs at a time, one thread each"})
+    scores: int = field(default=1, metadata={"help": "times a run is scored, all but the last on a quarter"})
 
 
 def text_to_image(results: Iterable[dict[str, Any]]) -> float:
@@ -131,9 +121,7 @@ def draw(base: list[dict[str, Any]], groups: dict[str, list[dict[str, Any]]], pa
 
 
 def main(arguments: Arguments) -> str:
-    output, shared = Path(arguments.output_dir), ("steps", "batch_size", "scenes", "size", "workers")
-    options = {name: getattr(arguments, name) for name in shared}
-    experiment = experiments.Arguments(str(output), scores=1, **options)
+    output = Path(arguments.output_dir)
 
     def jobs(settings: dict[str, Iterable[float]], bases: list[str], seeds: int) -> dict[Path, experiments.Job]:
         table = {}
@@ -152,7 +140,7 @@ def main(arguments: Arguments) -> str:
         return groups.pop("base"), groups
 
     trials = {name: SETTINGS[name].rates for name in arguments.settings}
-    results = experiments.perform_all(jobs(trials, arguments.bases[:2], 1), experiment)
+    results = experiments.perform_all(jobs(trials, arguments.bases[:2], 1), arguments)
     base, screened = grouped(results)
     best: dict[str, list[dict[str, Any]]] = {}
     for name, runs in screened.items():
@@ -161,7 +149,7 @@ def main(arguments: Arguments) -> str:
     tables = [report("Screening, each setting at its best rate", base, best)]
     adapters = sorted((name for name in best if SETTINGS[name].adapter is not None), key=lambda n: -text_to_image(best[n]))
     final = {name: [best[name][0]["learning_rate"]] for name in [*adapters[: arguments.winners], WHOLE] if name in best}
-    finals = experiments.perform_all(jobs(final, arguments.bases, arguments.seeds), experiment)
+    finals = experiments.perform_all(jobs(final, arguments.bases, arguments.seeds), arguments)
     tables.append(report("The best, on all bases", *grouped(finals)))
     (output / "results.json").write_text(json.dumps({"screening": results, "final": finals}) + "\n")
     (output / "table.md").write_text("\n".join(tables))

@@ -59,14 +59,12 @@ RUNS: dict[str, list[dict[str, Any]]] = {
 
 
 @dataclass
-class Arguments:
+class Experiment:
     output_dir: str = field(metadata={"help": "where runs and reports are written"})
     bases: list[str] = field(
         default_factory=lambda: [str(toy.CHECKPOINT)],
         metadata={"help": "checkpoints of recipes/pretrain_shapes.py, of different pretraining seeds"},
     )
-    runs: list[str] = field(default_factory=lambda: list(RUNS), metadata={"choices": list(RUNS)})
-    trained: list[str] = field(default_factory=lambda: list(TRAINED), metadata={"choices": list(TRAINED)})
     seeds: int = field(default=3, metadata={"help": "training seeds a run"})
     steps: int = field(default=400, metadata={"help": "optimizer steps a run, shared evenly by its stages"})
     batch_size: int = 32
@@ -74,6 +72,12 @@ class Arguments:
     size: int = field(default=200, metadata={"help": "prompts a category; dense prompts are twice as many"})
     scores: int = field(default=4, metadata={"help": "times a run is scored, all but the last on a quarter"})
     workers: int = field(default=1, metadata={"help": "runs at a time, one thread each"})
+
+
+@dataclass
+class Arguments(Experiment):
+    runs: list[str] = field(default_factory=lambda: list(RUNS), metadata={"choices": list(RUNS)})
+    trained: list[str] = field(default_factory=lambda: list(TRAINED), metadata={"choices": list(TRAINED)})
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class Job:
 class Scores(TrainerCallback):
     """Scores a model along its run, whose stages it counts through."""
 
-    def __init__(self, world: toy.World, arguments: Arguments):
+    def __init__(self, world: toy.World, arguments: Experiment):
         self.world, self.arguments, self.steps_before = world, arguments, 0
         self.curve: list[dict[str, Any]] = []
 
@@ -124,7 +128,7 @@ def stage_options(stage: dict[str, Any], processor: Any, folder: Path) -> tuple[
     return options, options.pop("density", toy.SPARSE)
 
 
-def perform(job: Job, arguments: Arguments, folder: Path) -> None:
+def perform(job: Job, arguments: Experiment, folder: Path) -> None:
     """Train a run stage by stage, each from what the one before has saved, and write `folder/result.json`."""
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
@@ -218,7 +222,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def perform_all(jobs: dict[Path, Job], arguments: Arguments) -> list[dict[str, Any]]:
+def perform_all(jobs: dict[Path, Job], arguments: Experiment) -> list[dict[str, Any]]:
     """The results of all jobs, by folder; those that are there already are not run again."""
     todo = {folder: job for folder, job in jobs.items() if not (folder / "result.json").is_file()}
     with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:

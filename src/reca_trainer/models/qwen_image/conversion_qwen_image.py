@@ -3,7 +3,7 @@
 | folder | content |
 |---|---|
 | `transformer`, `vae`, `scheduler` | as diffusers saves them |
-| `text_encoder` | Qwen2.5-VL, `visual.…`, `model.…` and `lm_head`, the key names of transformers before 4.52 |
+| `text_encoder` | Qwen2.5-VL, `visual.…`, `model.…` and `lm_head`, the older key names of transformers |
 | `tokenizer`, `processor` | Qwen2's tokenizer; the same once more, with how Qwen2.5-VL takes pictures |
 
 The names of `text_encoder` are those that DiffSynth-Studio, a trainer of Qwen-Image, renames (`QwenImageTextEncoderStateDictConverter` at
