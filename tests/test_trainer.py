@@ -337,12 +337,19 @@ def test_data_is_checked_before_the_model_is_loaded(tmp_path, dataset, processor
         ),
         ("set max_steps", dataset.to_iterable_dataset(), {"max_steps": -1}),
         ("eval_strategy='steps' needs images", dataset, {"eval_strategy": "steps"}),
+        ("--eval_size 0 --eval_strategy no", dataset.to_iterable_dataset(), {"eval_size": 2}),
         ("Nothing can be saved in output_dir=", dataset, {"output_dir": str(tmp_path / "file" / "out")}),
     ]
     for message, images, options in cases:
         args = config(options.pop("output_dir", tmp_path), **options)
         with pytest.raises((ValueError, OSError), match=message):
             RecATrainer("no/such/model", args, train_dataset=images, processing_class=processor)
+
+
+def test_a_run_without_held_out_images_evaluates_nothing_at_its_start(tmp_path, model, dataset, processor):
+    run = trainer(model, tmp_path, dataset, processor, LoraConfig(r=4), max_steps=1, eval_on_start=True)
+    run.train()
+    assert run.state.global_step == 1 and not any("eval_loss" in entry for entry in run.state.log_history)
 
 
 def test_a_checkpoint_of_another_adapter_is_refused(tmp_path, dataset, processor):
